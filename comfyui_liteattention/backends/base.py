@@ -1,0 +1,66 @@
+"""What a backend is: the mechanism, without any policy.
+
+A backend computes attention over the tiles that its lists name and reports, for every tile that it
+computed, how much that tile mattered. What to do with the scores is ``policy.py``'s business.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..tiles import TileLists, TileShape
+
+Criterion = Literal["mass", "gap"]
+
+
+class Attended(NamedTuple):
+    """The result of one attention call over the visited tiles.
+
+    ``out [B, H, Lq, D]`` in the queries' dtype, normalised over the visited tiles.
+    ``lse [B, H, Lq]`` float32, natural log of the softmax sum over the visited tiles.
+    ``score [B, H, Tq, Tk]`` float32, log2, <= 0, ``-inf`` where a tile was not visited; None when
+    no criterion was asked for.
+
+    With ``s = scale * log2(e) * q k^T`` and ``m_r``, ``L_r`` the maximum and the log2-sum of row
+    ``r``, and the outer maximum over the tile's rows below ``Lq``, the score is
+
+    * ``gap``: ``max_r (max_j s_rj - m_r)``, the peak gap (arXiv 2511.11062, Eq. 7, there in
+      natural log and against the running maximum);
+    * ``mass``: ``max_r log2(sum_j 2^(s_rj - L_r))``, the largest share of a row's softmax sum that
+      falls into the tile.
+    """
+
+    out: Tensor
+    lse: Tensor
+    score: Tensor | None
+
+
+class Backend(Protocol):
+    """One way to compute attention tile by tile."""
+
+    name: str
+
+    def tile_shape(self, head_dim: int) -> TileShape:
+        """Tile sides used for this head_dim; the lists passed to ``forward`` must fit them."""
+        ...
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why these ``[B, H, L, D]`` tensors can't be computed here, or None."""
+        ...
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lists: TileLists | None = None,
+        criterion: Criterion | None = None,
+    ) -> Attended:
+        """Attention of ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` (any strides) over the tiles
+        in ``lists``; None means all of them, bit for bit the same as lists that name them all.
+        Every query tile has at least one tile to visit. ``out`` and ``lse`` don't depend on
+        ``criterion``."""
+        ...

@@ -1,0 +1,104 @@
+"""Whether a kernel computes the right thing on this card: a small problem against the reference.
+
+No kernel is trusted before it has passed; one that fails stays off, with the reason.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from ..tiles import make_lists
+from .base import Attended, Backend
+from .reference import ReferenceBackend
+
+#: Largest relative error (Frobenius norm) of the output; plain attention stays below a third of it.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+LSE_TOLERANCE = 1e-2
+SCORE_TOLERANCE = 0.05  # log2
+_HEADS, _QUERIES, _KEYS = 2, 300, 470
+
+
+class Verdicts:
+    """Results of the self-tests of one backend: one for each card, head_dim and dtype."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, int, torch.dtype], str | None] = {}
+        self._testing = threading.Lock()
+
+    def of(
+        self, backend: Backend, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """Why the backend isn't trusted with this, or None. The first call runs the test."""
+        key = (str(device), head_dim, dtype)
+        if key not in self._found:
+            with self._testing:
+                if key not in self._found:
+                    self._found[key] = failure(backend, head_dim, dtype, device)
+        return self._found[key]
+
+
+def failure(
+    backend: Backend, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why the backend isn't trusted with this, or None; never raises."""
+    try:
+        return problem(backend, head_dim, dtype, device)
+    # Whatever a driver or a compiler throws: the kernel isn't trusted, and the user sees why.
+    except Exception as error:
+        return f"self-test failed: {type(error).__name__}: {error}"
+
+
+def problem(
+    backend: Backend, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """What is wrong with the backend's results for this head_dim and dtype, or None.
+
+    Ragged ends, tokens-first layout, all tiles and a list that skips some, each criterion.
+    """
+    random = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> Tensor:
+        rows = torch.randn(1, length, _HEADS, head_dim, generator=random)
+        return rows.to(dtype).transpose(1, 2)
+
+    q, k, v = tokens(_QUERIES), tokens(_KEYS), tokens(_KEYS)
+    tile = backend.tile_shape(head_dim)
+    mask = torch.rand(1, _HEADS, *tile.grid(_QUERIES, _KEYS), generator=random) < 0.5
+    mask[..., 1] = True  # every query tile visits something
+    lists = make_lists(mask)
+    on_card = lists.to(device)
+    scale = head_dim**-0.5
+    reference = ReferenceBackend(tile)
+    q_card, k_card, v_card = (x.to(device) for x in (q, k, v))
+    for here, there in ((None, None), (lists, on_card)):
+        for criterion in (None, "mass", "gap"):
+            got = backend.forward(q_card, k_card, v_card, scale, there, criterion)
+            want = reference.forward(q.double(), k.double(), v.double(), scale, here, criterion)
+            if reason := _difference(got, want, TOLERANCE[dtype]):
+                which = "all tiles" if here is None else "a tile list"
+                return f"self-test at head_dim {head_dim}, {dtype}, {which}, {criterion}: {reason}"
+    return None
+
+
+def _difference(got: Attended, want: Attended, tolerance: float) -> str | None:
+    out, lse = got.out.cpu().double(), got.lse.cpu()
+    # Comparisons are written so that a result that is not a number fails.
+    error = ((out - want.out).norm() / want.out.norm()).item()
+    if not error <= tolerance:
+        return f"relative error {error:.1e}, allowed {tolerance:.1e}"
+    error = (lse - want.lse).abs().max().item()
+    if not error <= LSE_TOLERANCE:
+        return f"LSE off by {error:.1e}, allowed {LSE_TOLERANCE:.1e}"
+    if want.score is None or got.score is None:
+        return None
+    score, visited = got.score.cpu(), want.score > -torch.inf
+    if (score[~visited] > -torch.inf).any():
+        return "a score for a tile that was not visited"
+    # The running reference never scores below the final one (see triton_kernel).
+    below = (want.score - score)[visited].max().item()
+    if not below <= SCORE_TOLERANCE or not (score <= SCORE_TOLERANCE).all():
+        return f"a score is {below:.2f} log2 too low or above 0"
+    return None

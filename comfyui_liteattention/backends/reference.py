@@ -1,0 +1,83 @@
+"""The truth: tile attention written as the formulas, in float64 by default.
+
+Slow and plain on purpose. Every other backend is compared with this one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..tiles import TileLists, TileShape
+from .base import Attended, Criterion
+
+LOG2E = math.log2(math.e)
+
+
+class ReferenceBackend:
+    """Plain PyTorch twin of every kernel. See :class:`~.base.Backend`."""
+
+    name = "reference"
+
+    def __init__(
+        self, tile: TileShape = TileShape(64, 64), dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.tile = tile
+        self.dtype = dtype
+
+    def tile_shape(self, head_dim: int) -> TileShape:
+        return self.tile
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        return None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lists: TileLists | None = None,
+        criterion: Criterion | None = None,
+    ) -> Attended:
+        b, h, lq, _ = q.shape
+        lk = k.shape[2]
+        tq, tk = self.tile.grid(lq, lk)
+        visited = _visited_mask(lists, (b, h, tq, tk), q.device)
+
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(b, h, lq, dtype=torch.float32, device=q.device)
+        score = torch.empty(b, h, tq, tk, dtype=torch.float32, device=q.device)
+        k64, v64 = k.to(self.dtype), v.to(self.dtype)
+        for i in range(tq):
+            rows = slice(i * self.tile.q, min((i + 1) * self.tile.q, lq))
+            s = (q[:, :, rows].to(self.dtype) @ k64.mT) * (scale * LOG2E)  # [B, H, BM, Lk]
+            keys = visited[:, :, i].repeat_interleave(self.tile.k, dim=-1)[..., :lk]
+            s = s.masked_fill(~keys.unsqueeze(2), -math.inf)
+            log_sum = torch.logsumexp(s * math.log(2), -1) * LOG2E  # [B, H, BM], log2
+            out[:, :, rows] = (torch.exp2(s - log_sum.unsqueeze(-1)) @ v64).to(out.dtype)
+            lse[:, :, rows] = (log_sum * math.log(2)).float()
+            tiles = _split_tiles(s, tk, self.tile.k)  # [B, H, BM, Tk, BN]
+            if criterion == "gap":
+                per_row = tiles.amax(-1) - s.amax(-1, keepdim=True)
+            else:
+                per_row = torch.logsumexp(tiles * math.log(2), -1) * LOG2E - log_sum.unsqueeze(-1)
+            score[:, :, i] = per_row.amax(2).clamp(max=0).float()
+        return Attended(out, lse, score if criterion else None)
+
+
+def _visited_mask(lists: TileLists | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Lists -> ``[B, H, Tq, Tk]`` bool."""
+    if lists is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    valid = torch.arange(shape[-1], device=device) < lists.count.unsqueeze(-1)
+    visits = torch.zeros(shape, dtype=torch.int32, device=device)
+    return visits.scatter_add(-1, lists.index.long(), valid.int()) > 0
+
+
+def _split_tiles(s: Tensor, tk: int, rows: int) -> Tensor:
+    """``[B, H, BM, Lk]`` -> ``[B, H, BM, Tk, BN]``, padded with -inf."""
+    padded = torch.nn.functional.pad(s, (0, tk * rows - s.shape[-1]), value=-math.inf)
+    return padded.unflatten(-1, (tk, rows))

@@ -1,0 +1,26 @@
+"""Why an attention call stays dense: a reason a user can read, or None."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends.base import Backend
+from .settings import Settings
+
+
+def dense_reason(
+    q: Tensor, k: Tensor, v: Tensor, streams: int, settings: Settings, backend: Backend
+) -> str | None:
+    """Reason for ``q, k, v [B, H, L, D]`` of ``streams`` equal batch parts, or None to go ahead."""
+    if q.shape[2] != k.shape[2]:
+        return "cross-attention (queries and keys have different lengths)"
+    if q.shape != k.shape or k.shape != v.shape:
+        return "grouped or uneven heads (q, k and v have different shapes)"
+    if q.shape[2] < settings.min_tokens:
+        return f"short sequence (fewer than {settings.min_tokens} tokens)"
+    if q.shape[0] % streams:
+        return f"a batch of {q.shape[0]} can't be split into {streams} conditionings"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        return "training (gradients are needed)"
+    return backend.unsupported(q, k, v)

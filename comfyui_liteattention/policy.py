@@ -1,0 +1,76 @@
+"""Scores and state -> the tiles to compute next time. Pure functions, no state.
+
+A tile that is negligible at one call is skipped whole at the next calls of the same layer and
+stream (temporal propagation, arXiv 2511.11062, section 4).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .settings import SAFEST, Settings
+from .tiles import TileShape, tiles_touching
+
+#: Golden ratio: successive multiples, taken modulo 1, spread evenly however many are drawn.
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def threshold_at(settings: Settings, position: float, key_tiles: int) -> float:
+    """The score at or below which a tile is negligible, log2.
+
+    ``position`` in (0, 1] is the part of the run that is done when this step ends. The ramp is
+    ``eps_t = eps * position**ramp`` in log2. For the mass criterion the row's allowance is shared
+    out evenly over its ``key_tiles``, so that it holds for any sequence length.
+    """
+    if settings.threshold <= SAFEST or position <= settings.warmup:
+        return -math.inf
+    threshold = settings.threshold + settings.ramp * math.log2(position)
+    return threshold - math.log2(key_tiles) if settings.criterion == "mass" else threshold
+
+
+def pinned_tiles(settings: Settings, lq: int, lk: int, tile: TileShape) -> Tensor:
+    """Tiles that must stay live, ``[Tq, Tk]`` bool: dense query rows and must-do keys."""
+    rows = tiles_touching(settings.dense_queries, lq, tile.q)
+    columns = tiles_touching(settings.dense_keys, lk, tile.k)
+    return rows.unsqueeze(1) | columns.unsqueeze(0)
+
+
+def next_live(live: Tensor | None, score: Tensor, threshold: float, pinned: Tensor) -> Tensor:
+    """Live tiles of the next call, ``[B, H, Tq, Tk]`` bool.
+
+    ``live [B, H, Tq, Tk]`` bool (None: all) and ``score [B, H, Tq, Tk]`` float32 belong to this
+    call; ``pinned [Tq, Tk]`` bool. The best tile of every query tile stays, whatever the
+    threshold, and a score that is not a number never drops a tile.
+    """
+    kept = ~(score <= threshold)
+    if live is not None:
+        kept &= live
+    kept.scatter_(-1, score.argmax(-1, keepdim=True), True)
+    return kept | pinned
+
+
+def audited_tiles(call: int, query_tiles: int, period: int) -> range:
+    """The query tiles to audit at the ``call``-th call: one in ``period`` of them over the calls.
+
+    The golden-ratio sequence visits all of them evenly, however few calls a run has.
+    """
+    if period == 0:
+        return range(0)
+    count = (call + 1) * query_tiles // period - call * query_tiles // period
+    if count == 0:
+        return range(0)
+    blocks = -(-query_tiles // count)
+    start = math.floor(call * GOLDEN % 1.0 * blocks) * count
+    return range(start, min(start + count, query_tiles))
+
+
+def lost_mass(lse_kept: Tensor, lse_full: Tensor) -> Tensor:
+    """Share of each row's softmax sum that the skipped tiles hold, 0..1, from natural-log LSEs.
+
+    ``1 - exp(LSE_kept - LSE_full)``; the KL divergence of the kept from the full attention is
+    ``LSE_full - LSE_kept`` exactly.
+    """
+    return -torch.expm1((lse_kept - lse_full).clamp(max=0))

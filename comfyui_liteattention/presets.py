@@ -1,0 +1,12 @@
+"""Named settings for people who don't want to choose numbers."""
+
+from __future__ import annotations
+
+from .settings import Settings
+
+PRESETS: dict[str, Settings] = {
+    "Safe": Settings(threshold=-4.0),
+    "Balanced": Settings(threshold=-2.0),
+    "Fast": Settings(threshold=-1.0),
+}
+DEFAULT = "Balanced"

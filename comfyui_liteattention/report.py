@@ -1,0 +1,149 @@
+"""Statistics of a run -> numbers and a text table. Pictures are in ``report_images.py``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class CallStats(NamedTuple):
+    """One attention call of one stream; ``lost`` is None where nothing was audited."""
+
+    step: int
+    layer: str
+    stream: str
+    computed: int
+    total: int
+    lost: float | None
+
+
+class MapStats(NamedTuple):
+    """Share of heads in which a tile was live at the end of the run, ``live [Tq, Tk]`` 0..1."""
+
+    layer: str
+    stream: str
+    tokens: int
+    live: Tensor
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What remains of a run."""
+
+    settings: str
+    backend: str
+    steps: int
+    seconds: float
+    step_seconds: dict[int, float]
+    calls: tuple[CallStats, ...]
+    reasons: dict[str, int]
+    maps: tuple[MapStats, ...]
+
+    @property
+    def active(self) -> bool:
+        return any(call.computed < call.total for call in self.calls)
+
+    @property
+    def tokens(self) -> int:
+        return max((m.tokens for m in self.maps), default=0)
+
+    @property
+    def computed_fraction(self) -> float:
+        """Tiles computed over all tiles, 0..1 (audits counted); 1.0 where nothing ran."""
+        return fraction(self.calls)
+
+    @property
+    def lost_mass_mean(self) -> float | None:
+        """Mean measured lost mass over all audited calls; dense calls lose nothing."""
+        return mean_lost(self.calls)
+
+
+def fraction(calls: Iterable[CallStats]) -> float:
+    calls = tuple(calls)
+    total = sum(call.total for call in calls)
+    return sum(call.computed for call in calls) / total if total else 1.0
+
+
+def mean_lost(calls: Iterable[CallStats]) -> float | None:
+    """Calls that computed every tile lose nothing; calls that were not audited don't count."""
+    lost = [0.0 if c.lost is None else c.lost for c in calls if c.lost is not None or _dense(c)]
+    return sum(lost) / len(lost) if lost else None
+
+
+def by(calls: Iterable[CallStats], field: str) -> dict:
+    """Group calls by one of their fields, in order of first appearance."""
+    groups: dict = defaultdict(list)
+    for call in calls:
+        groups[getattr(call, field)].append(call)
+    return dict(groups)
+
+
+def status_line(report: RunReport) -> str:
+    """One line for the log and the node: active or not, and why."""
+    if not report.active:
+        reasons = "; ".join(report.reasons) or "nothing was negligible at this threshold"
+        return f"LiteAttention inactive: {reasons}"
+    lost = report.lost_mass_mean
+    measured = "not measured" if lost is None else f"{lost:.2%}"
+    return (
+        f"LiteAttention active: {1 - report.computed_fraction:.0%} of the tiles skipped, "
+        f"lost mass {measured}, {report.seconds:.1f} s ({report.backend} backend)"
+    )
+
+
+def text_table(report: RunReport) -> str:
+    """The report as plain text: a summary, a line per layer, a line per step, the reasons."""
+    lines = [
+        status_line(report),
+        f"settings: {report.settings}",
+        f"{report.tokens} tokens, {report.steps} steps",
+    ]
+    if report.calls:
+        lines += ["", f"{'layer':<12} {'computed':>9} {'lost mass':>10}"]
+        lines += [_row(name, calls) for name, calls in by(report.calls, "layer").items()]
+        lines += ["", f"{'step':<12} {'computed':>9} {'lost mass':>10} {'seconds':>8}"]
+        for step, calls in sorted(by(report.calls, "step").items()):
+            seconds = report.step_seconds.get(step)
+            lines.append(_row(str(step), calls) + ("" if seconds is None else f" {seconds:8.2f}"))
+    if report.reasons:
+        lines += ["", "calls that stayed dense:"]
+        lines += [f"  {count:>6} x {reason}" for reason, count in report.reasons.items()]
+    return "\n".join(lines)
+
+
+def figures(report: RunReport) -> dict[str, Any]:
+    """The report as plain JSON data."""
+    return {
+        "active": report.active,
+        "status": status_line(report),
+        "settings": report.settings,
+        "backend": report.backend,
+        "tokens": report.tokens,
+        "steps": report.steps,
+        "seconds": report.seconds,
+        "computed_fraction": report.computed_fraction,
+        "lost_mass_mean": report.lost_mass_mean,
+        "per_layer": {k: _pair(v) for k, v in by(report.calls, "layer").items()},
+        "per_step": [
+            _pair(v) | {"step": k, "seconds": report.step_seconds.get(k)}
+            for k, v in sorted(by(report.calls, "step").items())
+        ],
+        "reasons": report.reasons,
+    }
+
+
+def _pair(calls: list[CallStats]) -> dict[str, Any]:
+    return {"computed_fraction": fraction(calls), "lost_mass": mean_lost(calls)}
+
+
+def _row(name: str, calls: list[CallStats]) -> str:
+    lost = mean_lost(calls)
+    return f"{name:<12} {fraction(calls):>9.1%} {'-' if lost is None else f'{lost:.3%}':>10}"
+
+
+def _dense(call: CallStats) -> bool:
+    return call.computed >= call.total

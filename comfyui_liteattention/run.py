@@ -1,0 +1,151 @@
+"""One sampling run: all skip state, born with the run and gone with it."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import LayerState, Tally, attend
+from .backends.base import Backend
+from .report import CallStats, MapStats, RunReport
+from .schedule import Progress, locate
+from .settings import Settings, describe
+from .tiles import unpack
+
+Stream = Hashable
+NOT_FINITE = "the result was not finite (NaN or infinity): this layer stays dense for the run"
+
+
+class _Call(NamedTuple):
+    step: int
+    layer: str
+    stream: Stream
+    tally: Tally
+
+
+class _Key(NamedTuple):
+    layer: str
+    stream: Stream
+    heads: int
+    length: int
+    head_dim: int
+
+
+class Run:
+    """State and statistics of one run. Safe to call from several threads.
+
+    Streams (cond, uncond, a context window, a device, ...) and layers never share state: it is
+    keyed by (layer, stream, shape of the queries).
+    """
+
+    def __init__(self, settings: Settings, backend: Backend, sigmas: Sequence[float]) -> None:
+        self.settings = settings
+        self.backend = backend
+        self.sigmas = tuple(sigmas)
+        self.reasons: Counter[str] = Counter()
+        self._states: dict[_Key, LayerState] = {}
+        self._failed: set[str] = set()
+        self._calls: list[_Call] = []
+        self._layers: dict[str, int] = {}
+        self._seconds: defaultdict[int, float] = defaultdict(float)
+        self._lock = threading.Lock()
+        self._started = time.perf_counter()
+
+    def locate(self, sigma: float) -> Progress:
+        return locate(sigma, self.sigmas)
+
+    def decline(self, reason: str) -> bool:
+        """Count a call that stays dense; True the first time this reason is seen in the run."""
+        with self._lock:
+            self.reasons[reason] += 1
+            return self.reasons[reason] == 1
+
+    def time_step(self, step: int, seconds: float) -> None:
+        """Add the wall time of one model call to its step."""
+        with self._lock:
+            self._seconds[step] += seconds
+
+    def attend(
+        self,
+        layer: str,
+        streams: Sequence[Stream],
+        progress: Progress,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+    ) -> Tensor | None:
+        """Attention of one layer, ``[B, H, L, D]``; the batch holds ``len(streams)`` equal parts.
+
+        None: the caller has to do this call densely; the reason is counted.
+        """
+        if layer in self._failed:
+            self.decline(NOT_FINITE)
+            return None
+        settings = self._settings_of(layer)
+        parts = []
+        for stream, qs, ks, vs in zip(
+            streams, *(t.chunk(len(streams)) for t in (q, k, v)), strict=True
+        ):
+            state = self._state(layer, stream, q)
+            out, tally = attend(state, self.backend, qs, ks, vs, scale, settings, progress.position)
+            with self._lock:
+                self._calls.append(_Call(progress.step, layer, stream, tally))
+            parts.append(out)
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not torch.isfinite(out).all():
+            self._failed.add(layer)
+            self.decline(NOT_FINITE)
+            return None
+        return out
+
+    def finish(self) -> RunReport:
+        """End the run: drop all state and return what is worth keeping."""
+        with self._lock:
+            report = RunReport(
+                settings=describe(self.settings),
+                backend=self.backend.name,
+                steps=max(len(self.sigmas) - 1, 0),
+                seconds=time.perf_counter() - self._started,
+                step_seconds=dict(self._seconds),
+                calls=tuple(_resolve(call) for call in self._calls),
+                reasons=dict(self.reasons),
+                maps=tuple(self._maps()),
+            )
+            self._states.clear()
+            self._calls.clear()
+        return report
+
+    def _settings_of(self, layer: str) -> Settings:
+        index = self._layers.setdefault(layer, len(self._layers))
+        return self._dense if index in self.settings.dense_layers else self.settings
+
+    @property
+    def _dense(self) -> Settings:
+        return Settings(threshold=-math.inf, audit=0)
+
+    def _state(self, layer: str, stream: Stream, q: Tensor) -> LayerState:
+        with self._lock:
+            return self._states.setdefault(_Key(layer, stream, *q.shape[1:]), LayerState())
+
+    def _maps(self):
+        """Final tile maps, one per layer and stream, heads and batch averaged."""
+        for key, state in self._states.items():
+            if state.live is None:
+                continue
+            tk = self.backend.tile_shape(key.head_dim).grid(key.length, key.length)[1]
+            live = unpack(state.live, tk).float().mean((0, 1)).cpu()
+            yield MapStats(key.layer, str(key.stream), key.length, live)
+
+
+def _resolve(call: _Call) -> CallStats:
+    lost = None if call.tally.lost is None else float(call.tally.lost)
+    computed = int(call.tally.computed)
+    return CallStats(call.step, call.layer, str(call.stream), computed, call.tally.total, lost)

@@ -1,0 +1,174 @@
+"""Attention, layer state and runs, on the float64 reference and on the CPU backend."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from comfyui_liteattention.attention import LayerState, attend
+from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.report import status_line, text_table
+from comfyui_liteattention.run import NOT_FINITE, Run
+from comfyui_liteattention.settings import SAFEST, Settings
+from comfyui_liteattention.tiles import TileShape, unpack
+
+SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+SCALE = 32**-0.5
+BACKEND = ReferenceBackend(TileShape(16, 16))
+
+
+def local_qkv(seed: int, batch: int = 1, tokens: int = 250):
+    """Queries that look mostly at keys nearby, so that far tiles are negligible."""
+    generator = torch.Generator().manual_seed(seed)
+    angle = torch.linspace(0, math.pi, tokens).unsqueeze(-1) * torch.arange(1, 17)
+    place = torch.cat([angle.cos(), angle.sin()], -1)
+    noise = torch.randn(3, batch, 2, tokens, 32, generator=generator)
+    return 4 * place + noise[0], 4 * place + noise[1], noise[2]
+
+
+def sample(run: Run, seed: int = 0, streams=("cond",), layer: str = "0") -> list[torch.Tensor]:
+    q, k, v = local_qkv(seed, len(streams))
+    return [run.attend(layer, streams, run.locate(s), q + s / 10, k, v, SCALE) for s in SIGMAS[:-1]]
+
+
+def test_the_first_call_is_dense_and_later_ones_skip():
+    run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
+    outs = sample(run)
+    q, k, v = local_qkv(0)
+    dense = torch.nn.functional.scaled_dot_product_attention(q + 0.1, k, v, scale=SCALE)
+    torch.testing.assert_close(outs[0], dense, rtol=1e-5, atol=1e-5)
+    report = run.finish()
+    computed = [c.computed / c.total for c in report.calls]
+    assert computed[0] == 1.0
+    assert computed[-1] < 0.8
+    assert report.active
+    assert report.computed_fraction == pytest.approx(sum(computed) / 5)
+
+
+def test_skipped_tiles_hold_what_the_settings_allow():
+    """Frozen inputs: the lost mass of every row stays below 2**threshold."""
+    settings = Settings(threshold=-4.0, ramp=0.0, audit=1)
+    q, k, v = local_qkv(1)
+    state = LayerState()
+    for _ in range(3):
+        out, tally = attend(state, BACKEND, q, k, v, SCALE, settings, 1.0)
+    live = unpack(state.live, 16)
+    assert not live.all()
+    full = BACKEND.forward(q, k, v, SCALE, None, "mass")
+    dead = full.score.exp2().masked_fill(live, 0).sum(-1)
+    assert dead.max() < 2**-4
+    assert 0 < float(tally.lost) < 2**-4
+    # Every query tile was audited, so the output is exact.
+    torch.testing.assert_close(out, full.out)
+
+
+def test_the_audit_measures_the_true_lost_mass():
+    settings = Settings(threshold=-2.0, ramp=0.0, audit=1)
+    q, k, v = local_qkv(2)
+    state = LayerState()
+    attend(state, BACKEND, q, k, v, SCALE, settings, 1.0)
+    live = unpack(state.live, 16)
+    _, tally = attend(state, BACKEND, q, k, v, SCALE, settings, 1.0)
+    p = torch.softmax((q @ k.mT).double() * SCALE, -1)
+    tokens = live.repeat_interleave(16, -1).repeat_interleave(16, -2)[..., :250, :250]
+    truth = p.masked_fill(tokens, 0).sum(-1).mean()
+    assert float(tally.lost) == pytest.approx(float(truth), rel=1e-3)
+
+
+def test_the_safest_threshold_is_dense_bit_for_bit():
+    run = Run(Settings(threshold=SAFEST), BACKEND, SIGMAS)
+    outs = sample(run)
+    q, k, v = local_qkv(0)
+    for out, sigma in zip(outs, SIGMAS, strict=False):
+        assert torch.equal(out, BACKEND.forward(q + sigma / 10, k, v, SCALE).out)
+    assert not run.finish().active
+
+
+def test_streams_do_not_share_state_and_batching_does_not_matter():
+    """Cond and uncond, in one batch, in two, or swapped half-way: the same bits."""
+    q, k, v = local_qkv(3, batch=2)
+    settings = Settings(threshold=-3.0)
+    together, apart, swapped = (Run(settings, BACKEND, SIGMAS) for _ in range(3))
+    for i, sigma in enumerate(SIGMAS[:-1]):
+        at = together.locate(sigma)
+        a = together.attend("0", ["u", "c"], at, q, k, v, SCALE)
+        b = torch.cat(
+            [
+                apart.attend("0", [s], at, *(t[n : n + 1] for t in (q, k, v)), SCALE)
+                for n, s in enumerate("uc")
+            ]
+        )
+        assert torch.equal(a, b)
+        if i < 2:
+            c = swapped.attend("0", ["u", "c"], at, q, k, v, SCALE)
+        else:
+            c = swapped.attend("0", ["c", "u"], at, q.flip(0), k.flip(0), v.flip(0), SCALE).flip(0)
+        assert torch.equal(a, c)
+
+
+def test_runs_and_layers_do_not_share_state():
+    first = sample(Run(Settings(threshold=-3.0), BACKEND, SIGMAS), seed=4)
+    run = Run(Settings(threshold=-3.0), BACKEND, SIGMAS)
+    sample(run, seed=5, layer="other")
+    again = sample(run, seed=4, layer="0")
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_changed_shape_starts_dense():
+    run = Run(Settings(threshold=-3.0), BACKEND, SIGMAS)
+    sample(run)
+    q, k, v = local_qkv(0, tokens=300)
+    out = run.attend("0", ["cond"], run.locate(0.2), q, k, v, SCALE)
+    assert torch.equal(out, BACKEND.forward(q, k, v, SCALE).out)
+
+
+def test_dense_layers_never_skip():
+    run = Run(Settings(threshold=-1.0, dense_layers=(1,)), BACKEND, SIGMAS)
+    sample(run, layer="first")
+    sample(run, layer="second")
+    computed = {c.layer: c.computed < c.total for c in run.finish().calls}
+    assert computed == {"first": True, "second": False}
+
+
+def test_a_result_that_is_not_finite_is_never_passed_on():
+    run = Run(Settings(), BACKEND, SIGMAS)
+    q, k, v = local_qkv(0)
+    v[0, 0, 7] = math.inf
+    assert run.attend("0", ["c"], run.locate(1.0), q, k, v, SCALE) is None
+    assert run.attend("0", ["c"], run.locate(0.8), *local_qkv(0), SCALE) is None
+    assert run.attend("1", ["c"], run.locate(0.8), *local_qkv(0), SCALE) is not None
+    report = run.finish()
+    assert report.reasons == {NOT_FINITE: 2}
+    assert NOT_FINITE in status_line(report)
+
+
+def test_the_report_reads_well():
+    run = Run(Settings(threshold=-3.0), BACKEND, SIGMAS)
+    sample(run, streams=("u", "c"))
+    run.decline("a mask (regional prompt or padding)")
+    run.time_step(0, 1.25)
+    text = text_table(run.finish())
+    assert "LiteAttention active" in text
+    assert "threshold=-3.0" in text
+    assert "1 x a mask" in text
+    assert "1.25" in text
+
+
+def test_nothing_remains_after_a_run():
+    run = Run(Settings(threshold=-3.0), BACKEND, SIGMAS)
+    sample(run)
+    assert run.finish().maps
+    assert not run.finish().maps
+    assert not run.finish().calls
+
+
+def test_threads_do_not_disturb_each_other():
+    run = Run(Settings(threshold=-3.0), BACKEND, SIGMAS)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(sample, run, n, ("c",), f"layer {n}") for n in range(8)]
+        together = [f.result() for f in futures]
+    for n, outs in enumerate(together):
+        alone = sample(Run(Settings(threshold=-3.0), BACKEND, SIGMAS), n)
+        assert all(torch.equal(a, b) for a, b in zip(outs, alone, strict=True))
