@@ -1,0 +1,1 @@
+"""The tables of the README: ``python -m benchmarks.speed``."""

@@ -1,0 +1,88 @@
+"""Paired timing: two functions in turn, so that whatever else the machine does hits both."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import NamedTuple
+
+import torch
+
+
+class Spread(NamedTuple):
+    """Median, minimum and maximum of repeated measurements."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+class Paired(NamedTuple):
+    """Seconds of both functions and of their ratio within a pair, ours / baseline."""
+
+    baseline: Spread
+    ours: Spread
+    ratio: Spread
+
+
+def time_once(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def time_pairs(baseline: Callable[[], object], ours: Callable[[], object], repeats: int) -> Paired:
+    """Both calls ``repeats`` times, who goes first alternating, after one untimed call of each.
+
+    The ratio is the median of the pairs' ratios: slow drifts of the machine cancel in a pair.
+    """
+    calls = (baseline, ours)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for call in calls:
+        call()
+    for repeat in range(repeats):
+        for which in (0, 1) if repeat % 2 == 0 else (1, 0):
+            seconds[which].append(time_once(calls[which]))
+    ratios = [o / b for b, o in zip(*seconds, strict=True)]
+    return Paired(Spread.of(seconds[0]), Spread.of(seconds[1]), Spread.of(ratios))
+
+
+def describe_machine() -> dict[str, str | int]:
+    """What the numbers depend on: CPU, threads, versions."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numba": _version("numba"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"

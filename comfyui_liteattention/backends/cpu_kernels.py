@@ -1,0 +1,430 @@
+"""The compiled half of the CPU backend. Imports numba, so it is itself imported lazily.
+
+All functions see one head. ``T = 64`` rows make a tile and ``W = 16`` floats a lane group, the
+width of one vector of the matrix kernel. Workspaces are float32 and laid out for that kernel:
+
+* queries  ``[T/W, D, W]``: one query tile, transposed, so that a vector holds W rows;
+* keys     ``[Tk, T, D]``: the last key again behind ``Lk``, which changes no maximum;
+* values   ``[Tk, Dp/W, T, W]`` with ``Dp`` = D rounded up to W: zeros behind ``Lk`` and D;
+* scores   ``[T keys, T rows]``: transposed too, so that the softmax of W rows needs no reduction
+  inside a vector.
+
+Everything compiled stays in this one file: numba's cache looks only at the file of the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int32]
+Raw = NDArray[Any]  # float32, or 16-bit floats as their bits: see _widen
+
+TILE = 64
+LANES = 16
+GROUPS = TILE // LANES
+# 6 rows x 16 lanes is what 16 AVX registers hold: 12 sums, 2 vectors of B and a broadcast of A.
+BLOCK = 6
+BLOCK_END = TILE // BLOCK * BLOCK
+BLOCK_REST = TILE - BLOCK_END
+UNROLL = 4
+
+MASS = 1
+GAP = 2
+
+ZERO = np.float32(0)
+ONE = np.float32(1)
+MINUS_INF = np.float32(-np.inf)
+LN2 = math.log(2)
+# Below this a share underflows in float32. A visited tile never reports -inf.
+LOWEST = np.float32(-126)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """``njit`` that releases the GIL and keeps its code on disk where a folder can be written."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's nor the user's cache folder can be written
+        return njit(**options)(function)
+
+
+def in_llvm(function: Callable[..., Any]) -> Any:
+    """An ``intrinsic``: a function that writes LLVM code for the types (and constants) it gets."""
+    return intrinsic(prefer_literal=True)(function)
+
+
+# --- the matrix kernel ----------------------------------------------------------------------------
+
+_F32 = ir.FloatType()
+_I32 = ir.IntType(32)
+_VECTOR = ir.VectorType(_F32, LANES)
+
+
+@in_llvm
+def _multiply(typing, c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, depth, rows, top):
+    """``A [rows, depth] @ B [depth, W]``, all sums held in registers.
+
+    With ``top`` None the product is added to ``C [rows, W]``; otherwise it becomes C and raises
+    ``top [W]`` to the maxima of its columns. A, B, C are float32 arrays with the offset of their
+    first element; ``c_row``, ``a_row``, ``a_step`` are strides in elements and B is dense. ``rows``
+    is a constant, ``depth`` a multiple of 4. Written as LLVM vectors because loops of scalars don't
+    reliably end up as register blocks; LLVM fits the vectors to the CPU at hand.
+    """
+    n_rows, adds = rows.literal_value, isinstance(top, types.NoneType)
+    integers = [types.intp] * 3
+    signature = types.void(
+        c, types.intp, types.intp, a, *integers, b, types.intp, types.intp, rows, top
+    )
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        def pointer(array: int) -> Any:
+            return cgutils.create_struct_proxy(sig.args[array])(context, builder, args[array]).data
+
+        def at(base: Any, index: Any) -> Any:
+            return builder.gep(base, [index])
+
+        def vector_at(base: Any, index: Any) -> Any:
+            return builder.bitcast(at(base, index), _VECTOR.as_pointer())
+
+        index_type = args[9].type
+        c_row, a_row, a_step, depth = args[2], args[5], args[6], args[9]
+        c_ptr, a_ptr, b_ptr = (at(pointer(i), args[i + 1]) for i in (0, 3, 7))
+        nothing = ir.Constant(_VECTOR, ir.Undefined)
+        first = ir.Constant(ir.VectorType(_I32, LANES), None)
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32"
+        )
+
+        def constant(value: int) -> Any:
+            return ir.Constant(index_type, value)
+
+        targets = [vector_at(c_ptr, builder.mul(c_row, constant(r))) for r in range(n_rows)]
+        sums = [cgutils.alloca_once(builder, _VECTOR) for _ in range(n_rows)]  # become registers
+        for target, total in zip(targets, sums, strict=True):
+            start = builder.load(target, align=4) if adds else ir.Constant(_VECTOR, None)
+            builder.store(start, total)
+        with cgutils.for_range(builder, builder.udiv(depth, constant(UNROLL))) as loop:
+            for u in range(UNROLL):
+                step = builder.add(builder.mul(loop.index, constant(UNROLL)), constant(u))
+                b_vector = builder.load(
+                    vector_at(b_ptr, builder.mul(step, constant(LANES))), align=4
+                )
+                a_column = at(a_ptr, builder.mul(step, a_step))
+                for r, total in enumerate(sums):
+                    scalar = builder.load(at(a_column, builder.mul(a_row, constant(r))))
+                    lane = builder.insert_element(nothing, scalar, ir.Constant(_I32, 0))
+                    spread = builder.shuffle_vector(lane, nothing, first)
+                    product = builder.call(fma, [spread, b_vector, builder.load(total)])
+                    builder.store(product, total)
+        for target, total in zip(targets, sums, strict=True):
+            builder.store(builder.load(total), target, align=4)
+        if not adds:
+            highest = vector_at(pointer(11), constant(0))
+            for total in sums:
+                x, y = builder.load(total), builder.load(highest, align=4)
+                larger = builder.select(builder.fcmp_ordered(">", x, y), x, y)
+                builder.store(larger, highest, align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+# --- number formats -------------------------------------------------------------------------------
+
+
+@in_llvm
+def _float_of_bits(typing, bits):
+    """int32 -> the float32 with these bits."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _F32)
+
+    return types.float32(types.int32), generate
+
+
+@in_llvm
+def _bits_of_float(typing, value):
+    """float32 -> its bits, int32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _I32)
+
+    return types.int32(types.float32), generate
+
+
+@in_llvm
+def _widen(typing, value):
+    """float32, or the bits of a bfloat16 (int16) or of a float16 (uint16) -> float32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        if sig.args[0] == types.float32:
+            return args[0]
+        if sig.args[0] == types.uint16:
+            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _F32)
+        high = builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16))
+        return builder.bitcast(high, _F32)
+
+    return types.float32(value), generate
+
+
+@in_llvm
+def _narrow(typing, value, like):
+    """float32 -> the type of ``like``, as in :func:`_widen`, rounded to nearest even."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        x = args[0]
+        if sig.args[1] == types.float32:
+            return x
+        i16 = ir.IntType(16)
+        if sig.args[1] == types.uint16:
+            return builder.bitcast(builder.fptrunc(x, ir.HalfType()), i16)
+        bits = builder.bitcast(x, _I32)
+        sixteen = ir.Constant(_I32, 16)
+        odd = builder.and_(builder.lshr(bits, sixteen), ir.Constant(_I32, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(_I32, 0x7FFF)))
+        top = builder.trunc(builder.lshr(rounded, sixteen), i16)
+        # Rounding could carry a NaN into the sign bit.
+        return builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(i16, 0x7FC0), top)
+
+    return like(types.float32, like), generate
+
+
+@compiled
+def _exp2(x: np.float32) -> np.float32:
+    """``2^x`` for x <= 0, float32, relative error 2e-7; 0 below -126.5, NaN for NaN.
+
+    ``x = n + f`` with n the nearest integer: adding 1.5 * 2^23 leaves n in the low bits of the
+    mantissa (with the exponent bias 127 already added), the polynomial is 2^f on [-1/2, 1/2]
+    (Cephes, ``exp2f``).
+    """
+    magic = np.float32(12582912 + 127)
+    x = np.float32(-127) if x < np.float32(-127) else x
+    shifted = x + magic
+    f = x - (shifted - magic)
+    y = np.float32(1.535336188319500e-4)
+    y = y * f + np.float32(1.339887440266574e-3)
+    y = y * f + np.float32(9.618437357674640e-3)
+    y = y * f + np.float32(5.550332471162809e-2)
+    y = y * f + np.float32(2.402264791363012e-1)
+    y = y * f + np.float32(6.931472028550421e-1)
+    y = y * f + ONE
+    return y * _float_of_bits(np.int32(_bits_of_float(shifted) << 23))
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+
+@compiled
+def _pack_queries(q: Raw, tile: int, factor: np.float32, packed: Floats) -> None:
+    """Rows of one tile of ``q [Lq, D]``, times ``factor`` -> ``packed [T/W, D, W]``."""
+    lq, d = q.shape
+    for g in range(GROUPS):
+        for w in range(LANES):
+            row = tile * TILE + g * LANES + w
+            if row < lq:
+                for j in range(d):
+                    packed[g, j, w] = _widen(q[row, j]) * factor
+            else:
+                for j in range(d):
+                    packed[g, j, w] = ZERO
+
+
+@compiled
+def pack(k: Raw, v: Raw, start: int, stop: int, keys: Floats, values: Floats) -> None:
+    """Tiles ``[start, stop)`` of ``k, v [Lk, D]`` -> ``keys [Tk, T, D]``,
+    ``values [Tk, Dp/W, T, W]``.
+    """
+    lk, d = k.shape
+    groups = values.shape[1]
+    for tile in range(start, stop):
+        for r in range(TILE):
+            row = tile * TILE + r
+            for j in range(d):
+                keys[tile, r, j] = _widen(k[min(row, lk - 1), j])
+            if row < lk:
+                for g in range(groups):
+                    for w in range(LANES):
+                        j = g * LANES + w
+                        values[tile, g, r, w] = _widen(v[row, j]) if j < d else ZERO
+            else:
+                values[tile, :, r, :] = ZERO
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+@compiled
+def _scores(keys: Floats, tile: int, queries: Floats, s: Floats, peak: Floats) -> None:
+    """``s [T keys, T rows] = K_tile q^T`` in log2 units (the factor is in the queries); its maxima
+    over the keys -> ``peak [T rows]``, in which a NaN counts as nothing.
+    """
+    d = keys.shape[2]
+    peak[:] = MINUS_INF
+    for g in range(GROUPS):
+        q_at, s_at = g * d * LANES, g * LANES
+        top = peak[g * LANES : (g + 1) * LANES]
+        for r in range(0, BLOCK_END, BLOCK):
+            k_at = (tile * TILE + r) * d
+            _multiply(s, r * TILE + s_at, TILE, keys, k_at, d, 1, queries, q_at, d, BLOCK, top)
+        r = BLOCK_END
+        k_at = (tile * TILE + r) * d
+        _multiply(s, r * TILE + s_at, TILE, keys, k_at, d, 1, queries, q_at, d, BLOCK_REST, top)
+
+
+@compiled
+def _add_values(s: Floats, values: Floats, tile: int, o: Floats) -> None:
+    """``o [T rows, Dp] += P^T V_tile`` with the probabilities in ``s [T keys, T rows]``."""
+    groups = values.shape[1]
+    dp = groups * LANES
+    for g in range(groups):
+        v_at = (tile * groups + g) * TILE * LANES
+        c_at = g * LANES
+        for r in range(0, BLOCK_END, BLOCK):
+            _multiply(o, r * dp + c_at, dp, s, r, 1, TILE, values, v_at, TILE, BLOCK, None)
+        r = BLOCK_END
+        _multiply(o, r * dp + c_at, dp, s, r, 1, TILE, values, v_at, TILE, BLOCK_REST, None)
+
+
+@compiled
+def _softmax(
+    s: Floats, n: int, m: Floats, total: Floats, alpha: Floats, peak: Floats, part: Floats
+) -> bool:
+    """One step of the online softmax over the first ``n`` keys of ``s [T keys, T rows]``.
+
+    ``s`` becomes ``2^(s - m)``, zero behind ``n``. All others are ``[T rows]``: ``m`` and ``total``
+    are the running maximum and sum, ``alpha`` the factor for what was summed before, ``peak`` (only
+    read) and ``part`` this tile's maximum and its sum relative to the new ``m``. Returns whether
+    any alpha differs from 1.
+    """
+    moved = False
+    for r in range(TILE):
+        top = peak[r] if peak[r] > m[r] else m[r]
+        alpha[r] = _exp2(m[r] - top)
+        m[r] = top
+        part[r] = ZERO
+        moved |= alpha[r] != ONE
+    for key in range(n):
+        for r in range(TILE):
+            p = _exp2(s[key, r] - m[r])
+            s[key, r] = p
+            part[r] += p
+    for key in range(n, TILE):
+        for r in range(TILE):
+            s[key, r] = ZERO
+    for r in range(TILE):
+        total[r] = total[r] * alpha[r] + part[r]
+    return moved
+
+
+@compiled
+def _write_scores(
+    index: Ints,
+    count: int,
+    rows: int,
+    criterion: int,
+    m: Floats,
+    total: Floats,
+    peak: Floats,
+    top: Floats,
+    part: Floats,
+    score: Floats,
+) -> None:
+    """The visited tiles' scores against the rows' final ``m``, ``total`` -> ``score [Tk]``.
+
+    ``peak, top, part [count, T]``: per visit and row the tile's maximum, the running maximum and
+    the tile's sum relative to it.
+    """
+    for visit in range(count):
+        worst = MINUS_INF
+        for r in range(rows):
+            if criterion == GAP:
+                x = peak[visit, r] - m[r]
+            else:
+                x = part[visit, r] * _exp2(top[visit, r] - m[r]) / total[r]
+            if x > worst or x != x:
+                worst = x
+        if criterion == MASS:
+            worst = np.float32(math.log2(worst)) if worst > ZERO else LOWEST + worst
+            worst = LOWEST if worst < LOWEST else worst
+        score[index[visit]] = ZERO if worst > ZERO else worst
+
+
+@compiled
+def _write_rows(
+    o: Floats, m: Floats, total: Floats, count: int, tile: int, out: Raw, lse: Floats
+) -> None:
+    """``o [T, Dp] / total`` -> rows of ``out [Lq, D]``; natural log of the sum -> ``lse [Lq]``."""
+    lq, d = out.shape
+    for r in range(min(TILE, lq - tile * TILE)):
+        row = tile * TILE + r
+        inverse = ONE / total[r] if count > 0 else ZERO
+        for j in range(d):
+            out[row, j] = _narrow(o[r, j] * inverse, out[row, j])
+        lse[row] = LN2 * (m[r] + math.log2(total[r])) if count > 0 else MINUS_INF
+
+
+@compiled
+def attend(
+    q: Raw,
+    keys: Floats,
+    values: Floats,
+    counts: Ints,
+    index: Ints,
+    start: int,
+    stop: int,
+    lk: int,
+    factor: float,
+    criterion: int,
+    out: Raw,
+    lse: Floats,
+    score: Floats,
+    work: tuple[Floats, Floats, Floats, Floats, Floats],
+) -> None:
+    """Query tiles ``[start, stop)`` of one head.
+
+    ``factor`` is scale * log2(e). ``q, out [Lq, D]``, ``lse [Lq]``; ``keys, values`` from
+    :func:`pack`; ``counts [Tq]``, ``index [Tq or 1, Tk]``, ``score [Tq or 0, Tk]``. ``work`` =
+    queries ``[T/W, D, W]``, s ``[T, T]``, o ``[T, Dp]``, state ``[3, T]``, visits
+    ``[3, Tk or 1, T]``.
+    """
+    queries, s, o, state, visits = work
+    m, total, alpha = state[0], state[1], state[2]
+    tk = keys.shape[0]
+    for tile in range(start, stop):
+        _pack_queries(q, tile, np.float32(factor), queries)
+        m[:] = MINUS_INF
+        total[:] = ZERO
+        o[:] = ZERO
+        count = counts[tile]
+        row = index[tile if index.shape[0] > 1 else 0]
+        if count > tk:
+            raise IndexError("a row of the tile lists names more tiles than there are")
+        for visit in range(count):
+            j = row[visit]
+            if j < 0 or j >= tk:
+                raise IndexError("the tile lists name a key tile that does not exist")
+            slot = visit if criterion else 0
+            peak, top, part = visits[0, slot], visits[1, slot], visits[2, slot]
+            _scores(keys, j, queries, s, peak)
+            moved = _softmax(s, min(TILE, lk - j * TILE), m, total, alpha, peak, part)
+            top[:] = m
+            if moved:
+                for r in range(TILE):
+                    for d in range(o.shape[1]):
+                        o[r, d] *= alpha[r]
+            _add_values(s, values, j, o)
+        _write_rows(o, m, total, count, tile, out, lse)
+        if criterion:
+            rows = min(TILE, q.shape[0] - tile * TILE)
+            peak, top, part = visits[0], visits[1], visits[2]
+            _write_scores(row, count, rows, criterion, m, total, peak, top, part, score[tile])
