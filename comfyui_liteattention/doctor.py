@@ -1,0 +1,82 @@
+"""What is on this machine, which kernel will be used, and why not another."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .backends import Backend, backend_for
+
+PACKAGES = ("torch", "numba", "triton", "diffusers", "flash-attn", "sageattention")
+
+
+def examine() -> dict[str, Any]:
+    """Plain data about the machine and the backend of every device."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "comfyui": _comfyui_version(),
+        "devices": [_examine_device(device) for device in _devices()],
+    }
+
+
+def render(findings: dict[str, Any]) -> str:
+    """The findings as text for people."""
+    packages = {"comfyui": findings["comfyui"], **findings["packages"]}
+    lines = [f"Python {findings['python']} on {findings['system']}"]
+    lines += [f"  {name:<14} {version or 'not found'}" for name, version in packages.items()]
+    for device in findings["devices"]:
+        lines += ["", f"{device['device']}: {device['name']}"]
+        if device["backend"]:
+            lines.append(f"  LiteAttention will be active: {device['backend']} backend, ")
+            lines[-1] += "self-test passed"
+        else:
+            lines.append(
+                f"  LiteAttention stays inactive, attention runs as before: {device['reason']}"
+            )
+    return "\n".join(lines)
+
+
+def _examine_device(device: torch.device) -> dict[str, Any]:
+    found: Backend | str = backend_for(device)
+    active = not isinstance(found, str)
+    return {
+        "device": str(device),
+        "name": _device_name(device),
+        "backend": found.name if not isinstance(found, str) else None,
+        "self_test": "passed" if active else None,
+        "reason": None if active else found,
+    }
+
+
+def _devices() -> list[torch.device]:
+    cards = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [*cards, torch.device("cpu")]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}), CUDA {torch.version.cuda}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _comfyui_version() -> str | None:
+    """The version of the ComfyUI whose ``custom_nodes`` hold this package, if any."""
+    for folder in Path(__file__).absolute().parents:
+        version = folder / "comfyui_version.py"
+        if version.is_file():
+            return version.read_text().rpartition("=")[2].strip().strip('"')
+    return None

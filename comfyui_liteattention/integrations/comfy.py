@@ -1,0 +1,210 @@
+"""ComfyUI: give every sampling run of a model its own :class:`~..run.Run`.
+
+The node only adds one OUTER_SAMPLE wrapper to a clone of the model. When a run starts, the wrapper
+installs an attention override into the options of that run, around whatever override is there by
+then, so that it does not matter in which order nodes were applied; when the run ends, however it
+ends, nothing remains but a report.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ..backends import Backend, backend_for
+from ..eligibility import dense_reason
+from ..report import RunReport, status_line
+from ..run import Run
+from ..schedule import Progress
+from ..settings import Settings, describe
+from .models import recognise
+
+log = logging.getLogger(__name__)
+
+KEY = "liteattention"
+OVERRIDE = "optimized_attention_override"
+WrappersMP = comfy.patcher_extension.WrappersMP
+
+
+class Patch:
+    """What the patch node attaches to a model: the settings, and the report of the last run."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.last_report: RunReport | None = None
+
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """OUTER_SAMPLE wrapper: one run, from its first to its last model call."""
+        guider = executor.class_obj
+        sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
+        backend = _backend(guider.model_patcher)
+        if isinstance(backend, str) or not self.settings.skips:
+            reason = backend if isinstance(backend, str) else "the threshold is at its safest"
+            log.info("LiteAttention inactive: %s", reason)
+            self.last_report = _inactive(self.settings, reason, len(sigmas) - 1)
+            return executor(*args, **kwargs)
+        run = Run(self.settings, backend, sigmas.tolist())
+        _install(guider.model_options.setdefault("transformer_options", {}), run)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            self.last_report = run.finish()
+            log.info(status_line(self.last_report))
+
+
+def apply_patch(model: Any, settings: Settings) -> Any:
+    """A clone of a MODEL that runs with LiteAttention; an earlier patch is replaced."""
+    model = remove_patch(model)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, Patch(settings).outer_sample)
+    return model
+
+
+def remove_patch(model: Any) -> Any:
+    """A clone of the model without LiteAttention."""
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    return model
+
+
+def patch_of(model: Any) -> Patch | None:
+    """The patch that a MODEL carries, or None. Clones of a patched model share it."""
+    wrappers = model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
+    return wrappers[0].__self__ if wrappers else None
+
+
+class Forward:
+    """One call of the diffusion model: which step, which streams, how many layers so far.
+
+    It travels in that call's ``transformer_options``, so threads can't mix it up.
+    """
+
+    def __init__(self, progress: Progress, streams: Sequence[Any], video: bool) -> None:
+        self.progress = progress
+        self.streams = streams
+        self.video = video
+        self._calls: Counter[str] = Counter()
+
+    def next_layer(self, options: dict[str, Any]) -> str:
+        """Name of the layer that attends now: the model's own index, and the order of calls.
+
+        The order tells apart layers without an index, and several attentions of one block.
+        """
+        index = options.get("block_index")
+        block = "" if index is None else f"{options.get('block_type', 'block')}-{index}."
+        number = self._calls[block]
+        self._calls[block] += 1
+        return f"{block}{number}"
+
+
+def _install(options: dict[str, Any], run: Run) -> None:
+    """Put the hooks of one run into the transformer options of that run."""
+    options[OVERRIDE] = _make_override(run, options.get(OVERRIDE))
+    comfy.patcher_extension.add_wrapper_with_key(
+        WrappersMP.APPLY_MODEL, KEY, _make_apply_model(run), options
+    )
+
+
+def _make_apply_model(run: Run) -> Callable[..., Any]:
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
+        x = args[0]
+        progress = run.locate(float(options["sigmas"][0]))
+        video = recognise(executor.class_obj.diffusion_model) is not None
+        options[KEY] = Forward(progress, _streams(options, x.device), video)
+        started = time.perf_counter()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            run.time_step(progress.step, time.perf_counter() - started)
+            options.pop(KEY, None)
+
+    return apply_model
+
+
+def _make_override(run: Run, previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    """The attention override: what LiteAttention declines goes to whoever was there before."""
+
+    def override(
+        func: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = kwargs.get("transformer_options") or {}
+        out = None
+        if skip_reshape:
+            split = (q, k, v)
+        else:
+            split = tuple(t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        reason = _ineligible(options, mask, kwargs) or dense_reason(
+            *split, len(options[KEY].streams), run.settings, run.backend
+        )
+        if reason is None:
+            forward = options[KEY]
+            scale = kwargs.get("scale") or split[0].shape[-1] ** -0.5
+            layer = forward.next_layer(options)
+            out = run.attend(layer, forward.streams, forward.progress, *split, scale)
+        elif run.decline(reason):
+            log.debug("LiteAttention: dense: %s", reason)
+        if out is not None:
+            return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+        passed = dict(
+            kwargs,
+            mask=mask,
+            attn_precision=attn_precision,
+            skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape,
+        )
+        if previous is not None:
+            return previous(func, q, k, v, heads, **passed)
+        return func(q, k, v, heads, **passed)
+
+    return override
+
+
+def _ineligible(options: dict[str, Any], mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
+    """Why ComfyUI's own arguments rule this call out, or None."""
+    forward = options.get(KEY)
+    if forward is None:
+        return "the call came from outside the diffusion model"
+    if mask is not None:
+        return "a mask (regional prompt or padding)"
+    if kwargs.get("enable_gqa"):
+        return "grouped or uneven heads (q, k and v have different shapes)"
+    if kwargs.get("low_precision_attention") is False:
+        return "the model asks for exact attention here"
+    if not forward.video:
+        return "this model is not supported yet"
+    return None
+
+
+def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:
+    """The report of a run that never asked LiteAttention."""
+    return RunReport(describe(settings), "none", steps, 0.0, {}, (), {reason: 1}, ())
+
+
+def _streams(options: dict[str, Any], device: torch.device) -> list[tuple[Any, ...]]:
+    """One key per batch part: conditioning, context window, device."""
+    window = options.get("context_window")
+    place = (str(device), tuple(window.index_list) if window is not None else None)
+    kinds = options.get("cond_or_uncond") or [0]
+    uuids = options.get("uuids") or range(len(kinds))
+    return [(kind, uuid, *place) for kind, uuid in zip(kinds, uuids, strict=True)]
+
+
+def _backend(model_patcher: Any) -> Backend | str:
+    return backend_for(torch.device(model_patcher.load_device))

@@ -1,0 +1,14 @@
+"""The ComfyUI nodes, one file each."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .patch import LiteAttentionPatch
+from .report import LiteAttentionReport
+from .threshold import LiteAttentionThreshold
+
+
+class LiteAttentionExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LiteAttentionPatch, LiteAttentionThreshold, LiteAttentionReport]

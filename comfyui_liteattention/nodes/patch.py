@@ -1,0 +1,52 @@
+"""LiteAttentionPatch: MODEL in, faster MODEL out."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..integrations.comfy import apply_patch
+from ..presets import DEFAULT, PRESETS
+from ..settings import Settings
+from .schema import CATEGORY, Control, schema
+
+
+class LiteAttentionPatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LiteAttentionPatch",
+            display_name="LiteAttention",
+            category=CATEGORY,
+            description=(
+                "Makes video sampling faster: attention tiles that did not matter at one step are "
+                "skipped at the next ones. Anything it does not understand runs as before."
+            ),
+            search_aliases=["faster video", "sparse attention", "speed up video", "skip attention"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The video model. Put this node last before the sampler; "
+                    "LoRAs, SageAttention and others may come before it.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=DEFAULT,
+                    tooltip="How much may be lost. Safe: closest to the original. Balanced: start "
+                    "here. Fast: most skipped. Ignored when a control is connected.",
+                ),
+                Control.Input(
+                    "control",
+                    optional=True,
+                    tooltip="Optional: your own settings, from a LiteAttention Threshold node. "
+                    "Replaces the preset.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with LiteAttention.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, preset: str, control: Settings | None = None
+    ) -> io.NodeOutput:
+        return io.NodeOutput(apply_patch(model, control or PRESETS[preset]))

@@ -1,0 +1,127 @@
+"""How different versions of ComfyUI call an attention override, written down as doubles.
+
+0.3.64 and 0.3.75 pass tensors; 0.33 holds them in single-owner containers and takes them out before
+an override is called; 0.38 adds a per-layer ``preferred_attention`` that is popped before it. Each
+double does what that version's ``wrap_attn`` does around a call, and no more.
+"""
+
+import pytest
+import torch
+
+HEADS, SIZE = 2, 64
+
+
+class Container:
+    """0.33: a tensor with one owner; ``take`` empties it."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def take(self):
+        tensor, self.tensor = self.tensor, None
+        return tensor
+
+
+def call_plain(override, func, q, k, v, **kwargs):
+    return override(func, q, k, v, heads=HEADS, _inside_attn_wrapper=True, **kwargs)
+
+
+def call_positional(override, func, q, k, v, **kwargs):
+    return override(func, q, k, v, HEADS, None, _inside_attn_wrapper=True, **kwargs)
+
+
+def call_containers(override, func, q, k, v, **kwargs):
+    assert not hasattr(override, "container_function"), "it would be called without func"
+    q, k, v = (Container(t).take() for t in (q, k, v))
+    return call_plain(override, func, q, k, v, low_precision_attention=True, **kwargs)
+
+
+def call_preferred(override, func, q, k, v, preferred_attention=None, **kwargs):
+    return call_containers(override, func, q, k, v, enable_gqa=False, **kwargs)
+
+
+VERSIONS = [call_plain, call_positional, call_containers, call_preferred]
+
+
+@pytest.fixture
+def setup(comfy):
+    from comfyui_liteattention.backends import backend_for
+    from comfyui_liteattention.integrations.comfy import KEY, Forward, _make_override
+    from comfyui_liteattention.run import Run
+    from comfyui_liteattention.settings import Settings
+
+    run = Run(Settings(min_tokens=0), backend_for(torch.device("cpu")), [1.0, 0.5, 0.0])
+
+    def options(**extra):
+        return {KEY: Forward(run.locate(1.0), ["cond"], True), **extra}
+
+    return run, _make_override(run, None), options
+
+
+def never(*args, **kwargs):
+    raise AssertionError("this call should not have been declined")
+
+
+def expected(q, k, v):
+    split = [t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v)]
+    return torch.nn.functional.scaled_dot_product_attention(*split)
+
+
+@pytest.mark.parametrize("call", VERSIONS)
+def test_every_version_is_understood(setup, call):
+    run, override, options = setup
+    q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
+    out = call(override, never, q, k, v, transformer_options=options())
+    torch.testing.assert_close(out, expected(q, k, v).transpose(1, 2).flatten(2))
+    assert len(run.finish().calls) == 1
+
+
+@pytest.mark.parametrize("call", VERSIONS)
+@pytest.mark.parametrize("skip_output", [False, True])
+def test_heads_may_be_split_already(setup, call, skip_output):
+    _, override, options = setup
+    q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
+    split = [t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v)]
+    flags = {"skip_reshape": True, "skip_output_reshape": skip_output}
+    out = call(override, never, *split, transformer_options=options(), **flags)
+    want = expected(q, k, v)
+    torch.testing.assert_close(out, want if skip_output else want.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"low_precision_attention": False}, "exact attention"),
+        ({"enable_gqa": True}, "uneven heads"),
+        ({"mask": torch.ones(1)}, "a mask"),
+    ],
+)
+def test_what_a_model_forbids_is_declined_untouched(setup, flags, reason):
+    run, override, options = setup
+    q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
+    got = {}
+
+    def func(*args, **kwargs):
+        got.update(kwargs)
+        return "dense"
+
+    assert call_plain(override, func, q, k, v, transformer_options=options(), **flags) == "dense"
+    assert all(got[name] is value for name, value in flags.items())
+    assert any(reason in r for r in run.finish().reasons)
+
+
+def test_the_models_own_layer_index_is_used(setup):
+    run, override, options = setup
+    q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
+    forward = options(block_index=7, block_type="double")
+    for _ in range(2):  # a block with two self-attentions
+        call_plain(override, never, q, k, v, transformer_options=forward)
+    assert [c.layer for c in run.finish().calls] == ["double-7.0", "double-7.1"]
+
+
+def test_a_call_from_outside_a_run_goes_through(setup):
+    run, override, _ = setup
+    q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
+    assert call_plain(override, lambda *a, **k: "dense", q, k, v) == "dense"
+    assert call_plain(override, lambda *a, **k: "dense", q, k, v, transformer_options={}) == "dense"
+    assert not run.finish().calls

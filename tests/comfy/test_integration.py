@@ -1,0 +1,225 @@
+"""The patch inside ComfyUI's own sampling code, in this process."""
+
+import pytest
+import torch
+
+from comfyui_liteattention.settings import Settings
+from demo.comfy_server import REPOSITORY, WEIGHTS
+from demo.model import TEXT_TABLE
+from demo.text import embed_prompts, load_table
+
+SETTINGS = Settings(threshold=-1.0, min_tokens=0)
+OVERRIDE = "optimized_attention_override"
+
+
+@pytest.fixture(scope="module")
+def plain(comfy):
+    """The shipped model as the loader node gives it."""
+    return comfy.sd.load_diffusion_model(str(REPOSITORY / "demo" / "weights" / WEIGHTS))
+
+
+@pytest.fixture
+def patched(plain):
+    from comfyui_liteattention.integrations.comfy import apply_patch
+
+    return apply_patch(plain, SETTINGS)
+
+
+@pytest.fixture
+def generate(comfy):
+    """Sample a small video of 640 tokens."""
+    table = load_table(TEXT_TABLE)
+    positive = [[embed_prompts(["red circle moving right"], table), {}]]
+    negative = [[embed_prompts([""], table), {}]]
+
+    def sample(model, steps=4, sampler="euler", seed=3, latent=None, **options):
+        latent = torch.zeros(1, 16, 10, 16, 16) if latent is None else latent
+        noise = comfy.sample.prepare_noise(latent, seed)
+        with torch.inference_mode():
+            return comfy.sample.sample(
+                model, noise, steps, 3.0, sampler, "simple", positive, negative, latent, **options
+            )
+
+    return sample
+
+
+def report(model):
+    from comfyui_liteattention.integrations.comfy import patch_of
+
+    return patch_of(model).last_report
+
+
+def streams_of(run_report):
+    return {call.stream for call in run_report.calls}
+
+
+@pytest.fixture
+def separate(plain, monkeypatch):
+    """Make ComfyUI believe that memory is too low for cond and uncond in one batch."""
+
+    def only(decide):
+        monkeypatch.setattr(
+            plain.model, "memory_required", lambda shape, **_: 1e15 if decide(shape) else 0
+        )
+
+    return only
+
+
+def assert_agree(a, b, report_a, report_b):
+    """Matrix products of another batch size round differently, so the bits of the model differ
+    even when dense; the result and the tiles must agree."""
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+    counts = [sorted((c.step, c.layer, c.computed) for c in r.calls) for r in (report_a, report_b)]
+    for x, y in zip(*counts, strict=True):
+        assert x[:2] == y[:2]
+        assert abs(x[2] - y[2]) <= 4
+
+
+def test_batched_and_separate_cfg_agree(patched, generate, separate):
+    together, report_together = generate(patched), report(patched)
+    separate(lambda shape: shape[0] > 1)
+    apart = generate(patched)
+    assert_agree(together, apart, report_together, report(patched))
+    assert len(streams_of(report(patched))) == 2
+
+
+def test_batching_may_change_in_the_middle_of_a_run(patched, generate, separate):
+    together, report_together = generate(patched), report(patched)
+    calls = []
+
+    def every_third(shape):
+        calls.append(shape)
+        return shape[0] > 1 and len(calls) % 3 == 0
+
+    separate(every_third)
+    changing = generate(patched)
+    assert_agree(together, changing, report_together, report(patched))
+
+
+def test_a_batch_of_two_videos(patched, generate):
+    generate(patched, latent=torch.zeros(2, 16, 10, 16, 16))
+    assert report(patched).active
+    assert len(streams_of(report(patched))) == 2
+
+
+def test_layers_and_steps_are_told_apart(patched, generate):
+    generate(patched)
+    calls = report(patched).calls
+    assert len(calls) == 4 * 4 * 2  # steps x layers x streams
+    assert {c.step for c in calls} == {0, 1, 2, 3}
+    assert len({c.layer for c in calls}) == 4
+
+
+def test_split_sampling_is_two_runs(patched, generate):
+    half = generate(patched, start_step=0, last_step=2, force_full_denoise=False)
+    first = report(patched)
+    generate(patched, start_step=2, last_step=4, latent=half, disable_noise=True)
+    second = report(patched)
+    assert first is not second
+    for run in (first, second):
+        dense = [c for c in run.calls if c.step == 0]
+        assert dense
+        assert all(c.computed == c.total for c in dense)
+
+
+def test_applying_twice_is_applying_once(plain, patched, generate):
+    from comfyui_liteattention.integrations.comfy import apply_patch
+
+    twice = apply_patch(patched, SETTINGS)
+    assert torch.equal(generate(patched), generate(twice))
+    assert len(twice.wrappers["outer_sample"]["liteattention"]) == 1
+
+
+def test_removing_leaves_the_model_as_it_was(plain, patched, generate):
+    from comfyui_liteattention.integrations.comfy import remove_patch
+
+    before = generate(plain)
+    generate(patched)
+    bare = remove_patch(patched)
+    assert bare.model_options == plain.model_options
+    assert not any(bare.wrappers.get("outer_sample", {}).values())
+    assert torch.equal(generate(bare), before)
+    assert torch.equal(generate(plain), before)
+
+
+def test_a_run_leaves_nothing_in_the_model(plain, patched, generate):
+    options = str(patched.model_options["transformer_options"])
+    generate(patched)
+    assert str(patched.model_options["transformer_options"]) == options
+    assert OVERRIDE not in plain.model_options["transformer_options"]
+
+
+@pytest.mark.parametrize("chains", [True, False])
+def test_a_node_applied_afterwards_gets_what_we_decline(plain, patched, generate, chains):
+    """Also when it overwrites the override slot without chaining, as some packs do."""
+    seen = []
+
+    def other(func, q, k, *args, **kwargs):
+        seen.append(q.shape[1] == k.shape[1])
+        return func(q, k, *args, **kwargs)
+
+    after = patched.clone()
+    slot = after.model_options["transformer_options"]
+    previous = slot.get(OVERRIDE)
+    slot[OVERRIDE] = other if not (chains and previous) else previous
+    alone = generate(patched)
+    assert torch.equal(generate(after), alone)
+    assert report(after).active
+    assert seen
+    assert not any(seen)  # cross-attention only
+
+
+def test_a_cancelled_run_leaves_no_state(comfy, patched, generate):
+    whole = generate(patched)
+
+    def cancel(step, *_):
+        if step == 1:
+            raise comfy.model_management.InterruptProcessingException
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        generate(patched, callback=cancel)
+    assert {c.step for c in report(patched).calls} == {0, 1}
+    assert torch.equal(generate(patched), whole)
+
+
+def test_two_patched_models_do_not_disturb_each_other(plain, patched, generate):
+    from comfyui_liteattention.integrations.comfy import apply_patch
+
+    other = apply_patch(plain, Settings(threshold=-6.0, min_tokens=0))
+    alone = generate(patched)
+    generate(other, seed=8)
+    assert torch.equal(generate(patched), alone)
+    assert report(other).computed_fraction > report(patched).computed_fraction
+
+
+def test_context_windows_have_streams_of_their_own(comfy, patched, generate):
+    windows = patched.clone()
+    windows.model_options["context_handler"] = comfy.context_windows.IndexListContextHandler(
+        context_schedule=comfy.context_windows.get_matching_context_schedule("standard_static"),
+        fuse_method=comfy.context_windows.get_matching_fuse_method("pyramid"),
+        context_length=6,
+        context_overlap=2,
+        dim=2,
+    )
+    comfy.context_windows.create_prepare_sampling_wrapper(windows)
+    generate(windows)
+    assert len(streams_of(report(windows))) > 2
+
+
+def test_a_mask_goes_to_the_users_own_attention(comfy):
+    from comfyui_liteattention.backends import backend_for
+    from comfyui_liteattention.integrations.comfy import KEY, Forward, _make_override
+    from comfyui_liteattention.run import Run
+
+    run = Run(SETTINGS, backend_for(torch.device("cpu")), [1.0, 0.5, 0.0])
+    override = _make_override(run, None)
+    q = torch.randn(1, 128, 64)
+    options = {KEY: Forward(run.locate(1.0), ["c"], True)}
+
+    def func(*args, **kwargs):
+        assert kwargs["mask"] is not None
+        return "untouched"
+
+    got = override(func, q, q, q, 2, mask=torch.ones(128, 128), transformer_options=options)
+    assert got == "untouched"
+    assert list(run.finish().reasons) == ["a mask (regional prompt or padding)"]

@@ -1,0 +1,171 @@
+"""Our nodes in a running ComfyUI, over HTTP."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from comfyui_liteattention.settings import SAFEST
+from demo.comfy_server import PromptRefusedError
+from demo.compare import PATCH, REPORT, SAMPLER, VIDEO, psnr, read_video
+from demo.workflow import find, without
+
+NODES = ("LiteAttentionPatch", "LiteAttentionThreshold", "LiteAttentionReport")
+
+
+def small(workflow, seed=1, steps=4, prompt="red circle moving right", **control):
+    """The workflow at 1024 tokens, with a threshold node, that saves its latent exactly."""
+    graph = json.loads(json.dumps(workflow))
+    sampler = find(graph, SAMPLER)
+    graph[sampler]["inputs"].update(seed=seed, steps=steps)
+    graph[find(graph, "LiteAttentionDemoLatent")]["inputs"].update(width=32, height=32)
+    graph[graph[sampler]["inputs"]["positive"][0]]["inputs"]["prompt"] = prompt
+    settings = {
+        "threshold": -1.0,
+        "criterion": "mass",
+        "ramp": 1.0,
+        "warmup": 0.0,
+        "dense_layers": "",
+        "audit": 64,
+        "min_tokens": 0,
+    }
+    graph["100"] = {"class_type": "LiteAttentionThreshold", "inputs": settings | control}
+    graph[find(graph, PATCH)]["inputs"]["control"] = ["100", 0]
+    graph["101"] = {
+        "class_type": "SaveLatent",
+        "inputs": {"samples": [sampler, 0], "filename_prefix": "test"},
+    }
+    return graph
+
+
+def latent_of(server, graph) -> torch.Tensor:
+    finished = server.run(graph)
+    assert finished.error is None
+    saved = finished.outputs["101"]["latents"][0]
+    return safetensors.torch.load_file(server.output_file(saved))["latent_tensor"]
+
+
+def report_of(server, graph) -> dict:
+    finished = server.run(graph)
+    assert finished.error is None
+    return finished.outputs[find(graph, REPORT)]["report"][0]
+
+
+def dense(graph):
+    """The same graph without any of our nodes in the sampler's way."""
+    plain = without(without(graph, REPORT, "latent"), PATCH, "model")
+    return {i: n for i, n in plain.items() if n["class_type"] not in ("PreviewImage", NODES[1])}
+
+
+def test_the_nodes_are_there_and_every_input_has_a_tooltip(object_info):
+    for name in NODES:
+        node = object_info[name]
+        assert node["category"] == "model/LiteAttention"
+        assert node["description"]
+        inputs = {**node["input"]["required"], **node["input"].get("optional", {})}
+        for declared in inputs.values():
+            assert len(declared[1]["tooltip"]) > 20
+        assert all(node["output_tooltips"])
+
+
+def test_the_shipped_workflow_runs_and_is_close_to_dense(server, workflow):
+    workflow[find(workflow, SAMPLER)]["inputs"]["steps"] = 5
+    lite = server.run(workflow)
+    plain = dense(workflow)
+    reference = server.run(plain)
+    assert lite.error is reference.error is None
+    report = lite.outputs[find(workflow, REPORT)]["report"][0]
+    assert report["tokens"] == 4096
+    assert report["backend"] == "cpu"
+    assert report["computed_fraction"] < 0.95
+    assert 0 < report["lost_mass_mean"] < 0.05
+    video = find(workflow, VIDEO)
+    frames = [
+        read_video(server.output_file(run.outputs[video]["images"][0])) for run in (lite, reference)
+    ]
+    assert 35 <= psnr(*frames) < 100
+
+
+def test_the_safest_threshold_is_exactly_the_model_without_the_node(server, workflow):
+    graph = small(workflow, threshold=SAFEST)
+    assert torch.equal(latent_of(server, graph), latent_of(server, dense(graph)))
+    assert "safest" in report_of(server, small(workflow, threshold=SAFEST, seed=2))["status"]
+
+
+def test_all_tiles_live_is_exactly_dense_of_the_same_backend(server, workflow):
+    live = latent_of(server, small(workflow, threshold=-39.5, criterion="gap", audit=8))
+    assert torch.equal(live, latent_of(server, small(workflow, warmup=1.0)))
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_came_before(server, start, workflow):
+    graph = small(workflow)
+    first = latent_of(server, graph)
+    other = latent_of(server, small(workflow, seed=5, prompt="blue square moving up"))
+    again = latent_of(server, graph)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    with start() as fresh:
+        assert torch.equal(first, latent_of(fresh, graph))
+
+
+def test_skipping_changes_something_and_says_so(server, workflow):
+    graph = small(workflow, seed=9)
+    assert not torch.equal(latent_of(server, graph), latent_of(server, dense(graph)))
+    report = report_of(server, small(workflow, seed=10))
+    assert report["active"]
+    assert report["computed_fraction"] < 1
+    assert list(report["per_layer"]) == ["0", "1", "2", "3"] or len(report["per_layer"]) == 4
+
+
+def test_dense_layers_are_dense(server, workflow):
+    per_layer = report_of(server, small(workflow, dense_layers="0, 2-3"))["per_layer"]
+    computed = [row["computed_fraction"] for row in per_layer.values()]
+    assert computed[0] == computed[2] == computed[3] == 1
+    assert computed[1] < 1
+
+
+def test_a_short_sequence_stays_dense_and_says_why(server, workflow):
+    graph = small(workflow, min_tokens=5000)
+    assert torch.equal(latent_of(server, graph), latent_of(server, dense(graph)))
+    report = report_of(server, small(workflow, min_tokens=5000, seed=3))
+    assert not report["active"]
+    assert "short sequence" in report["status"]
+
+
+@pytest.mark.parametrize("samplers", ["heun", "dpm_2", "uni_pc"])
+def test_samplers_with_more_than_one_evaluation_a_step(server, workflow, samplers):
+    graph = small(workflow)
+    graph[find(graph, SAMPLER)]["inputs"]["sampler_name"] = samplers
+    report = report_of(server, graph)
+    assert report["active"]
+    assert [row["step"] for row in report["per_step"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"threshold": 3.0}, "threshold"),
+        ({"threshold": "often"}, "threshold"),
+        ({"dense_layers": "first"}, "0, 1, 38-39"),
+        ({"criterion": "magic"}, "criterion"),
+        ({"warmup": 7.0}, "warmup"),
+    ],
+)
+def test_a_wrong_value_gives_one_clear_message_and_the_queue_goes_on(server, workflow, wrong, says):
+    with pytest.raises(PromptRefusedError) as refused:
+        server.run(small(workflow, **wrong))
+    errors = json.loads(str(refused.value))["node_errors"]
+    assert list(errors) == ["100"]
+    assert len(errors["100"]["errors"]) == 1
+    assert says in json.dumps(errors["100"]["errors"][0])
+    assert server.run(small(workflow, steps=1, seed=77)).error is None
+
+
+def test_the_report_without_a_patch_says_so(server, workflow):
+    graph = small(workflow)
+    report = find(graph, REPORT)
+    patched = graph[report]["inputs"]["model"][0]
+    graph[report]["inputs"]["model"] = graph[patched]["inputs"]["model"]
+    text = server.run(graph).outputs[report]["text"][0]
+    assert "has not been through a LiteAttention node" in text
