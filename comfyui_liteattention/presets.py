@@ -10,3 +10,10 @@ PRESETS: dict[str, Settings] = {
     "Fast": Settings(threshold=-1.0),
 }
 DEFAULT = "Balanced"
+
+
+def preset(name: str) -> Settings:
+    """Settings of a preset; ValueError names the choices."""
+    if name not in PRESETS:
+        raise ValueError(f"LiteAttention: no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]

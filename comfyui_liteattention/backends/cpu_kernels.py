@@ -50,10 +50,13 @@ LOWEST = np.float32(-126)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """``njit`` that releases the GIL and keeps its code on disk where a folder can be written."""
+    """``njit`` that releases the GIL and keeps its code on disk where a folder can be written.
+
+    Only under the name that ``cpu.py`` gives this module: the cache remembers it.
+    """
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        return njit(cache=__name__ == "_liteattention_cpu_kernels", **options)(function)
     except RuntimeError:  # neither the package's nor the user's cache folder can be written
         return njit(**options)(function)
 

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..integrations.comfy import apply_patch
 from ..presets import DEFAULT, PRESETS
+from ..presets import preset as settings_of
 from ..settings import Settings
 from .schema import CATEGORY, Control, schema
 
@@ -49,4 +50,4 @@ class LiteAttentionPatch(io.ComfyNode):
     def execute(
         cls, model: io.Model.Type, preset: str, control: Settings | None = None
     ) -> io.NodeOutput:
-        return io.NodeOutput(apply_patch(model, control or PRESETS[preset]))
+        return io.NodeOutput(apply_patch(model, control or settings_of(preset)))

@@ -148,7 +148,6 @@ def test_samplers_with_more_than_one_evaluation_a_step(server, workflow, sampler
         ({"threshold": 3.0}, "threshold"),
         ({"threshold": "often"}, "threshold"),
         ({"dense_layers": "first"}, "0, 1, 38-39"),
-        ({"criterion": "magic"}, "criterion"),
         ({"warmup": 7.0}, "warmup"),
     ],
 )
@@ -160,6 +159,24 @@ def test_a_wrong_value_gives_one_clear_message_and_the_queue_goes_on(server, wor
     assert len(errors["100"]["errors"]) == 1
     assert says in json.dumps(errors["100"]["errors"][0])
     assert server.run(small(workflow, steps=1, seed=77)).error is None
+
+
+def test_a_choice_that_is_not_there_is_named_with_the_others(server, workflow):
+    """0.3.75 does not check the choices of V3 nodes before it runs them; later versions do."""
+
+    def message(graph):
+        try:
+            return server.run(graph).error
+        except PromptRefusedError as refused:
+            return str(refused)
+
+    criterion = small(workflow, criterion="magic")
+    assert "mass" in message(criterion)
+    preset = small(workflow)
+    del preset[find(preset, PATCH)]["inputs"]["control"]
+    preset[find(preset, PATCH)]["inputs"]["preset"] = "Reckless"
+    assert "Balanced" in message(preset)
+    assert server.run(small(workflow, steps=1, seed=78)).error is None
 
 
 def test_the_report_without_a_patch_says_so(server, workflow):
