@@ -62,7 +62,10 @@ def attend(
     criterion = settings.criterion if threshold > -math.inf else None
 
     live = None if state.live is None else unpack(state.live, tk)
-    lists = None if live is None else make_lists(live)
+    # Scores against a running sum find only what lies behind the peak in visiting order, so every
+    # other call visits the other way round, as upstream does.
+    alternate = backend.running_scores and state.calls % 2 == 1
+    lists = None if live is None else make_lists(live, alternate)
     result = backend.forward(q, k, v, scale, lists, criterion)
 
     lost = None

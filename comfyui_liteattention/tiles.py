@@ -73,12 +73,20 @@ def all_live(b: int, h: int, tq: int, tk: int, device: torch.device | str = "cpu
     return pack(torch.ones(b, h, tq, tk, dtype=torch.bool, device=device))
 
 
-def make_lists(mask: Tensor) -> TileLists:
-    """``mask [B, H, Tq, Tk]`` bool -> lists that visit the live tiles in ascending order."""
+def make_lists(mask: Tensor, alternate: bool = False) -> TileLists:
+    """``mask [B, H, Tq, Tk]`` bool -> lists that visit the live tiles in ascending order.
+
+    With ``alternate`` they are visited in descending order, unless every tile of the map is live:
+    then the lists stay what a dense call does, bit for bit.
+    """
     count = mask.sum(-1, dtype=torch.int32)
-    # A stable sort of "dead" puts the live tiles first and keeps their order.
-    index = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True).to(torch.int32)
-    return TileLists(count, index)
+    rank = mask.cumsum(-1) - 1  # of a live tile among the live ones
+    if alternate:
+        rank = torch.where(mask.all(), rank, count.unsqueeze(-1) - 1 - rank)
+    padding = count.unsqueeze(-1) + (~mask).cumsum(-1) - 1
+    tiles = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
+    index = torch.empty_like(tiles, memory_format=torch.contiguous_format)
+    return TileLists(count, index.scatter_(-1, torch.where(mask, rank, padding), tiles))
 
 
 def tiles_touching(ranges: tuple[tuple[int, int], ...], length: int, rows: int) -> Tensor:

@@ -35,6 +35,14 @@ def test_lists_name_the_live_tiles_in_order(tk, seed):
             assert named == torch.nonzero(mask[0, h, i]).flatten().tolist()
 
 
+def test_alternating_lists_run_backwards_unless_all_is_live():
+    mask = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool).view(1, 1, 2, 4)
+    lists = tiles.make_lists(mask, alternate=True)
+    assert lists.index[0, 0].tolist() == [[3, 2, 0, 1], [3, 2, 1, 0]]
+    every = torch.ones_like(mask)
+    assert torch.equal(tiles.make_lists(every, True).index, tiles.make_lists(every).index)
+
+
 @pytest.mark.parametrize(
     ("ranges", "touched"),
     [

@@ -41,6 +41,9 @@ class Backend(Protocol):
     """One way to compute attention tile by tile."""
 
     name: str
+    #: The score is taken against the maximum and the sum of the tiles visited so far, this one
+    #: included: never below the score defined above, and 0 for the first tile visited.
+    running_scores: bool
 
     def tile_shape(self, head_dim: int) -> TileShape:
         """Tile sides used for this head_dim; the lists passed to ``forward`` must fit them."""

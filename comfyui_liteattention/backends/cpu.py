@@ -39,6 +39,7 @@ class CpuBackend:
     """Tile attention on the CPU through numba. See :class:`~.base.Backend`."""
 
     name = "cpu"
+    running_scores = False
     tile = TileShape(64, 64)
 
     def tile_shape(self, head_dim: int) -> TileShape:

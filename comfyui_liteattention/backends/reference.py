@@ -20,6 +20,7 @@ class ReferenceBackend:
     """Plain PyTorch twin of every kernel. See :class:`~.base.Backend`."""
 
     name = "reference"
+    running_scores = False
 
     def __init__(
         self, tile: TileShape = TileShape(64, 64), dtype: torch.dtype = torch.float64

@@ -1,0 +1,181 @@
+"""Prebuilt kernels on NVIDIA cards: loaded through the driver, launched on torch's stream.
+
+No compiler, no triton, no extension module. A kernel is read from its archive when it is first
+needed, compared with the manifest, tried on a small problem and only then trusted, once per
+process, card, head_dim and dtype. **No GPU has run this yet**; the tests use a stand-in for the
+driver.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import torch
+from torch import Tensor
+
+from ..tiles import TileLists, TileShape
+from . import kernel_call, kernel_selftest
+from .base import Attended, Criterion
+from .cuda_driver import ArgumentBlock, Driver, DriverError, Kernel
+from .cuda_prebuilt import Prebuilt, PrebuiltError
+from .cuda_variants import ENTRY, PARAMETERS, TILE, TRAILING_POINTERS, Variant
+
+
+class Launcher:
+    """Loaded kernels of every card of this process. Safe to use from several threads."""
+
+    def __init__(self, prebuilt: Prebuilt | None = None, driver: Driver | None = None) -> None:
+        self._prebuilt = prebuilt or Prebuilt()
+        self._given_driver = driver
+        types = [type_ for _, type_ in PARAMETERS] + ["*"] * TRAILING_POINTERS
+        self._arguments = ArgumentBlock(types)
+        self._kernels: dict[tuple[int, Variant], Kernel] = {}
+        self._loading = threading.Lock()
+
+    @functools.cached_property
+    def _driver(self) -> Driver:
+        return self._given_driver or Driver()
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why nothing prebuilt runs on this card, or None."""
+        try:
+            capability = _capability(device)
+            if self._prebuilt.archive(capability) is None:
+                return f"no prebuilt kernel for compute capability {capability / 10}"
+            self._driver  # noqa: B018 - opened here, so that a missing driver has a reason
+        except (DriverError, PrebuiltError) as error:
+            return str(error)
+        return None
+
+    def launch(self, call: kernel_call.Call, device: torch.device) -> None:
+        """Launch on the current stream of the card that holds the tensors."""
+        number = _number(device)
+        kernel = self._kernels.get((number, call.variant)) or self._load(number, call.variant)
+        values = [_value(a) for a in call.arguments]
+        pointers = self._arguments.fill(values + [0] * TRAILING_POINTERS)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        self._driver.launch(kernel, call.grid, stream, pointers)
+
+    def _load(self, number: int, variant: Variant) -> Kernel:
+        with self._loading:
+            if (number, variant) not in self._kernels:
+                capability = _capability(torch.device("cuda", number))
+                archive = self._prebuilt.archive(capability)
+                if archive is None:
+                    raise PrebuiltError(f"no prebuilt kernel for capability {capability / 10}")
+                code = self._prebuilt.read(archive, variant)
+                self._kernels[number, variant] = self._driver.load(
+                    number, code.image, ENTRY, code.warps, code.shared
+                )
+            return self._kernels[number, variant]
+
+
+class CudaBackend:
+    """See :class:`~.base.Backend`. One object serves all cards."""
+
+    name = "cuda"
+    running_scores = True
+
+    def __init__(self, launcher: Launcher | None = None) -> None:
+        self._launcher = launcher or _launcher()
+        self._verdicts = kernel_selftest.Verdicts()
+
+    def tile_shape(self, head_dim: int) -> TileShape:
+        return TILE
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend can't work on a device at all, or None."""
+        if device.type != "cuda":
+            return f"tensors on {device.type}, not on an NVIDIA card"
+        if torch.version.hip is not None:
+            return "prebuilt kernels are for NVIDIA cards, this torch is for AMD"
+        return self._launcher.missing(device)
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        if q.device.type != "cuda":
+            return self.unavailable(q.device)
+        return kernel_call.unsupported(q, k, v) or self.untrusted(
+            _number(q.device), q.shape[-1], q.dtype
+        )
+
+    @torch.compiler.assume_constant_result
+    def untrusted(self, number: int, head_dim: int, dtype: torch.dtype) -> str | None:
+        device = torch.device("cuda", number)
+        missing = self.unavailable(device)
+        return missing or self._verdicts.of(self, head_dim, dtype, device)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lists: TileLists | None = None,
+        criterion: Criterion | None = None,
+    ) -> Attended:
+        if torch.compiler.is_compiling():
+            count, index = (lists.count, lists.index) if lists is not None else (None, None)
+            out, lse, score = _attend(q, k, v, scale, count, index, criterion)
+            return Attended(out, lse, None if criterion is None else score)
+        return _forward(self._launcher, q, k, v, scale, lists, criterion)
+
+
+@functools.cache
+def _launcher() -> Launcher:
+    """The process's launcher, which the custom op uses."""
+    return Launcher()
+
+
+def _forward(
+    launcher: Launcher,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    lists: TileLists | None,
+    criterion: Criterion | None,
+) -> Attended:
+    call = kernel_call.prepare(q, k, v, scale, lists, criterion)
+    launcher.launch(call, q.device)
+    return call.finish()
+
+
+# For torch.compile only; eager calls launch directly, which costs less.
+@torch.library.custom_op(
+    "liteattention::attend",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? count, Tensor? index, "
+    "str? criterion) -> (Tensor, Tensor, Tensor)",
+)
+def _attend(q, k, v, scale, count, index, criterion):  # type: ignore[no-untyped-def]
+    lists = None if count is None else TileLists(count, index)
+    result = _forward(_launcher(), q, k, v, scale, lists, criterion)
+    return _three(result)
+
+
+@_attend.register_fake
+def _(q, k, v, scale, count, index, criterion):  # type: ignore[no-untyped-def]
+    return _three(kernel_call.allocate(q, k, count is not None, criterion))
+
+
+def _three(result: Attended) -> tuple[Tensor, Tensor, Tensor]:
+    """An op can't return None: without a criterion the score is empty."""
+    score = result.score if result.score is not None else result.lse.new_empty(0)
+    return result.out, result.lse, score
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def _number(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
+def _value(argument: Tensor | int | float | None) -> int | float:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return 0 if argument is None else argument

@@ -1,0 +1,150 @@
+"""One call of the attention kernel, whoever launches it: may it run, and with which arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tiles import TileLists, TileShape
+from .base import Attended, Criterion
+from .cuda_variants import HEAD_DIMS, POINTER_ALIGNMENT, STRIDE_ALIGNMENT, TILE, Variant
+
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+LOG2E = math.log2(math.e)
+_GRID_Y = 65535
+_INT32 = 2**31
+
+
+class Call(NamedTuple):
+    """Which kernel, over which grid, with which arguments (in the order of ``PARAMETERS``).
+
+    Pointers are tensors, or None where this variant doesn't look.
+    """
+
+    variant: Variant
+    grid: tuple[int, int]
+    arguments: tuple[Tensor | int | float | None, ...]
+    result: Attended
+
+    def finish(self) -> Attended:
+        """The result, once the kernel is launched: mass scores are stored linear."""
+        if self.variant.criterion == "mass" and self.result.score is not None:
+            self.result.score.log2_()
+        return self.result
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernel can't take ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]``, or None."""
+    if q.dtype not in DTYPE_NAMES:
+        return f"dtype {_short(q.dtype)} (the kernel takes float16 and bfloat16)"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"mixed dtypes {', '.join(_short(x.dtype) for x in (q, k, v))}"
+    if any(x.dim() != 4 for x in (q, k, v)):
+        return f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} aren't [B, H, L, D]"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return "gradients are needed"
+    b, h, lq, d = q.shape
+    if d not in HEAD_DIMS:
+        return f"head_dim {d} (the kernel takes {', '.join(map(str, HEAD_DIMS))})"
+    if k.shape != v.shape or k.shape != (b, h, k.shape[2], d):
+        return f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} don't match"
+    if lq < 1 or k.shape[2] < 1 or b * h < 1:
+        return "empty tensors"
+    if b * h > _GRID_Y:
+        return f"batch times heads is {b * h}, more than {_GRID_Y}"
+    for name, tensor in zip("qkv", (q, k, v), strict=True):
+        if tensor.device != q.device:
+            return f"q is on {q.device}, {name} on {tensor.device}"
+        if reason := _layout_problem(tensor):
+            return f"{name} {reason}"
+    return None
+
+
+def _layout_problem(tensor: Tensor) -> str | None:
+    """What the compiled code takes for granted about memory and this tensor doesn't fulfil."""
+    if tensor.stride(-1) != 1:
+        return "isn't contiguous along head_dim"
+    # The stride of a dimension of size 1 is never used.
+    strides = [s for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1]
+    if any(s % STRIDE_ALIGNMENT for s in strides):
+        return f"has strides {tensor.stride()}, not multiples of {STRIDE_ALIGNMENT}"
+    if tensor.stride(2) * max(TILE.q, TILE.k) >= _INT32:
+        return f"has rows {tensor.stride(2)} elements apart, too far for the kernel"
+    if not torch.compiler.is_compiling() and tensor.data_ptr() % POINTER_ALIGNMENT:
+        return f"doesn't start at a multiple of {POINTER_ALIGNMENT} bytes"
+    return None
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    lists: TileLists | None,
+    criterion: Criterion | None,
+    tile: TileShape = TILE,
+) -> Call:
+    """Outputs and arguments of one call. The tensors must have passed :func:`unsupported`."""
+    if not scale > 0:
+        raise ValueError(f"scale={scale}: the kernel takes positive scales only.")
+    b, h, lq, d = q.shape
+    lk = k.shape[2]
+    tq, tk = tile.grid(lq, lk)
+    result = allocate(q, k, lists is not None, criterion, tile)
+    count, index = (lists.count, lists.index) if lists is not None else (None, None)
+    if count is not None and index is not None:
+        if count.shape != (b, h, tq) or index.shape != (b, h, tq, tk):
+            raise ValueError(
+                f"lists {tuple(count.shape)}, {tuple(index.shape)} don't fit a map of "
+                f"{(b, h, tq, tk)} tiles."
+            )
+        count, index = _int32(count), _int32(index)
+    out = result.out
+    arguments = (
+        *(q, k, v, out),
+        *(result.lse, result.score),
+        *(count, index),
+        scale * LOG2E,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *(h, lq, lk, tk),
+    )
+    variant = Variant(d, DTYPE_NAMES[q.dtype], lists is not None, criterion)
+    return Call(variant, (tq, b * h), arguments, result)
+
+
+def allocate(
+    q: Tensor, k: Tensor, lists: bool, criterion: Criterion | None, tile: TileShape = TILE
+) -> Attended:
+    """Empty outputs, ``out`` with the heads inside or outside the tokens as ``q`` has them.
+
+    So that ``out.transpose(1, 2).flatten(2)`` is free where the model keeps ``[B, L, H, D]``.
+    """
+    b, h, lq, d = q.shape
+    tq, tk = tile.grid(lq, k.shape[2])
+    if q.stride(1) < q.stride(2):
+        out = q.new_empty(b, lq, h, d).transpose(1, 2)
+    else:
+        out = q.new_empty(b, h, lq, d)
+    lse = q.new_empty(b, h, lq, dtype=torch.float32)
+    if criterion is None:
+        return Attended(out, lse, None)
+    # Tiles that no list names keep this value: log2(0) = -inf for mass.
+    never = 0.0 if criterion == "mass" else -math.inf
+    score = q.new_empty(b, h, tq, tk, dtype=torch.float32)
+    return Attended(out, lse, score.fill_(never) if lists else score)
+
+
+def _int32(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.int32:
+        raise ValueError(f"tile lists are {_short(tensor.dtype)}, the kernel takes int32.")
+    return tensor.contiguous()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

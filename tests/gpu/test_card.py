@@ -1,0 +1,166 @@
+"""The kernels on a real card: run this first whenever a GPU is at hand, ``pytest tests/gpu``.
+
+Skipped where there is none. **Never run yet.**
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from comfyui_liteattention.backends.cuda import CudaBackend
+from comfyui_liteattention.backends.cuda_variants import HEAD_DIMS, TILE
+from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.backends.triton import TritonBackend
+from comfyui_liteattention.tiles import make_lists
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card")
+
+DTYPES = (torch.float16, torch.bfloat16)
+BACKENDS = {"cuda": CudaBackend, "triton": TritonBackend}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    chosen = BACKENDS[request.param]()
+    if request.param == "triton" and "triton.runtime.interpreter" in sys.modules:
+        pytest.skip("tests/kernels made triton interpret its kernels; run tests/gpu alone")
+    if reason := chosen.unavailable(torch.device("cuda", 0)):
+        pytest.skip(reason)
+    return chosen
+
+
+def draw(b=2, h=3, lq=700, lk=900, d=128, dtype=torch.bfloat16):
+    return tuple(
+        torch.randn(b, length, h, d, device="cuda", dtype=dtype).transpose(1, 2)
+        for length in (lq, lk, lk)
+    )
+
+
+def draw_lists(backend, q, k, kept=0.5):
+    tile = backend.tile_shape(q.shape[-1])
+    shape = (*q.shape[:2], *tile.grid(q.shape[2], k.shape[2]))
+    mask = torch.rand(shape, device=q.device) < kept
+    mask[..., 0] = True
+    return make_lists(mask)
+
+
+def relative_error(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_self_test_passes(backend, dtype, d):
+    assert backend.unsupported(*draw(d=d, dtype=dtype)) is None
+
+
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("criterion", [None, "mass", "gap"])
+@pytest.mark.parametrize("skips", [False, True], ids=["dense", "lists"])
+def test_matches_the_truth(backend, dtype, d, criterion, skips):
+    q, k, v = draw(d=d, dtype=dtype)
+    lists = draw_lists(backend, q, k) if skips else None
+    truth = ReferenceBackend(backend.tile_shape(d))
+    want = truth.forward(q.double(), k.double(), v.double(), d**-0.5, lists, criterion)
+    got = backend.forward(q, k, v, d**-0.5, lists, criterion)
+    plain = truth.forward(q, k, v, d**-0.5, lists).out  # rounded to the dtype once, at the end
+    floor = relative_error(plain, want.out)
+    assert relative_error(got.out, want.out) <= 3 * floor
+    assert (got.lse - want.lse).abs().max() < 1e-3
+    if criterion:
+        visited = want.score > -torch.inf
+        assert torch.equal(visited, got.score > -torch.inf)
+        assert (got.score >= want.score - 0.05).all(), "the running reference is never too low"
+        assert (got.score <= 0.05).all()
+
+
+def test_a_long_sequence_matches_sdpa(backend):
+    q, k, v = draw(b=1, h=2, lq=20000, lk=20011)
+    got = backend.forward(q, k, v, 128**-0.5)
+    assert relative_error(got.out, scaled_dot_product_attention(q, k, v)) < 1e-2
+
+
+def test_naming_every_tile_is_dense_bit_for_bit(backend):
+    q, k, v = draw()
+    dense = backend.forward(q, k, v, 0.1)
+    for criterion in (None, "mass", "gap"):
+        got = backend.forward(q, k, v, 0.1, draw_lists(backend, q, k, 1.0), criterion)
+        assert torch.equal(got.out, dense.out) and torch.equal(got.lse, dense.lse)
+
+
+def test_the_same_call_gives_the_same_bits(backend):
+    q, k, v = draw()
+    lists = draw_lists(backend, q, k)
+    first, *others = (backend.forward(q, k, v, 0.1, lists, "mass") for _ in range(5))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_on_another_stream_and_in_another_thread(backend):
+    q, k, v = draw()
+    want, got = backend.forward(q, k, v, 0.1).out, []
+
+    def work():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got.append(backend.forward(q, k, v, 0.1).out)
+            torch.cuda.current_stream().synchronize()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert len(got) == 4 and all(torch.equal(x, want) for x in got)
+
+
+def test_in_a_cuda_graph(backend):
+    q, k, v = draw()
+    lists = draw_lists(backend, q, k)
+    backend.forward(q, k, v, 0.1, lists, "mass")  # allocates and compiles what it needs
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backend.forward(q, k, v, 0.1, lists, "mass")
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    torch.cuda.synchronize()
+    want = backend.forward(q, k, v, 0.1, lists, "mass")
+    assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+
+
+def test_a_new_kernel_can_be_loaded_while_a_graph_is_captured():
+    backend = CudaBackend()
+    if reason := backend.unavailable(torch.device("cuda", 0)):
+        pytest.skip(reason)
+    q, k, v = draw(d=64, dtype=torch.float16)
+    backend._launcher._kernels.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backend.forward(q, k, v, 0.1)
+    graph.replay()
+    assert torch.equal(captured.out, backend.forward(q, k, v, 0.1).out)
+
+
+def test_under_torch_compile(backend):
+    q, k, v = draw()
+    lists = draw_lists(backend, q, k)
+    compiled = torch.compile(lambda *x: backend.forward(*x, 0.1, lists, "mass"))
+    got, want = compiled(q, k, v), backend.forward(q, k, v, 0.1, lists, "mass")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+def test_on_the_second_card(backend):
+    on_first = draw()
+    on_second = [x.to("cuda:1") for x in on_first]
+    assert backend.unsupported(*on_second) is None
+    got = backend.forward(*on_second, 0.1).out
+    assert torch.equal(got.to("cuda:0"), backend.forward(*on_first, 0.1).out)
+
+
+def test_tile_shape_is_the_table_s():
+    assert CudaBackend().tile_shape(128) == TILE

@@ -1,0 +1,84 @@
+"""Run the kernel in the Triton interpreter, on CPU tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+from triton.runtime import interpreter
+
+from comfyui_liteattention.backends.base import Attended, Criterion
+from comfyui_liteattention.backends.cuda_variants import TILE
+from comfyui_liteattention.backends.kernel_call import prepare, unsupported
+from comfyui_liteattention.backends.triton_kernel import attend_tiles
+from comfyui_liteattention.tiles import TileLists, TileShape
+
+#: The version whose interpreter the bfloat16 corrections below were written for.
+TESTED_TRITON = "3.9.0"
+
+
+class InterpreterBackend:
+    """A backend like the real ones, for tests."""
+
+    name = "interpreter"
+
+    def tile_shape(self, head_dim: int) -> TileShape:
+        return TILE
+
+    def unsupported(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+        return unsupported(q, k, v)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        lists: TileLists | None = None,
+        criterion: Criterion | None = None,
+    ) -> Attended:
+        assert (reason := unsupported(q, k, v)) is None, reason
+        call = prepare(q, k, v, scale, lists, criterion)
+        # The interpreter wants a tensor for every pointer, looked at or not.
+        arguments = [q.new_empty(0) if a is None else a for a in call.arguments]
+        attend_tiles[call.grid](*arguments, **call.variant.constants())
+        return call.finish()
+
+
+def why_not() -> str | None:
+    """Why the interpreter can't be used in this process, or None."""
+    if not isinstance(attend_tiles, interpreter.InterpretedFunction):
+        return "triton was imported before TRITON_INTERPRET=1 was set; run tests/kernels alone"
+    if triton.__version__ != TESTED_TRITON:
+        return (
+            f"written for the interpreter of triton {TESTED_TRITON}, this is {triton.__version__}"
+        )
+    return None
+
+
+def _multiply(self, a, b, accumulator, *_):
+    """``tl.dot`` of the interpreter; the original multiplies the bit patterns of bfloat16."""
+    a, b = (_widen(x) for x in (a, b))
+    product = np.matmul(a, b, dtype=np.float32) + accumulator.data
+    return interpreter.TensorHandle(product, accumulator.dtype.scalar)
+
+
+def _widen(handle):
+    if handle.dtype.scalar.is_bf16():
+        return (handle.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)
+
+
+_original_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def _cast(self, source, target):
+    """Conversion to bfloat16 to the nearest, as the hardware does; the original cuts bits off."""
+    if source.dtype.scalar.is_fp32() and target.scalar.is_bf16():
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+        return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), target.scalar)
+    return _original_cast(self, source, target)
+
+
+interpreter.InterpreterBuilder.create_dot = _multiply
+interpreter.InterpreterBuilder.cast_impl = _cast

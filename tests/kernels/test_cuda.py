@@ -1,0 +1,339 @@
+"""The loader of prebuilt kernels, without a GPU: what it would ask the driver to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from fake_driver import FakeLibrary
+
+from comfyui_liteattention.backends import cuda, cuda_driver, kernel_call
+from comfyui_liteattention.backends.cuda_driver import ArgumentBlock, Driver, DriverError
+from comfyui_liteattention.backends.cuda_prebuilt import Prebuilt, PrebuiltError
+from comfyui_liteattention.backends.cuda_variants import (
+    CONFIGS,
+    ENTRY,
+    HEAD_DIMS,
+    PARAMETERS,
+    TILE,
+    VARIANTS,
+    Variant,
+)
+from comfyui_liteattention.tiles import TileLists, make_lists
+
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of kernels that contain nothing but their own names."""
+    archives = {}
+    for archive, arch in (("sm_86", 86), ("ptx", 86)):
+        suffix = ".ptx" if archive == "ptx" else ".cubin"
+        kernels = {}
+        with zipfile.ZipFile(tmp_path / f"{archive}.zip", "w") as members:
+            for variant in VARIANTS:
+                image = f"{archive} {variant.name}".encode()
+                members.writestr(variant.name + suffix, image)
+                kernels[variant.name] = {
+                    "tile": [TILE.q, TILE.k],
+                    "warps": 8,
+                    "shared": 65536,
+                    "sha256": hashlib.sha256(image).hexdigest(),
+                }
+        archives[archive] = {"arch": arch, "kernels": kernels}
+    manifest = {"format": 1, "entry": ENTRY, "parameters": dict(PARAMETERS), "archives": archives}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """One card of compute capability 8.6, on whose stream 77 torch works."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    stream = type("Stream", (), {"cuda_stream": 77})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    return FakeLibrary()
+
+
+def draw(b=1, h=2, lq=200, lk=330, d=64, dtype=torch.float16):
+    return tuple(torch.randn(b, length, h, d).to(dtype).transpose(1, 2) for length in (lq, lk, lk))
+
+
+def some_lists(q, k):
+    mask = torch.ones(*q.shape[:2], *TILE.grid(q.shape[2], k.shape[2]), dtype=torch.bool)
+    return make_lists(mask)
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def test_a_launch_reads_the_arguments_in_place(folder, library):
+    q, k, v = draw()
+    lists = some_lists(q, k)
+    call = kernel_call.prepare(q, k, v, 0.125, lists, "mass")
+    cuda.Launcher(Prebuilt(folder), Driver(library)).launch(call, CARD)
+    (launch,) = library.launches
+    result = call.result
+    want = {name: x.data_ptr() for name, x in zip("qkv", (q, k, v), strict=True)}
+    want |= {"out": result.out.data_ptr(), "lse": result.lse.data_ptr()}
+    want |= {"score": result.score.data_ptr()}
+    want |= {"count": lists.count.data_ptr(), "index": lists.index.data_ptr()}
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", result.out)):
+        want |= dict(
+            zip((f"{name}_batch", f"{name}_head", f"{name}_row"), tensor.stride(), strict=False)
+        )
+    want |= {"heads": 2, "lq": 200, "lk": 330, "tk": 6}
+    got = launch["arguments"]
+    assert got.pop("scale_log2") == pytest.approx(0.125 * math.log2(math.e))
+    assert got == want
+    assert launch["trailing"] == [0, 0]
+    assert launch["grid"] == (2, 2, 1) and launch["block"] == (256, 1, 1)
+    assert (launch["shared"], launch["stream"], launch["context"]) == (65536, 77, 1000)
+    assert library.attributes == [(8, 65536)] and library.contexts == []
+    assert library.images == [b"sm_86 d64_fp16_lists_mass"] and library.entry == ENTRY.encode()
+
+
+def test_pointers_that_a_variant_ignores_are_null(folder, library):
+    call = kernel_call.prepare(*draw(), 0.125, None, None)
+    cuda.Launcher(Prebuilt(folder), Driver(library)).launch(call, CARD)
+    got = library.launches[0]["arguments"]
+    assert got["score"] == got["count"] == got["index"] == 0
+
+
+def test_every_thread_has_its_own_argument_memory():
+    block = ArgumentBlock(["i32", "i64", "*fp32", "fp32"])
+    seen = []
+    barrier = threading.Barrier(2)
+
+    def work():
+        seen.append(block.fill([1, 2, 3, 4.0])[0])
+        barrier.wait()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert seen[0] != seen[1]
+
+
+def test_arguments_are_naturally_aligned():
+    pointers = list(ArgumentBlock(["i32", "i64", "i32", "*fp32"]).fill([1, 2, 3, 4]))
+    assert [p - pointers[0] for p in pointers] == [0, 8, 16, 24]
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_out_has_the_layout_of_q(tokens_first):
+    q, k, _ = (x if tokens_first else x.contiguous() for x in draw())
+    out = kernel_call.allocate(q, k, False, None).out
+    assert out.stride() == q.stride()
+
+
+def test_lists_that_do_not_fit_are_refused():
+    q, k, v = draw()
+    lists = some_lists(q, k)
+    with pytest.raises(ValueError, match="don't fit"):
+        kernel_call.prepare(q, k, v, 1.0, TileLists(lists.count, lists.index[..., 1:]), None)
+    with pytest.raises(ValueError, match="int32"):
+        kernel_call.prepare(q, k, v, 1.0, TileLists(lists.count, lists.index.long()), None)
+
+
+def change(q, k, v, case):
+    if case == "dtype":
+        return q.float(), k.float(), v.float()
+    if case == "mixed":
+        return q, k.bfloat16(), v
+    if case == "head_dim 72":
+        return draw(d=72)
+    if case == "don't match":
+        return q, k[:, :1], v[:, :1]
+    if case == "empty":
+        return q, k[:, :, :0], v[:, :, :0]
+    if case == "contiguous along":
+        return q, k.transpose(2, 3).contiguous().transpose(2, 3), v
+    if case == "multiples of 8":
+        return q, torch.zeros(1, 2, 330, 68, dtype=q.dtype)[..., :64], v
+    if case == "16 bytes":
+        return torch.zeros(1, 2, 200, 72, dtype=q.dtype)[..., 4:68], k, v
+    if case == "gradients":
+        return q.requires_grad_(), k, v
+    raise AssertionError(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("dtype", "mixed", "head_dim 72", "don't match", "empty", "contiguous along"),
+        *("multiples of 8", "16 bytes", "gradients"),
+    ],
+)
+def test_what_the_kernel_cannot_take_has_a_reason(case):
+    assert kernel_call.unsupported(*draw()) is None
+    assert case in kernel_call.unsupported(*change(*draw(), case))
+
+
+def test_rows_too_far_apart_for_32_bits_have_a_reason():
+    q, k, v = (x.to("meta") for x in draw())
+    k = torch.empty_strided(k.shape, (2**40, 64, 2**25, 1), dtype=k.dtype, device="meta")
+    assert "too far" in kernel_call.unsupported(q, k, v)
+
+
+def test_strides_of_single_rows_do_not_matter():
+    q, k, v = draw(b=1, lq=1)
+    odd = q.as_strided(q.shape, (3, q.stride(1), 5, 1))
+    assert kernel_call.unsupported(odd, k, v) is None
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def test_a_kernel_is_loaded_once_however_many_threads_ask(folder, library):
+    launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
+    call = kernel_call.prepare(*draw(), 0.125, None, None)
+    with ThreadPoolExecutor(4) as pool:
+        kernels = list(pool.map(lambda _: launcher._load(0, call.variant), range(16)))
+    assert len(library.images) == 1 and all(k is kernels[0] for k in kernels)
+
+
+def test_each_card_loads_into_its_own_context(folder, library):
+    launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
+    call = kernel_call.prepare(*draw(), 0.125, None, None)
+    for number in (0, 1, 0):
+        launcher.launch(call, torch.device("cuda", number))
+    assert [x["context"] for x in library.launches] == [1000, 1001, 1000]
+    assert library.calls.count("cuDevicePrimaryCtxRetain") == 2 and len(library.images) == 2
+
+
+@pytest.mark.parametrize("failing", ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"])
+def test_an_error_of_the_driver_says_which_and_leaves_no_context(folder, library, failing):
+    launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
+    library.failing = failing
+    call = kernel_call.prepare(*draw(), 0.125, None, None)
+    with pytest.raises(DriverError, match=f"{failing}: no kernel image is available.*209"):
+        launcher.launch(call, CARD)
+    assert library.contexts == [] and library.capture == 0
+
+
+@pytest.mark.parametrize("platform, name", [("win32", "nvcuda.dll"), ("linux", "libcuda.so.1")])
+def test_a_machine_without_driver_gets_a_reason(folder, library, monkeypatch, platform, name):
+    def absent(asked):
+        assert asked == name
+        raise OSError("not found")
+
+    monkeypatch.setattr(cuda_driver.sys, "platform", platform)
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", absent)
+    assert "no NVIDIA driver" in cuda.Launcher(Prebuilt(folder)).missing(CARD)
+
+
+def test_only_cards_that_have_code_are_taken(folder, library, monkeypatch):
+    launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
+    assert launcher.missing(CARD) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert launcher.missing(CARD) == "no prebuilt kernel for compute capability 7.5"
+
+
+@pytest.mark.parametrize(
+    "capability, archive", [(86, "sm_86"), (75, None), (80, None), (87, "ptx"), (130, "ptx")]
+)
+def test_choice_of_the_archive(folder, capability, archive):
+    assert Prebuilt(folder).archive(capability) == archive
+
+
+def test_changed_code_is_refused(folder):
+    name = VARIANTS[0].name + ".cubin"
+    with zipfile.ZipFile(folder / "sm_86.zip", "w") as members:
+        members.writestr(name, b"something else")
+    with pytest.raises(PrebuiltError, match="sha256"):
+        Prebuilt(folder).read("sm_86", VARIANTS[0])
+    with pytest.raises(PrebuiltError, match="missing"):
+        Prebuilt(folder).read("sm_86", VARIANTS[1])
+
+
+def test_a_damaged_archive_is_refused(folder):
+    path = folder / "sm_86.zip"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(PrebuiltError, match="missing"):
+        Prebuilt(folder).read("sm_86", VARIANTS[0])
+
+
+@pytest.mark.parametrize("key", ["format", "entry", "parameters"])
+def test_a_manifest_of_another_version_is_refused(folder, key):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "other"}))
+    with pytest.raises(PrebuiltError, match="another version"):
+        Prebuilt(folder).archive(86)
+
+
+def test_no_manifest_is_a_reason_not_a_crash(tmp_path, library):
+    assert "no readable manifest" in cuda.Launcher(Prebuilt(tmp_path), Driver(library)).missing(
+        CARD
+    )
+
+
+# ---- backend ------------------------------------------------------------------------------------
+
+
+def test_tensors_on_the_cpu_are_declined(folder, library):
+    backend = cuda.CudaBackend(cuda.Launcher(Prebuilt(folder), Driver(library)))
+    assert "not on an NVIDIA card" in backend.unsupported(*draw())
+
+
+def test_a_kernel_that_computes_nonsense_is_not_trusted(folder, library, monkeypatch):
+    """The stand-in leaves the outputs as they were: the self-test must notice, and only once."""
+    backend = cuda.CudaBackend(cuda.Launcher(Prebuilt(folder), Driver(library)))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, target: _keep(self, target))
+    first = backend.untrusted(0, 64, torch.float16)
+    launches = len(library.launches)
+    assert "self-test" in first and launches > 0
+    assert backend.untrusted(0, 64, torch.float16) == first
+    assert len(library.launches) == launches
+
+
+_to = torch.Tensor.to
+
+
+def _keep(tensor, target):
+    """There is no card to move to."""
+    return tensor if isinstance(target, torch.device) else _to(tensor, target)
+
+
+@pytest.mark.parametrize("criterion", [None, "mass"])
+@pytest.mark.parametrize("with_lists", [False, True])
+def test_shapes_under_torch_compile_are_the_real_ones(criterion, with_lists):
+    q, k, v = (x.to("meta") for x in draw(dtype=torch.bfloat16))
+    lists = some_lists(q, k) if with_lists else None
+    count, index = (lists.count, lists.index) if lists else (None, None)
+    out, lse, score = torch.ops.liteattention.attend(q, k, v, 0.1, count, index, criterion)
+    real = kernel_call.prepare(*draw(dtype=torch.bfloat16), 0.1, None, criterion).result
+    assert (out.shape, out.stride(), out.dtype) == (real.out.shape, real.out.stride(), q.dtype)
+    assert lse.shape == real.lse.shape and lse.dtype == torch.float32
+    assert score.shape == (real.score.shape if criterion else (0,))
+
+
+def test_torch_compile_sees_one_op(folder, library):
+    """No graph break: the compiled code calls the op instead of tracing into the launcher."""
+    backend = cuda.CudaBackend(cuda.Launcher(Prebuilt(folder), Driver(library)))
+    q, k, v = (x.to("meta") for x in draw())
+    lists = some_lists(q, k)
+
+    def layer(q, k, v):
+        return backend.forward(q, k, v, 0.125, lists, "mass").out.transpose(1, 2).flatten(2) * 2
+
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert compiled(q, k, v).shape == (1, 200, 128)
+    assert library.launches == []
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def test_every_architecture_has_every_head_dim():
+    assert all(tuple(configs) == HEAD_DIMS for configs in CONFIGS.values())
+    assert len({v.name for v in VARIANTS}) == len(VARIANTS)
+    assert Variant(96, "fp16", True, "gap").constants()["PADDED_DIM"] == 128

@@ -1,0 +1,67 @@
+"""The self-test passes the real kernel and fails broken ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from comfyui_liteattention.backends.base import Attended
+from comfyui_liteattention.backends.kernel_selftest import Verdicts, problem
+from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.tiles import TileShape
+
+CPU = torch.device("cpu")
+
+
+class Broken(ReferenceBackend):
+    """The reference with one result spoilt."""
+
+    def __init__(self, spoil):
+        super().__init__(TileShape(128, 64), torch.float32)
+        self.spoil, self.runs = spoil, 0
+
+    def forward(self, *arguments):
+        self.runs += 1
+        return self.spoil(super().forward(*arguments))
+
+
+def spoilt(field, change):
+    def spoil(result: Attended) -> Attended:
+        value = getattr(result, field)
+        return result if value is None else result._replace(**{field: change(value)})
+
+    return spoil
+
+
+def raising(result):
+    raise OSError("cc1 not found")
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (spoilt("out", lambda x: x * 1.1), "relative error"),
+        (spoilt("out", lambda x: x * torch.nan), "relative error nan"),
+        (spoilt("lse", lambda x: x + 0.1), "LSE off"),
+        (spoilt("lse", lambda x: x * torch.nan), "LSE off by nan"),
+        (spoilt("score", lambda x: x - 1), "too low"),
+        (spoilt("score", lambda x: x.fill_(0)), "was not visited"),
+        (spoilt("score", lambda x: x * 0 + 1), "too low or above 0"),
+        (raising, "OSError: cc1 not found"),
+    ],
+)
+def test_broken_kernels_are_found_once(spoil, reason):
+    backend, verdicts = Broken(spoil), Verdicts()
+    assert reason in verdicts.of(backend, 64, torch.float16, CPU)
+    runs = backend.runs
+    assert reason in verdicts.of(backend, 64, torch.float16, CPU)
+    assert backend.runs == runs
+
+
+def test_the_real_kernel_passes():
+    pytest.importorskip("triton", reason="triton isn't installed, so there is no kernel to run")
+    from interpreted_kernel import InterpreterBackend, why_not
+
+    if reason := why_not():
+        pytest.skip(reason)
+    assert problem(InterpreterBackend(), 64, torch.bfloat16, CPU) is None

@@ -1,0 +1,71 @@
+"""The JIT backend: reasons, configurations, and its launch, interpreted on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+
+import pytest
+import torch
+
+from comfyui_liteattention.backends import triton as jit
+from comfyui_liteattention.backends.cuda_variants import CONFIGS, TILE, Config
+from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.tiles import TileShape, make_lists
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    """Pretend that this torch is for AMD and that the card is of a given architecture."""
+
+    def pretend(architecture: str) -> None:
+        card = type("Card", (), {"gcnArchName": architecture})
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+
+    return pretend
+
+
+def test_reasons(monkeypatch):
+    backend = jit.TritonBackend()
+    assert "on cpu" in backend.unavailable(CPU)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert backend.unavailable(CARD) == "triton isn't installed"
+
+
+@pytest.mark.parametrize(
+    "architecture, tile",
+    [("gfx942:sramecc+", TILE), ("gfx1100", TileShape(64, 32)), ("gfx1201", TileShape(64, 32))],
+)
+def test_amd_cards_have_their_own_tiles(amd, architecture, tile):
+    amd(architecture)
+    assert jit.TritonBackend().tile_shape(128) == tile
+
+
+@pytest.mark.parametrize(
+    "capability, expected", [((9, 0), CONFIGS[90][128]), ((7, 5), CONFIGS[80][128])]
+)
+def test_nvidia_cards_use_the_table(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert jit._config(CARD, 128) == expected
+
+
+def test_the_launch_is_right(monkeypatch):
+    """With the tiles of another card than the prebuilt kernels'."""
+    pytest.importorskip("triton", reason="triton isn't installed, so there is nothing to launch")
+    from interpreted_kernel import why_not
+
+    if reason := why_not():
+        pytest.skip(reason)
+    backend = jit.TritonBackend()
+    backend._amd = (TileShape(64, 32), Config(4, 1))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    q, k, v = (torch.randn(1, 1, 100, 64, dtype=torch.float16) for _ in range(3))
+    lists = make_lists(torch.tensor([[[[1, 1, 0, 1], [0, 1, 0, 0]]]], dtype=torch.bool))
+    got = backend.forward(q, k, v, 0.125, lists, "mass")
+    want = ReferenceBackend(TileShape(64, 32)).forward(q, k, v, 0.125, lists, "mass")
+    assert torch.allclose(got.out, want.out, atol=2e-3) and torch.allclose(got.lse, want.lse)
+    assert torch.equal(got.score > -torch.inf, want.score > -torch.inf)
