@@ -106,10 +106,10 @@ class Run:
             return None
         return out
 
-    def finish(self) -> RunReport:
-        """End the run: drop all state and return what is worth keeping."""
+    def report(self) -> RunReport:
+        """What the run has done so far."""
         with self._lock:
-            report = RunReport(
+            return RunReport(
                 settings=describe(self.settings),
                 backend=self.backend.name,
                 steps=max(len(self.sigmas) - 1, 0),
@@ -119,6 +119,11 @@ class Run:
                 reasons=dict(self.reasons),
                 maps=tuple(self._maps()),
             )
+
+    def finish(self) -> RunReport:
+        """End the run: drop all state and return what is worth keeping."""
+        report = self.report()
+        with self._lock:
             self._states.clear()
             self._calls.clear()
         return report

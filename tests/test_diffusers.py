@@ -1,0 +1,567 @@
+"""enable / summary / disable on real diffusers pipelines with tiny models."""
+
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+import comfyui_liteattention as lite
+from comfyui_liteattention import SAFEST
+from comfyui_liteattention.integrations.diffusers_runs import (
+    Moment,
+    Trajectory,
+    conditioning_tokens,
+    name_stream,
+)
+
+TOKENS = 320  # 5 latent frames of 8 x 8 tokens: a tile of 64 is a frame
+BOLD = {"threshold": -1.0, "ramp": 0.0, "min_tokens": 0, "audit": 0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def sharpen(model, gain=4.0, bias=2.0):
+    """Make queries and keys alike but for their position, so that far frames don't matter."""
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith("attn1"):
+                for norm in (module.norm_q, module.norm_k):
+                    norm.weight.fill_(gain)
+                for linear in (module.to_q, module.to_k):
+                    linear.bias.fill_(bias)
+    return model.eval()
+
+
+def make_wan(seed=0):
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    )
+    return sharpen(model)
+
+
+def make_pipe(seed=0, **parts):
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=make_wan(seed),
+        **parts,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe():
+    return make_pipe()
+
+
+def run(pipe, seed=0, steps=4, **options):
+    """One video; ``seed`` stands for the prompt and the noise."""
+    generator = torch.Generator().manual_seed(seed)
+    text, negative = torch.randn(2, 1, 6, 16, generator=generator)
+    return pipe(
+        prompt_embeds=text,
+        negative_prompt_embeds=negative,
+        height=128,
+        width=128,
+        num_frames=17,
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        output_type="latent",
+        generator=generator,
+        **options,
+    ).frames
+
+
+@torch.no_grad()
+def call(model, text, timestep, seed=0, context=None, **fields):
+    """One call of a Wan transformer, on the same latent at every timestep."""
+    latent = torch.randn(1, 4, 5, 16, 16, generator=torch.Generator().manual_seed(seed))
+    timestep = torch.as_tensor(timestep, dtype=torch.float32)
+    timestep = timestep if timestep.dim() else timestep.expand(len(text))
+    arguments = (latent.expand(len(text), -1, -1, -1, -1), timestep, text)
+    if context is None:
+        return model(*arguments, return_dict=False)[0]
+    with model.cache_context(context, **fields):
+        return model(*arguments, return_dict=False)[0]
+
+
+def texts(count=2):
+    return torch.randn(count, 1, 6, 16, generator=torch.Generator().manual_seed(5)).unbind()
+
+
+def hooks_left(model):
+    registries = [m._diffusers_hook for m in model.modules() if hasattr(m, "_diffusers_hook")]
+    return [
+        *model._forward_hooks,
+        *model._forward_pre_hooks,
+        *(name for registry in registries for name in registry.hooks),
+        *(name for name in vars(model) if "lite" in name),
+    ]
+
+
+def test_the_safest_threshold_is_plain_bit_for_bit(pipe):
+    plain = run(pipe)
+    with lite.enabled(pipe, threshold=SAFEST, min_tokens=0) as session:
+        assert torch.equal(run(pipe), plain)
+        assert "safest" in lite.summary(pipe)
+    assert session.report().computed_fraction == 1
+
+
+def test_a_bold_threshold_skips(pipe):
+    plain = run(pipe)
+    session = lite.enable(pipe, **BOLD)
+    assert "no run yet" in lite.summary(pipe)
+    # CPU offload swaps the transformer's forward after every run, with all that wraps it.
+    assert "forward" not in vars(pipe.transformer)
+    out = run(pipe)
+    report = session.report()
+    assert report.computed_fraction < 0.9
+    assert 0 < (out - plain).abs().max() < 0.1
+    assert report.backend == "cpu" and report.tokens == TOKENS
+    assert {c.layer for c in report.calls} == {"blocks.0", "blocks.1"}
+    assert "LiteAttention active" in lite.summary(pipe)
+    # Each conditioning has its own map.
+    maps = {m.stream: m.live for m in report.maps if m.layer == "blocks.1"}
+    assert set(maps) == {"cond", "uncond"} and not torch.equal(maps["cond"], maps["uncond"])
+
+
+def test_steps_come_from_the_cache_context(pipe):
+    session = lite.enable(pipe, threshold=-1, ramp=0, min_tokens=0, warmup=0.6)
+    run(pipe, steps=5)
+    report = session.report()
+    assert report.steps == 5 and sorted(report.step_seconds) == [0, 1, 2, 3, 4]
+    skipped = {c.step for c in report.calls if c.computed < c.total}
+    assert skipped == {4}  # steps 0 to 2 are 60 % of the run, step 3 is the first to mark tiles
+
+
+def test_nothing_is_left_of_another_prompt(pipe):
+    lite.enable(pipe, **BOLD)
+    fresh = run(pipe, seed=1)
+    run(pipe, seed=2)
+    assert torch.equal(run(pipe, seed=1), fresh)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_nothing_is_left_of_a_run_that_failed(pipe, step):
+    lite.enable(pipe, **BOLD)
+    fresh = run(pipe)
+
+    def fail(pipe, index, timestep, inputs):
+        if index == step:
+            raise KeyboardInterrupt
+        return inputs
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, seed=3, callback_on_step_end=fail)
+    assert torch.equal(run(pipe), fresh)
+
+
+def test_nothing_is_left_of_a_call_that_failed(pipe):
+    lite.enable(pipe, **BOLD)
+    fresh = run(pipe)
+    calls = []
+
+    def fail(module, args, output):
+        calls.append(module)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+
+    handle = pipe.transformer.blocks[1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="memory"):
+        run(pipe, seed=3)
+    handle.remove()
+    assert torch.equal(run(pipe), fresh)
+
+
+def test_after_a_call_that_failed_all_is_fresh():
+    """Also where nothing but the exception tells that a new run has begun."""
+    model, (text,) = make_wan(), texts(1)
+    lite.enable(model, **BOLD)
+    fresh = call(model, text, 500)
+    model._reset_stateful_cache()
+    call(model, text, 900)
+    handle = model.proj_out.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(model, text, 700)
+    handle.remove()
+    assert torch.equal(call(model, text, 500), fresh)
+
+
+def test_disable_restores_everything(pipe):
+    plain = run(pipe)
+    backends = dict(_AttentionBackendRegistry._backends)
+    lite.enable(pipe, **BOLD)
+    run(pipe)
+    lite.disable(pipe)
+    assert torch.equal(run(pipe), plain)
+    assert hooks_left(pipe.transformer) == []
+    assert _AttentionBackendRegistry._backends == backends
+    assert all("_attention_backend" not in vars(b.attn1.processor) for b in pipe.transformer.blocks)
+    lite.disable(pipe)  # twice is fine
+    assert lite.summary(pipe) == "LiteAttention is not enabled"
+
+
+def test_enable_twice_is_enable_once(pipe):
+    lite.enable(pipe, threshold=-8, min_tokens=0)
+    session = lite.enable(pipe.transformer, **BOLD)
+    run(pipe)
+    assert len(session.report().calls) == 2 * 2 * 4
+    lite.disable(pipe)
+    assert hooks_left(pipe.transformer) == []
+
+
+def test_declined_calls_go_to_the_backend_that_the_user_chose(pipe):
+    plain = run(pipe)
+    native = AttentionBackendName.NATIVE
+    processor = pipe.transformer.blocks[0].attn1.processor
+    processor._attention_backend = native
+    session = lite.enable(pipe, threshold=-1)  # 320 tokens are too few by default
+    assert torch.equal(run(pipe), plain)
+    assert list(session.report().reasons) == ["short sequence (fewer than 2048 tokens)"]
+    lite.disable(pipe)
+    assert processor._attention_backend is native
+
+
+def test_masks_stay_dense(pipe):
+    mask = torch.ones(1, 1, 1, TOKENS, dtype=torch.bool)
+    mask[..., -50:] = False
+
+    def add_mask(module, args):
+        return (*args[:2], mask, *args[3:])
+
+    for block in pipe.transformer.blocks:
+        block.attn1.register_forward_pre_hook(add_mask)
+    plain = run(pipe, steps=2)
+    session = lite.enable(pipe, **BOLD)
+    assert torch.equal(run(pipe, steps=2), plain)
+    assert session.report().reasons == {"an attention mask": 8}
+
+
+def test_training_stays_dense():
+    model, (text,) = make_wan(), texts(1)
+    latent = torch.randn(1, 4, 5, 16, 16)
+    plain = model(latent, torch.tensor([500.0]), text, return_dict=False)[0]
+    session = lite.enable(model, **BOLD)
+    out = model(latent, torch.tensor([500.0]), text, return_dict=False)[0]
+    assert torch.equal(out, plain)
+    assert "gradients" in str(session.report().reasons)
+
+
+def test_unknown_processors_stay_dense(pipe):
+    class Other(type(pipe.transformer.blocks[0].attn1.processor)):
+        pass
+
+    pipe.transformer.blocks[0].attn1.processor = Other()
+    session = lite.enable(pipe, **BOLD)
+    run(pipe, steps=2)
+    assert session.report().reasons == {"attention processor Other is not known": 4}
+
+
+def test_two_pipelines_at_once(pipe):
+    """The second one samples a whole video within the first one's run."""
+    other = make_pipe(1)
+    first, second = lite.enable(pipe, **BOLD), lite.enable(other, **BOLD)
+    alone, other_alone = run(pipe), run(other, seed=1)
+    nested = []
+
+    def sample_other(pipe, index, timestep, inputs):
+        nested.append(run(other, seed=1, steps=4))
+        return inputs
+
+    assert torch.equal(run(pipe, callback_on_step_end=sample_other), alone)
+    assert all(torch.equal(video, other_alone) for video in nested)
+    assert first.report().active and second.report().active
+    lite.disable(pipe)
+    assert torch.equal(run(other, seed=1), other_alone)
+
+
+def test_other_hooks_stay_in_place(pipe):
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    session = lite.enable(pipe, **BOLD)
+    with_both = run(pipe)
+    assert session.report().computed_fraction < 0.9
+    pipe.transformer.disable_cache()
+    assert torch.equal(run(pipe), with_both)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    lite.disable(pipe)
+    assert set(hooks_left(pipe.transformer)) == {"fbc_leader_block_hook", "fbc_block_hook"}
+
+
+def test_a_stream_does_not_see_another():
+    """The conditional calls give the same whether or not unconditional calls lie between them."""
+    model, (cond, uncond) = make_wan(), texts()
+    lite.enable(model, **BOLD)
+    for names in (("cond", "uncond"), (None, None)):
+        alone = [call(model, cond, t, t, names[0]) for t in (900, 600, 300)]
+        model._reset_stateful_cache()
+        between = []
+        for t in (900, 600, 300):
+            call(model, uncond, t, t, names[1])
+            between.append(call(model, cond, t, t, names[0]))
+        model._reset_stateful_cache()
+        assert all(map(torch.equal, alone, between))
+
+
+@pytest.mark.parametrize("context", ["cond", None])
+def test_a_loop_without_a_pipeline(context):
+    """Runs are told apart by the timestep; positions lag behind the true ones, never ahead."""
+    model, (text,) = make_wan(), texts(1)
+    session = lite.enable(model, **BOLD)
+    times = (1000, 750, 500, 250)
+    fresh = [call(model, text, t, t, context) for t in times]
+    assert session.report().steps == 4 and session.report().computed_fraction < 1
+    call(model, text, 1000, 7, context)  # a run that ends after its first step
+    assert all(map(torch.equal, fresh, [call(model, text, t, t, context) for t in times]))
+    session.reset()
+    assert torch.equal(
+        call(model, text, 750, 750, context), call(make_and_enable(), text, 750, 750)
+    )
+
+
+def make_and_enable():
+    model = make_wan()
+    lite.enable(model, **BOLD)
+    return model
+
+
+def test_batch_rows_have_their_own_maps():
+    model, pair = make_wan(), texts()
+    lite.enable(model, **BOLD)
+    batched = [call(model, torch.cat(pair), t, t) for t in (900, 600, 300)]
+    lite.enable(model, **BOLD)
+    single = [torch.cat([call(model, text, t, t) for text in pair]) for t in (900, 600, 300)]
+    for one, other in zip(batched, single, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_given_frames_are_never_skipped():
+    """Image-to-video with a noise level per token: the clean first frame stays live."""
+    model, (text,) = make_wan(), texts(1)
+    session = lite.enable(model, **BOLD)
+    for t in (900.0, 600.0, 300.0):
+        call(model, text, torch.cat([torch.zeros(64), torch.full((TOKENS - 64,), t)])[None], int(t))
+    report = session.report()
+    assert report.active and "dense_keys=((0, 64),)" in report.settings
+    for tile_map in report.maps:
+        assert bool((tile_map.live[0] == 1).all() and (tile_map.live[:, 0] == 1).all())
+
+
+def test_the_second_transformer_of_wan_2_2(pipe):
+    pipe = make_pipe(transformer_2=make_wan(1), boundary_ratio=0.8)
+    plain = run(pipe, steps=5)
+    session = lite.enable(pipe, **BOLD, dense_layers=(0,))
+    first = run(pipe, steps=5)
+    report = session.report()
+    assert report.steps == 5 and sorted(report.step_seconds) == list(range(5))
+    by_layer = {c.layer: [] for c in report.calls}
+    for c in report.calls:
+        by_layer[c.layer].append(c)
+    assert set(by_layer) == {f"transformer{n}.blocks.{b}" for n in ("", "_2") for b in (0, 1)}
+    for name, calls in by_layer.items():
+        assert calls[0].computed == calls[0].total
+        assert any(c.computed < c.total for c in calls) == name.endswith("blocks.1")
+    assert torch.equal(run(pipe, steps=5), first)
+    lite.disable(pipe)
+    assert torch.equal(run(pipe, steps=5), plain)
+    assert hooks_left(pipe.transformer) == hooks_left(pipe.transformer_2) == []
+
+
+def test_ltx_video():
+    """One call for both conditionings, no step in the cache context: the scheduler tells it."""
+    torch.manual_seed(0)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        cross_attention_dim=64,
+        num_layers=2,
+        caption_channels=16,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = LTXPipeline(scheduler, None, None, None, sharpen(transformer))
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        text, negative = torch.randn(2, 1, 6, 16, generator=generator)
+        ones = torch.ones(1, 6, dtype=torch.bool)
+        return pipe(
+            prompt_embeds=text,
+            prompt_attention_mask=ones,
+            negative_prompt_embeds=negative,
+            negative_prompt_attention_mask=ones,
+            height=256,
+            width=256,
+            num_frames=33,
+            num_inference_steps=4,
+            output_type="latent",
+            generator=generator,
+        ).frames
+
+    plain = sample()
+    session = lite.enable(pipe, **BOLD)
+    fresh = sample()
+    report = session.report()
+    assert report.steps == 4 and sorted(report.step_seconds) == [0, 1, 2, 3]
+    assert {c.stream for c in report.calls} == {"cond_uncond x2"}
+    assert report.computed_fraction < 1
+    sample(seed=1)
+    assert torch.equal(sample(), fresh)
+    lite.disable(pipe)
+    assert torch.equal(sample(), plain)
+    assert hooks_left(transformer) == []
+
+
+def test_other_models_are_declined_with_a_reason():
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = CogVideoXTransformer3DModel(num_attention_heads=1, num_layers=1, time_embed_dim=8)
+    session = lite.enable(model)
+    assert "CogVideoXTransformer3DModel is not supported yet" in lite.summary(model)
+    assert session.report() is None
+    lite.disable(model)
+    assert hooks_left(model) == []
+
+
+def test_the_demo_model_skips():
+    from demo.model import TEXT_TABLE, load_diffusers_model
+    from demo.text import EXAMPLE, embed_prompts, load_table
+
+    text, negative = embed_prompts([EXAMPLE, ""], load_table(TEXT_TABLE)).split(1)
+    pipe = make_pipe()
+    pipe.register_modules(transformer=load_diffusers_model())
+    with lite.enabled(pipe, budget=0.25, min_tokens=0, audit=16) as session:
+        video = pipe(
+            prompt_embeds=text,
+            negative_prompt_embeds=negative,
+            height=128,
+            width=128,
+            num_frames=61,
+            num_inference_steps=6,
+            guidance_scale=2.5,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).frames
+    report = session.report()
+    assert torch.isfinite(video).all()
+    assert report.tokens == 16 * 8 * 8
+    assert report.computed_fraction < 1
+    assert 0 < report.lost_mass_mean < 0.25
+
+
+@pytest.mark.parametrize(
+    ("choices", "error", "says"),
+    [
+        ({"preset": "Safe", "budget": 0.1}, ValueError, "preset and budget exclude"),
+        ({"preset": "Brave"}, ValueError, "Safe, Balanced, Fast"),
+        ({"threshold": 3}, ValueError, "negative"),
+        ({"budget": 10}, ValueError, "between 0 and 1"),
+        ({"budget": 0.1, "criterion": "gap"}, ValueError, "criterion='mass'"),
+        ({"treshold": -1}, TypeError, "no setting treshold"),
+    ],
+)
+def test_choices_that_make_no_sense(pipe, choices, error, says):
+    with pytest.raises(error, match=says):
+        lite.enable(pipe, **choices)
+    assert hooks_left(pipe.transformer) == []
+
+
+def test_choices(pipe):
+    assert lite.enable(pipe).settings.threshold == -2
+    assert lite.enable(pipe, preset="Safe", audit=0).settings.audit == 0
+    assert lite.enable(pipe, budget=0.25).settings.threshold == math.log2(0.25)
+    with pytest.raises(TypeError, match="no transformer"):
+        lite.enable(SimpleNamespace(components={"unet": torch.nn.Linear(1, 1)}))
+
+
+def follow(moments):
+    """Which of these calls start a new run, and the progress of each."""
+    trajectory, starts, progress = None, [], []
+    for index, now in enumerate(moments):
+        if trajectory is None or not trajectory.continues("transformer", now):
+            trajectory = Trajectory(now)
+            starts.append(index)
+        progress.append(trajectory.advance("transformer", now))
+    return starts, progress
+
+
+def test_a_second_order_sampler_stays_in_its_run():
+    heun = torch.tensor([1000.0, 700, 700, 300, 300])
+    starts, progress = follow([Moment("cond", None, None, t, heun) for t in heun.tolist()])
+    assert starts == [0] and progress[-1].position == 1
+    assert [p.position for p in progress] == sorted(p.position for p in progress)
+
+
+def test_a_new_schedule_is_a_new_run():
+    """Even where the second run starts at less noise than the first one failed at."""
+    first, second = torch.tensor([1000.0, 500]), torch.tensor([400.0, 200])
+    moments = [Moment("cond", None, None, 1000.0, first), Moment("cond", None, None, 400.0, second)]
+    assert follow(moments)[0] == [0, 1]
+
+
+def test_positions_from_noise_levels_alone_are_never_ahead():
+    for shift in (1, 3, 8):
+        u = [1 - step / 10 for step in range(10)]
+        levels = [1000 * shift * x / (1 + (shift - 1) * x) for x in u]
+        starts, progress = follow([Moment("cond", None, None, t, None) for t in levels])
+        assert starts == [0]
+        assert all(p.step == i and 0 < p.position <= (i + 1) / 10 for i, p in enumerate(progress))
+
+
+def test_repeats_and_steps_backwards_start_a_run():
+    def at(step, stream="cond"):
+        return Moment(stream, step, 4, 0.0, None)
+
+    assert follow([at(0), at(0, "uncond"), at(1), at(1, "uncond")])[0] == [0]
+    assert follow([at(0), at(0)])[0] == [0, 1]
+    assert follow([at(2), at(1)])[0] == [0, 1]
+
+
+def test_conditioning_tokens():
+    assert conditioning_tokens(torch.tensor([5.0, 5.0])) == ()
+    assert conditioning_tokens(torch.full((2, 4), 5.0)) == ()
+    assert conditioning_tokens(torch.tensor([[0.0, 0, 5, 5, 1, 5]])) == ((0, 2), (4, 5))
+
+
+def test_texts_name_streams():
+    a, b = texts()
+    assert name_stream(a) == name_stream(a.clone()) != name_stream(b)
+
+
+def test_the_import_is_cheap():
+    code = "import sys, comfyui_liteattention; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
