@@ -1,0 +1,99 @@
+"""Every node has help and names in English and Chinese, where ComfyUI's browser page looks."""
+
+import json
+import urllib.request
+
+import pytest
+
+from demo.comfy_server import REPOSITORY
+
+NODES = ("LiteAttentionPatch", "LiteAttentionReport", "LiteAttentionThreshold")
+LANGUAGES = ("en", "zh")
+
+each_node = pytest.mark.parametrize("node", NODES)
+each_language = pytest.mark.parametrize("language", LANGUAGES)
+
+
+def page(node, language):
+    return REPOSITORY / "web" / "docs" / node / f"{language}.md"
+
+
+def inputs_of(info):
+    return {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+
+
+def read(server, path):
+    with urllib.request.urlopen(f"http://{server.address}{path}", timeout=30) as reply:
+        return reply.read().decode()
+
+
+@pytest.fixture(scope="module")
+def translations(server):
+    return server.get("/i18n")
+
+
+def test_these_are_all_our_nodes(object_info):
+    ours = [n for n, i in object_info.items() if i["python_module"] == "custom_nodes.liteattention"]
+    assert sorted(ours) == sorted(NODES)
+
+
+@each_language
+@each_node
+def test_the_page_is_served_and_names_every_input_and_output(node, language, server, object_info):
+    # The path that the page asks for: /extensions/PACK/docs/NODE/LANGUAGE.md
+    text = read(server, f"/extensions/liteattention/docs/{node}/{language}.md")
+    assert text == page(node, language).read_text(encoding="utf-8")
+    for name in inputs_of(object_info[node]):
+        assert name in text
+    for name in object_info[node]["output_name"]:
+        assert name in text or name == "MODEL"
+
+
+@each_language
+@each_node
+def test_both_languages_have_the_same_parts(node, language):
+    lines, english = (
+        page(node, x).read_text(encoding="utf-8").splitlines() for x in (language, "en")
+    )
+    for start in ("# ", "## ", "| ", "* "):
+        count = [sum(line.startswith(start) for line in text) for text in (lines, english)]
+        assert count[0] == count[1]
+    for line in lines:
+        assert not line.startswith("|") or line.endswith("|")
+
+
+@each_node
+def test_english_names_and_tooltips_are_those_of_the_node(node, translations, object_info):
+    """The page prefers the locale file, so that a forgotten change there would hide the node's."""
+    info, entry = object_info[node], translations["en"]["nodeDefs"][node]
+    assert entry["display_name"] == info["display_name"]
+    assert entry["description"] == info["description"]
+    tooltips = {name: declared[1]["tooltip"] for name, declared in inputs_of(info).items()}
+    assert {name: i["tooltip"] for name, i in entry["inputs"].items()} == tooltips
+    assert [o["tooltip"] for o in entry["outputs"].values()] == info["output_tooltips"]
+
+
+@each_node
+def test_chinese_names_everything(node, translations):
+    english, chinese = (translations[x]["nodeDefs"][node] for x in LANGUAGES)
+    assert chinese["display_name"].startswith("LiteAttention")
+    assert any("\u4e00" <= letter <= "\u9fff" for letter in chinese["description"])
+    for part in ("inputs", "outputs"):
+        assert list(chinese[part]) == list(english[part])
+        for entry in chinese[part].values():
+            assert entry["name"]
+            assert any("\u4e00" <= letter <= "\u9fff" for letter in entry["tooltip"])
+
+
+@each_language
+def test_the_files_are_the_ones_that_the_server_merged(language, translations):
+    path = REPOSITORY / "locales" / language / "nodeDefs.json"
+    ours = json.loads(path.read_text(encoding="utf-8"))
+    assert sorted(ours) == sorted(NODES)
+    assert {node: translations[language]["nodeDefs"][node] for node in NODES} == ours
+
+
+def test_the_script_that_shows_the_report_is_announced(server):
+    assert "/extensions/liteattention/liteattention.js" in server.get("/extensions")
+    script = read(server, "/extensions/liteattention/liteattention.js")
+    assert "LiteAttentionReport" in script
