@@ -8,13 +8,15 @@ from torch import Tensor
 from .backends.base import Backend
 from .settings import Settings
 
+CROSS_ATTENTION = "cross-attention (queries and keys have different lengths)"
+
 
 def dense_reason(
     q: Tensor, k: Tensor, v: Tensor, streams: int, settings: Settings, backend: Backend
 ) -> str | None:
     """Reason for ``q, k, v [B, H, L, D]`` of ``streams`` equal batch parts, or None to go ahead."""
     if q.shape[2] != k.shape[2]:
-        return "cross-attention (queries and keys have different lengths)"
+        return CROSS_ATTENTION
     if q.shape != k.shape or k.shape != v.shape:
         return "grouped or uneven heads (q, k and v have different shapes)"
     if q.shape[2] < settings.min_tokens:

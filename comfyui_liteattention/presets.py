@@ -5,9 +5,9 @@ from __future__ import annotations
 from .settings import Settings
 
 PRESETS: dict[str, Settings] = {
-    "Safe": Settings(threshold=-4.0),
-    "Balanced": Settings(threshold=-2.0),
-    "Fast": Settings(threshold=-1.0),
+    "Safe": Settings(threshold=-3.0),
+    "Balanced": Settings(threshold=-1.0),
+    "Fast": Settings(threshold=-0.3),
 }
 DEFAULT = "Balanced"
 

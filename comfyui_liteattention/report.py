@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .eligibility import CROSS_ATTENTION
+
 
 class CallStats(NamedTuple):
     """One attention call of one stream; ``lost`` is None where nothing was audited."""
@@ -16,6 +18,7 @@ class CallStats(NamedTuple):
     step: int
     layer: str
     stream: str
+    tokens: int
     computed: int
     total: int
     lost: float | None
@@ -49,7 +52,8 @@ class RunReport:
 
     @property
     def tokens(self) -> int:
-        return max((m.tokens for m in self.maps), default=0)
+        """Length of the longest sequence that LiteAttention computed; 0 where it computed none."""
+        return max((call.tokens for call in self.calls), default=0)
 
     @property
     def computed_fraction(self) -> float:
@@ -85,8 +89,10 @@ def by(calls: Iterable[CallStats], field: str) -> dict:
 def status_line(report: RunReport) -> str:
     """One line for the log and the node: active or not, and why."""
     if not report.active:
-        reasons = "; ".join(report.reasons) or "nothing was negligible at this threshold"
-        return f"LiteAttention inactive: {reasons}"
+        # Cross-attention always stays dense: it explains nothing.
+        reasons = [reason for reason in report.reasons if reason != CROSS_ATTENTION]
+        why = "; ".join(reasons) or "nothing was negligible at this threshold"
+        return f"LiteAttention inactive: {why}"
     lost = report.lost_mass_mean
     measured = "not measured" if lost is None else f"{lost:.2%}"
     return (
@@ -100,7 +106,9 @@ def text_table(report: RunReport) -> str:
     lines = [
         status_line(report),
         f"settings: {report.settings}",
-        f"{report.tokens} tokens, {report.steps} steps",
+        f"{report.tokens} tokens, {report.steps} steps"
+        if report.calls
+        else f"{report.steps} steps",
     ]
     if report.calls:
         lines += ["", f"{'layer':<12} {'computed':>9} {'lost mass':>10}"]

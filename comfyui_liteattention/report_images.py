@@ -13,7 +13,7 @@ from .report import MapStats
 
 SIDE = 256  # pixels of one map
 MARGIN = 12
-CAPTION = 22
+CAPTION = 28
 BACKGROUND = (16, 18, 24)
 TEXT = (222, 226, 234)
 DEAD = np.array((30, 34, 46), dtype=np.float32)
@@ -23,17 +23,17 @@ LIVE = np.array((255, 190, 80), dtype=np.float32)
 def tile_map_image(maps: Sequence[MapStats], columns: int = 4) -> Tensor:
     """The final tile maps side by side: x key tiles, y query tiles, bright where computed."""
     if not maps:
-        return _to_tensor(_note("No tile map: nothing was skipped."))
+        return _to_tensor(_note("No tile map: see the report."))
     columns = min(columns, len(maps))
     rows = -(-len(maps) // columns)
     cell_w, cell_h = SIDE + MARGIN, SIDE + CAPTION + MARGIN
     canvas = Image.new("RGB", (columns * cell_w + MARGIN, rows * cell_h + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    streams = {stream: i for i, stream in enumerate(dict.fromkeys(m.stream for m in maps))}
     for i, one in enumerate(maps):
         x = MARGIN + i % columns * cell_w
         y = MARGIN + i // columns * cell_h
-        caption = f"layer {one.layer}, stream {streams[one.stream]}: {float(one.live.mean()):.0%}"
+        layer = f"layer {one.layer}" if one.layer.isdecimal() else one.layer
+        caption = f"{layer} {one.stream}: {float(one.live.mean()):.0%}"
         draw.text((x, y), caption, fill=TEXT, font=_font())
         canvas.paste(_colour(one.live), (x, y + CAPTION))
     return _to_tensor(canvas)
@@ -55,7 +55,7 @@ def _note(text: str) -> Image.Image:
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=14)
+    return ImageFont.load_default(size=20)
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -27,6 +27,7 @@ class _Call(NamedTuple):
     step: int
     layer: str
     stream: Stream
+    tokens: int
     tally: Tally
 
 
@@ -97,7 +98,7 @@ class Run:
             state = self._state(layer, stream, q)
             out, tally = attend(state, self.backend, qs, ks, vs, scale, settings, progress.position)
             with self._lock:
-                self._calls.append(_Call(progress.step, layer, stream, tally))
+                self._calls.append(_Call(progress.step, layer, stream, q.shape[2], tally))
             parts.append(out)
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         if not torch.isfinite(out).all():
@@ -151,6 +152,13 @@ class Run:
 
 
 def _resolve(call: _Call) -> CallStats:
-    lost = None if call.tally.lost is None else float(call.tally.lost)
-    computed = int(call.tally.computed)
-    return CallStats(call.step, call.layer, str(call.stream), computed, call.tally.total, lost)
+    computed, total, lost = call.tally
+    return CallStats(
+        step=call.step,
+        layer=call.layer,
+        stream=str(call.stream),
+        tokens=call.tokens,
+        computed=int(computed),
+        total=total,
+        lost=None if lost is None else float(lost),
+    )

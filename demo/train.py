@@ -37,6 +37,7 @@ class Phase:
     pixels: int  # height and width
     two_shapes: float  # chance of a second shape
     rate: tuple[float, float] = (1.0, 1.0)  # share of the peak learning rates, start to end
+    level: tuple[float, float] = (0.0, 1.0)  # mean and deviation of the noise level's logit
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class TrainConfig:
         Phase(160, 5, 4, 64, 0.5),
         Phase(50, 2, 8, 64, 0.5, (1.0, 0.6)),
         Phase(70, 1, 16, 64, 0.5, (0.6, 0.0)),
+        # What is drawn where is decided at the highest noise levels, which come up rarely above.
+        Phase(500, 4, 4, 64, 0.2, (1.0, 1.0), (1.0, 1.3)),
+        Phase(150, 2, 8, 64, 0.3, (1.0, 0.7), (1.0, 1.3)),
+        Phase(180, 1, 16, 64, 0.3, (0.7, 0.0), (0.8, 1.3)),
     )
     gain: float = 1.7  # starting gains of the self-attention q and k norms
     locality: float = 0.75  # starting q and k bias of head 0 in its fast rotary pairs
@@ -105,7 +110,8 @@ def make_batch(config: TrainConfig, step: int, table: dict[str, torch.Tensor]) -
     noise = torch.randn(latent.shape, generator=generator)
     # Stratified over the batch: the same logit-normal distribution with less variance per step.
     order = torch.arange(phase.batch) + torch.rand(phase.batch, generator=generator)
-    level = torch.special.ndtri((order / phase.batch).clamp(1e-4, 1 - 1e-4))
+    mean, deviation = phase.level
+    level = mean + deviation * torch.special.ndtri((order / phase.batch).clamp(1e-4, 1 - 1e-4))
     return Batch(latent, noise, shift_sigma(torch.sigmoid(level)), embed(slots, table))
 
 

@@ -25,6 +25,7 @@ from comfyui_liteattention.integrations.diffusers_runs import (
     conditioning_tokens,
     name_stream,
 )
+from comfyui_liteattention.presets import DEFAULT, PRESETS
 
 TOKENS = 320  # 5 latent frames of 8 x 8 tokens: a tile of 64 is a frame
 BOLD = {"threshold": -1.0, "ramp": 0.0, "min_tokens": 0, "audit": 0}
@@ -501,7 +502,7 @@ def test_choices_that_make_no_sense(pipe, choices, error, says):
 
 
 def test_choices(pipe):
-    assert lite.enable(pipe).settings.threshold == -2
+    assert lite.enable(pipe).settings == PRESETS[DEFAULT]
     assert lite.enable(pipe, preset="Safe", audit=0).settings.audit == 0
     assert lite.enable(pipe, budget=0.25).settings.threshold == math.log2(0.25)
     with pytest.raises(TypeError, match="no transformer"):

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.patcher_extension
@@ -86,7 +86,7 @@ class Forward:
     It travels in that call's ``transformer_options``, so threads can't mix it up.
     """
 
-    def __init__(self, progress: Progress, streams: Sequence[Any], video: bool) -> None:
+    def __init__(self, progress: Progress, streams: Sequence[Stream], video: bool) -> None:
         self.progress = progress
         self.streams = streams
         self.video = video
@@ -197,13 +197,26 @@ def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:
     return RunReport(describe(settings), "none", steps, 0.0, {}, (), {reason: 1}, ())
 
 
-def _streams(options: dict[str, Any], device: torch.device) -> list[tuple[Any, ...]]:
-    """One key per batch part: conditioning, context window, device."""
-    window = options.get("context_window")
-    place = (str(device), tuple(window.index_list) if window is not None else None)
+class Stream(NamedTuple):
+    """What must never share tiles: conditionings, context windows, devices."""
+
+    kind: int
+    uuid: Any
+    window: tuple[int, ...] | None
+    device: str
+
+    def __str__(self) -> str:
+        name = {0: "positive", 1: "negative"}.get(self.kind, f"conditioning {self.kind}")
+        return name if self.window is None else f"{name} {self.window[0]}-{self.window[-1]}"
+
+
+def _streams(options: dict[str, Any], device: torch.device) -> list[Stream]:
+    """One key per batch part."""
+    context = options.get("context_window")
+    window = None if context is None else tuple(context.index_list)
     kinds = options.get("cond_or_uncond") or [0]
     uuids = options.get("uuids") or range(len(kinds))
-    return [(kind, uuid, *place) for kind, uuid in zip(kinds, uuids, strict=True)]
+    return [Stream(k, u, window, str(device)) for k, u in zip(kinds, uuids, strict=True)]
 
 
 def _backend(model_patcher: Any) -> Backend | str:

@@ -145,7 +145,6 @@ class Session:
         return Moment(stream, step, steps, level, schedule)
 
 
-
 class _Call:
     """One call of a transformer: which run, where in it, which conditioning."""
 

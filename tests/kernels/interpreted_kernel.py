@@ -48,7 +48,7 @@ class InterpreterBackend:
 def why_not() -> str | None:
     """Why the interpreter can't be used in this process, or None."""
     if not isinstance(attend_tiles, interpreter.InterpretedFunction):
-        return "triton was imported before TRITON_INTERPRET=1 was set; run tests/kernels alone"
+        return "triton compiles in this process (a card is present, or it was imported too early)"
     if triton.__version__ != TESTED_TRITON:
         return (
             f"written for the interpreter of triton {TESTED_TRITON}, this is {triton.__version__}"

@@ -1,0 +1,17 @@
+"""Triton decides once, when it is first imported, whether this process interprets its kernels.
+
+Without a GPU it should, so our kernel is imported here, before anything else imports triton.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+SWITCH = "TRITON_INTERPRET"
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ[SWITCH] = "1"
+    from comfyui_liteattention.backends import triton_kernel  # noqa: F401
+
+    del os.environ[SWITCH]  # the rest of the suite, and processes that it starts, don't want it
