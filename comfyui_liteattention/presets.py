@@ -6,8 +6,8 @@ from .settings import Settings
 
 PRESETS: dict[str, Settings] = {
     "Safe": Settings(threshold=-3.0),
-    "Balanced": Settings(threshold=-1.0),
-    "Fast": Settings(threshold=-0.3),
+    "Balanced": Settings(),
+    "Fast": Settings(threshold=-0.1, ramp=0.5),
 }
 DEFAULT = "Balanced"
 

@@ -45,7 +45,7 @@ class Settings:
         Shorter sequences stay dense.
     """
 
-    threshold: float = -1.0
+    threshold: float = -0.3
     criterion: Criterion = "mass"
     ramp: float = 1.0
     warmup: float = 0.0
