@@ -9,6 +9,7 @@ from typing import Any
 Graph = dict[str, dict[str, Any]]
 
 BYPASSED, MUTED = 4, 2
+MISSING = object()
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOT_EXECUTED = {"Note", "MarkdownNote"}
 
@@ -68,9 +69,12 @@ def _widgets(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
             is_widget = isinstance(kind, list) or kind in WIDGET_TYPES
             if not is_widget or options.get("forceInput"):
                 continue
-            found[name] = next(values)
+            value = next(values, MISSING)
+            if value is MISSING:  # a newer ComfyUI has more widgets: their defaults apply
+                return found
+            found[name] = value
             if options.get("control_after_generate"):
-                next(values)
+                next(values, None)
     return found
 
 

@@ -81,7 +81,8 @@ def test_slots_are_those_of_the_nodes(path, object_info):
         for entry in node["inputs"]:
             assert declared[entry["name"]][0] == entry["type"], (node["type"], entry["name"])
         outputs = [(o["name"], o["type"]) for o in node["outputs"]]
-        assert outputs == list(zip(info["output_name"], info["output"], strict=True))
+        theirs = list(zip(info["output_name"], info["output"], strict=True))
+        assert outputs == theirs[: len(outputs)]  # a newer ComfyUI may have added some
 
 
 @every_workflow
