@@ -62,7 +62,7 @@ def without(graph: Graph, class_type: str, through: str) -> Graph:
 def _widgets(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     """Widget values by name, in the order of the node's declaration."""
     values = iter(node.get("widgets_values") or [])
-    found = {}
+    found: dict[str, Any] = {}
     for section in ("required", "optional"):
         for name, declared in (info["input"].get(section) or {}).items():
             kind, options = declared[0], (declared[1] if len(declared) > 1 else {})

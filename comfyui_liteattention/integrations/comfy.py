@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, backend_for
-from ..eligibility import dense_reason
+from ..eligibility import CROSS_ATTENTION, dense_reason
 from ..report import RunReport, status_line
 from ..run import Run
 from ..schedule import Progress
@@ -158,8 +158,8 @@ def _make_override(run: Run, previous: Callable[..., Tensor] | None) -> Callable
             scale = kwargs.get("scale") or split[0].shape[-1] ** -0.5
             layer = forward.next_layer(options)
             out = run.attend(layer, forward.streams, forward.progress, *split, scale)
-        elif run.decline(reason):
-            log.debug("LiteAttention: dense: %s", reason)
+        elif run.decline(reason) and reason != CROSS_ATTENTION:
+            log.info("LiteAttention: calls stay dense: %s", reason)
         if out is not None:
             return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
         passed = dict(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import backend_for
-from ..eligibility import dense_reason
+from ..eligibility import CROSS_ATTENTION, dense_reason
 from ..report import RunReport, status_line, text_table
 from ..run import Run
 from ..schedule import Progress
@@ -184,8 +184,8 @@ class _Call:
 
     def decline(self, reason: str) -> None:
         """Count a call that stays dense."""
-        if self._run.decline(reason):
-            log.debug("LiteAttention: dense: %s", reason)
+        if self._run.decline(reason) and reason != CROSS_ATTENTION:
+            log.info("LiteAttention: calls stay dense: %s", reason)
 
     def end(self, seconds: float) -> None:
         """The transformer returned."""
