@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import policy
 from .backends.base import Attended, Backend
+from .order import Arrangement, VideoTokens, arrange
 from .settings import Settings
-from .tiles import make_lists, pack, unpack
+from .tiles import TileShape, make_lists, pack, unpack
 
 
 class Tally(NamedTuple):
@@ -49,14 +50,19 @@ def attend(
     scale: float,
     settings: Settings,
     position: float,
+    video: VideoTokens | None = None,
 ) -> tuple[Tensor, Tally]:
     """Attention over the live tiles, then mark the negligible ones for the next call.
 
     ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` -> ``out [B, H, Lq, D]``. ``position`` in (0, 1] is
-    the part of the run done when this step ends (see :func:`policy.threshold_at`).
+    the part of the run done when this step ends (see :func:`policy.threshold_at`). ``video`` says
+    which tokens are video, where queries and keys are the same tokens; only those are skipped.
     """
-    b, h, lq, head_dim = q.shape
-    tile = backend.tile_shape(head_dim)
+    tile = backend.tile_shape(q.shape[3])
+    arrangement = _arrangement(settings, video, q, tile)
+    if arrangement is not None:
+        q, k, v = (t.index_select(2, arrangement.order) for t in (q, k, v))
+    b, h, lq, _ = q.shape
     tq, tk = tile.grid(lq, k.shape[2])
     threshold = policy.threshold_at(settings, position, tk)
     criterion = settings.criterion if threshold > -math.inf else None
@@ -78,11 +84,39 @@ def attend(
 
     if result.score is not None:
         if state.pinned is None:
-            state.pinned = policy.pinned_tiles(settings, lq, k.shape[2], tile).to(q.device)
+            state.pinned = _pinned(settings, video, lq, k.shape[2], tile, arrangement).to(q.device)
         kept = policy.next_live(live, result.score, threshold, state.pinned)
         state.live = pack(kept) if state.live is None else state.live.copy_(pack(kept))
     state.calls += 1
-    return result.out, Tally(computed, b * h * tq * tk, lost)
+    out = result.out if arrangement is None else result.out.index_select(2, arrangement.place)
+    return out, Tally(computed, b * h * tq * tk, lost)
+
+
+def _arrangement(
+    settings: Settings, video: VideoTokens | None, q: Tensor, tile: TileShape
+) -> Arrangement | None:
+    """How to list the tokens, or None: as they come."""
+    if video is None or settings.order == "raster":
+        return None
+    apart = settings.dense_keys + settings.dense_queries
+    return arrange(q.shape[2], video, apart, tile, q.device)
+
+
+def _pinned(
+    settings: Settings,
+    video: VideoTokens | None,
+    lq: int,
+    lk: int,
+    tile: TileShape,
+    arrangement: Arrangement | None,
+) -> Tensor:
+    """Tiles that must stay live, ``[Tq, Tk]`` bool, in the order in which tokens are listed."""
+    queries = policy.pinned_tokens(settings.dense_queries, video, lq)
+    keys = policy.pinned_tokens(settings.dense_keys, video, lk)
+    if arrangement is not None:
+        order = arrangement.order.cpu()
+        queries, keys = queries[order], keys[order]
+    return policy.pinned_tiles(queries, keys, tile)
 
 
 def _audit(

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from .order import TokenRanges, VideoTokens
 from .settings import SAFEST, Settings
 from .tiles import TileShape, tiles_touching
 
@@ -31,10 +32,22 @@ def threshold_at(settings: Settings, position: float, key_tiles: int) -> float:
     return threshold - math.log2(key_tiles) if settings.criterion == "mass" else threshold
 
 
-def pinned_tiles(settings: Settings, lq: int, lk: int, tile: TileShape) -> Tensor:
-    """Tiles that must stay live, ``[Tq, Tk]`` bool: dense query rows and must-do keys."""
-    rows = tiles_touching(settings.dense_queries, lq, tile.q)
-    columns = tiles_touching(settings.dense_keys, lk, tile.k)
+def pinned_tokens(ranges: TokenRanges, video: VideoTokens | None, length: int) -> Tensor:
+    """Tokens that always count, ``[length]`` bool: those in the ranges, and all beside the video
+    where it is known (text, references), in the order in which the model lists them."""
+    pinned = torch.zeros(length, dtype=torch.bool)
+    if video is not None:
+        pinned[: video.start] = True
+        pinned[video.stop :] = True
+    for start, end in ranges:
+        pinned[start:end] = True
+    return pinned
+
+
+def pinned_tiles(queries: Tensor, keys: Tensor, tile: TileShape) -> Tensor:
+    """Tiles that must stay live, ``[Tq, Tk]`` bool, from the pinned tokens ``queries [Lq]`` and
+    ``keys [Lk]`` bool, as they are listed in the attention call."""
+    rows, columns = tiles_touching(queries, tile.q), tiles_touching(keys, tile.k)
     return rows.unsqueeze(1) | columns.unsqueeze(0)
 
 

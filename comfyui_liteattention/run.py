@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .attention import LayerState, Tally, attend
 from .backends.base import Backend
+from .order import VideoTokens
 from .report import CallStats, MapStats, RunReport
 from .schedule import Progress, locate
 from .settings import Settings, describe
@@ -82,9 +83,11 @@ class Run:
         k: Tensor,
         v: Tensor,
         scale: float,
+        video: VideoTokens | None = None,
     ) -> Tensor | None:
         """Attention of one layer, ``[B, H, L, D]``; the batch holds ``len(streams)`` equal parts.
 
+        ``video`` says which of the ``L`` tokens are video; None: all of them, on an unknown grid.
         None: the caller has to do this call densely; the reason is counted.
         """
         if layer in self._failed:
@@ -96,7 +99,9 @@ class Run:
             streams, *(t.chunk(len(streams)) for t in (q, k, v)), strict=True
         ):
             state = self._state(layer, stream, q)
-            out, tally = attend(state, self.backend, qs, ks, vs, scale, settings, progress.position)
+            out, tally = attend(
+                state, self.backend, qs, ks, vs, scale, settings, progress.position, video
+            )
             with self._lock:
                 self._calls.append(_Call(progress.step, layer, stream, q.shape[2], tally))
             parts.append(out)

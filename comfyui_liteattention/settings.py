@@ -7,13 +7,12 @@ from dataclasses import dataclass, fields
 from typing import get_args
 
 from .backends.base import Criterion
+from .order import TokenOrder, TokenRanges
 
 #: A threshold at or below this never skips a tile.
 SAFEST = -40.0
 
 MAX_LAYER = 999
-
-TokenRanges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,9 @@ class Settings:
     dense_keys, dense_queries
         Token ranges ``(start, end)``, end exclusive: key tokens that every query sees, and query
         tokens that see every key. Tiles that they touch only in part count as touched.
+    order
+        ``compact`` lists the video tokens so that every tile is a compact piece of the video, where
+        the model tells its grid; ``raster`` leaves them in the model's order.
     audit
         One in this many query tiles is also computed in full, another one at every call; the
         difference is the measured lost mass. 0 switches the audit off.
@@ -52,6 +54,7 @@ class Settings:
     dense_layers: tuple[int, ...] = ()
     dense_keys: TokenRanges = ()
     dense_queries: TokenRanges = ()
+    order: TokenOrder = "compact"
     audit: int = 64
     min_tokens: int = 2048
 
@@ -94,6 +97,8 @@ def _problems(s: Settings):
         yield "threshold", "must be negative (log2 units; more negative is safer, try -4)"
     if s.criterion not in get_args(Criterion):
         yield "criterion", f"must be one of {', '.join(get_args(Criterion))}"
+    if s.order not in get_args(TokenOrder):
+        yield "order", f"must be one of {', '.join(get_args(TokenOrder))}"
     if not 0 <= s.ramp <= 8:
         yield "ramp", "must lie between 0 (no ramp) and 8"
     if not 0 <= s.warmup <= 1:

@@ -89,14 +89,10 @@ def make_lists(mask: Tensor, alternate: bool = False) -> TileLists:
     return TileLists(count, index.scatter_(-1, torch.where(mask, rank, padding), tiles))
 
 
-def tiles_touching(ranges: tuple[tuple[int, int], ...], length: int, rows: int) -> Tensor:
-    """Tiles that hold any token of the ``[start, end)`` ranges, ``[ceil(length/rows)]`` bool.
+def tiles_touching(tokens: Tensor, rows: int) -> Tensor:
+    """Tiles of ``rows`` tokens that hold any of ``tokens [L]`` bool, ``[ceil(L/rows)]`` bool.
 
     A partly covered tile counts as covered: everything here rounds towards computing.
     """
-    touched = torch.zeros(-(-length // rows), dtype=torch.bool)
-    for start, end in ranges:
-        start, end = max(start, 0), min(end, length)
-        if start < end:
-            touched[start // rows : -(-end // rows)] = True
-    return touched
+    padded = torch.nn.functional.pad(tokens, (0, -len(tokens) % rows))
+    return padded.unflatten(0, (-1, rows)).any(-1)

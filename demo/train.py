@@ -57,6 +57,7 @@ class TrainConfig:
         Phase(500, 4, 4, 64, 0.2, (1.0, 1.0), (1.0, 1.3)),
         Phase(150, 2, 8, 64, 0.3, (1.0, 0.7), (1.0, 1.3)),
         Phase(180, 1, 16, 64, 0.3, (0.7, 0.0), (0.8, 1.3)),
+        Phase(450, 1, 16, 64, 0.4, (0.8, 0.0), (1.3, 1.2)),
     )
     gain: float = 1.7  # starting gains of the self-attention q and k norms
     locality: float = 0.75  # starting q and k bias of head 0 in its fast rotary pairs

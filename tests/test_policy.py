@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfyui_liteattention import policy
+from comfyui_liteattention.order import VideoTokens
 from comfyui_liteattention.settings import SAFEST, Settings, parse_layers
 from comfyui_liteattention.tiles import TileShape
 
@@ -42,11 +43,18 @@ def test_a_score_that_is_not_a_number_keeps_its_tile():
 
 
 def test_pinned_rows_and_columns_stay():
-    settings = Settings(dense_keys=((0, 10),), dense_queries=((100, 101),))
-    pinned = policy.pinned_tiles(settings, 128, 128, TileShape(32, 32))
+    keys = policy.pinned_tokens(((0, 10),), None, 128)
+    queries = policy.pinned_tokens(((100, 101),), None, 128)
+    pinned = policy.pinned_tiles(queries, keys, TileShape(32, 32))
     assert pinned.int().tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
     kept = policy.next_live(None, torch.full((1, 1, 4, 4), -99.0), -1.0, pinned)
     assert (kept[0, 0] >= pinned).all()
+
+
+def test_tokens_beside_the_video_are_pinned():
+    video = VideoTokens((1, 2, 3), start=2)
+    pinned = policy.pinned_tokens(((4, 5),), video, 10)
+    assert pinned.int().tolist() == [1, 1, 0, 0, 1, 0, 0, 0, 1, 1]
 
 
 def test_the_ramp_is_strict_first():

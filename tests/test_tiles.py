@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfyui_liteattention import tiles
+from comfyui_liteattention import policy, tiles
 from comfyui_liteattention.tiles import TileShape
 
 sizes = st.integers(1, 5)
@@ -55,7 +55,8 @@ def test_alternating_lists_run_backwards_unless_all_is_live():
     ],
 )
 def test_partly_covered_tiles_count(ranges, touched):
-    assert tiles.tiles_touching(ranges, 130, 64).int().tolist() == touched
+    tokens = policy.pinned_tokens(ranges, None, 130)
+    assert tiles.tiles_touching(tokens, 64).int().tolist() == touched
 
 
 def test_grid_rounds_up():

@@ -25,7 +25,7 @@ from ..report import RunReport, status_line
 from ..run import Run
 from ..schedule import Progress
 from ..settings import Settings, describe
-from .models import recognise
+from .models import Grid, VideoModel, recognise, token_grid, video_tokens
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +86,17 @@ class Forward:
     It travels in that call's ``transformer_options``, so threads can't mix it up.
     """
 
-    def __init__(self, progress: Progress, streams: Sequence[Stream], video: bool) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        streams: Sequence[Stream],
+        model: VideoModel | None,
+        grid: Grid | None,
+    ) -> None:
         self.progress = progress
         self.streams = streams
-        self.video = video
+        self.model = model
+        self.grid = grid
         self._calls: Counter[str] = Counter()
 
     def next_layer(self, options: dict[str, Any]) -> str:
@@ -117,8 +124,9 @@ def _make_apply_model(run: Run) -> Callable[..., Any]:
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
         x = args[0]
         progress = run.locate(float(options["sigmas"][0]))
-        video = recognise(executor.class_obj.diffusion_model) is not None
-        options[KEY] = Forward(progress, _streams(options, x.device), video)
+        diffusion_model = executor.class_obj.diffusion_model
+        model, grid = recognise(diffusion_model), token_grid(diffusion_model, x.shape)
+        options[KEY] = Forward(progress, _streams(options, x.device), model, grid)
         started = time.perf_counter()
         try:
             return executor(*args, **kwargs)
@@ -157,7 +165,8 @@ def _make_override(run: Run, previous: Callable[..., Tensor] | None) -> Callable
             forward = options[KEY]
             scale = kwargs.get("scale") or split[0].shape[-1] ** -0.5
             layer = forward.next_layer(options)
-            out = run.attend(layer, forward.streams, forward.progress, *split, scale)
+            video = video_tokens(forward.grid, split[0].shape[2])
+            out = run.attend(layer, forward.streams, forward.progress, *split, scale, video)
         elif run.decline(reason) and reason != CROSS_ATTENTION:
             log.info("LiteAttention: calls stay dense: %s", reason)
         if out is not None:
@@ -187,7 +196,7 @@ def _ineligible(options: dict[str, Any], mask: Tensor | None, kwargs: dict[str, 
         return "grouped or uneven heads (q, k and v have different shapes)"
     if kwargs.get("low_precision_attention") is False:
         return "the model asks for exact attention here"
-    if not forward.video:
+    if forward.model is None:
         return "this model is not supported yet"
     return None
 

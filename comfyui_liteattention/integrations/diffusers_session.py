@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,31 +13,50 @@ from torch import Tensor, nn
 
 from ..backends import backend_for
 from ..eligibility import CROSS_ATTENTION, dense_reason
+from ..order import Grid
 from ..report import RunReport, status_line, text_table
 from ..run import Run
 from ..schedule import Progress
 from ..settings import Settings, describe
 from .diffusers_hooks import TransformerHook, register_backend, unregister_backend
 from .diffusers_runs import Moment, Trajectory, conditioning_tokens, name_stream
+from .models import video_tokens
 
 log = logging.getLogger(__name__)
 
 ATTRIBUTE = "_liteattention"
 
 
+def _latent_grid(arguments: dict[str, Any], config: Any) -> Grid:
+    """The token grid of a transformer that is given a latent ``[B, C, T, H, W]``."""
+    sizes = arguments["hidden_states"].shape[2:]
+    frames, rows, columns = (n // p for n, p in zip(sizes, config.patch_size, strict=True))
+    return frames, rows, columns
+
+
+def _told_grid(arguments: dict[str, Any], config: Any) -> Grid | None:
+    """The token grid of a transformer that is given tokens and told their grid."""
+    frames, rows, columns = (arguments.get(n) for n in ("num_frames", "height", "width"))
+    if frames is None or rows is None or columns is None:
+        return None
+    return frames, rows, columns
+
+
 class Family(NamedTuple):
-    """Where a transformer class has its self-attention over video tokens, and who computes it."""
+    """Where a transformer class has its self-attention over video tokens, who computes it, and how
+    the token grid follows from the arguments of ``forward`` and the transformer's config."""
 
     layer: str
     processor: str
+    grid: Callable[[dict[str, Any], Any], Grid | None]
 
 
 #: By class name. Models with text tokens in their self-attention are not here yet: those would
 #: have to be pinned first.
 FAMILIES = {
-    "WanTransformer3DModel": Family("attn1", "WanAttnProcessor"),
-    "WanVACETransformer3DModel": Family("attn1", "WanAttnProcessor"),
-    "LTXVideoTransformer3DModel": Family("attn1", "LTXVideoAttnProcessor"),
+    "WanTransformer3DModel": Family("attn1", "WanAttnProcessor", _latent_grid),
+    "WanVACETransformer3DModel": Family("attn1", "WanAttnProcessor", _latent_grid),
+    "LTXVideoTransformer3DModel": Family("attn1", "LTXVideoAttnProcessor", _told_grid),
 }
 
 
@@ -106,11 +126,13 @@ class Session:
         layers = [n for n, _ in root.named_modules() if n.rpartition(".")[2] == family.layer]
 
         def begin(arguments: dict[str, Any], context: Any) -> _Call | None:
-            return self._begin(name, arguments, context)
+            return self._begin(name, arguments, context, family.grid(arguments, root.config))
 
         self._hooks.append(TransformerHook(root, layers, family.processor, begin, self.reset))
 
-    def _begin(self, name: str, arguments: dict[str, Any], context: Any) -> _Call | None:
+    def _begin(
+        self, name: str, arguments: dict[str, Any], context: Any, grid: Grid | None
+    ) -> _Call | None:
         """One call of the transformer ``name`` starts: find its run, or start one."""
         if self._calling:  # the call before this one raised an exception
             self.reset()
@@ -132,7 +154,7 @@ class Session:
             self._trajectory.runs[name] = run
         self._calling = True
         prefix = f"{name}." if len(self._transformers) > 1 else ""
-        return _Call(self, run, progress, now.stream, device, prefix)
+        return _Call(self, run, progress, now.stream, device, prefix, grid)
 
     def _moment(self, arguments: dict[str, Any], context: Any) -> Moment:
         """What this call tells about where it is."""
@@ -156,6 +178,7 @@ class _Call:
         stream: str,
         device: torch.device,
         prefix: str,
+        grid: Grid | None,
     ) -> None:
         self._session = session
         self._run = run
@@ -163,6 +186,7 @@ class _Call:
         self._stream = stream
         self._device = device
         self._prefix = prefix
+        self._grid = grid
         # Checkpointed layers run once without gradients before they run with them.
         self._training = torch.is_grad_enabled()
 
@@ -180,7 +204,8 @@ class _Call:
         stream = self._stream if batch == 1 else f"{self._stream} x{batch}"
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         name = self._prefix + layer.rpartition(".")[0]
-        return self._run.attend(name, [stream], self._progress, q, k, v, scale)
+        video = video_tokens(self._grid, q.shape[2])
+        return self._run.attend(name, [stream], self._progress, q, k, v, scale, video)
 
     def decline(self, reason: str) -> None:
         """Count a call that stays dense."""

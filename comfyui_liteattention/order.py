@@ -1,0 +1,90 @@
+"""The order of tokens in a sequence: each tile a compact piece of the video.
+
+A model lists its video tokens frame by frame, row by row, so that a tile of 64 neighbours in the
+list is a thin strip of the picture. What one strip attends to differs along its length, and a tile
+can only be skipped when no row of it needs it. Tokens that are close in space and time look at the
+same things: with a tile as close to a cube as the video allows, more tiles can go at the same loss.
+
+Attention does not care in which order its tokens are listed (positions are in q and k already),
+so the order may be chosen freely. Pure functions; nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .tiles import TileShape
+
+TokenOrder = Literal["compact", "raster"]
+TokenRanges = tuple[tuple[int, int], ...]
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """Where the video lies in a sequence: ``grid`` (frames, rows, columns) of tokens in raster
+    order, the first of them at ``start``. All other tokens (text, references) are not video."""
+
+    grid: Grid
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        frames, rows, columns = self.grid
+        return self.start + frames * rows * columns
+
+
+class Arrangement(NamedTuple):
+    """``order [L]`` int64: which token is listed at each place; ``place [L]``: its inverse."""
+
+    order: Tensor
+    place: Tensor
+
+
+@lru_cache(maxsize=8)  # every layer of every step asks for the same few
+def arrange(
+    length: int, video: VideoTokens, apart: TokenRanges, tile: TileShape, device: torch.device
+) -> Arrangement:
+    """First all tokens that are not video or lie in the ranges ``apart``, in their order; then the
+    video in compact pieces of a tile each."""
+    is_video = np.zeros(length, dtype=bool)
+    is_video[video.start : video.stop] = True
+    for start, end in apart:
+        is_video[start:end] = False
+    first, rest = np.flatnonzero(~is_video), np.flatnonzero(is_video)
+    sizes = (max(tile.q, tile.k), min(tile.q, tile.k))
+    filling = -len(first) % sizes[0]  # video tokens that complete the tile in which others end
+    first, rest = np.append(first, rest[:filling]), rest[filling:]
+    places = np.stack(np.unravel_index(rest - video.start, video.grid), axis=1)
+    order = torch.from_numpy(np.append(first, rest[compact_order(places, sizes)]))
+    return Arrangement(order.to(device), order.argsort().to(device))
+
+
+def compact_order(places: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """Order of points ``places [N, 3]`` in which every run of ``sizes[0]`` points, from the start,
+    is a compact piece, and inside it every run of ``sizes[1]``, and so on.
+
+    The points are halved across their longest side again and again, as in a k-d tree, each time at
+    a multiple of the size, so that every piece but the last is full, whatever the grid.
+    """
+    order = np.empty(len(places), dtype=np.int64)
+    work = [(np.arange(len(places)), sizes, 0)]
+    while work:
+        members, left, at = work.pop()
+        while left and len(members) <= left[0]:
+            left = left[1:]
+        if not left:
+            order[at : at + len(members)] = members
+            continue
+        here = places[members]
+        longest = np.argsort(np.ptp(here, axis=0), kind="stable")  # the longest side last
+        ranked = members[np.lexsort([here[:, axis] for axis in longest])]
+        half = -(-len(members) // left[0]) // 2 * left[0]
+        work += [(ranked[:half], left, at), (ranked[half:], left, at + half)]
+    return order
