@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import policy
+from . import budget, policy
 from .backends.base import Attended, Backend
+from .budget import Ledger
 from .order import Arrangement, VideoTokens, arrange
 from .settings import Settings
 from .tiles import TileShape, make_lists, pack, unpack
@@ -33,11 +33,13 @@ class LayerState:
     """Skip state of one (layer, stream) of one run.
 
     ``live [B, H, Tq, ceil(Tk/32)]`` int32, one bit a tile, updated in place; None until a call has
-    marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once.
+    marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once; a ``ledger`` is kept
+    where there is a budget to hold.
     """
 
     live: Tensor | None = None
     pinned: Tensor | None = None
+    ledger: Ledger | None = None
     calls: int = 0
 
 
@@ -64,15 +66,14 @@ def attend(
         q, k, v = (t.index_select(2, arrangement.order) for t in (q, k, v))
     b, h, lq, _ = q.shape
     tq, tk = tile.grid(lq, k.shape[2])
-    threshold = policy.threshold_at(settings, position, tk)
-    criterion = settings.criterion if threshold > -math.inf else None
+    marks = policy.marks(settings, position)
 
     live = None if state.live is None else unpack(state.live, tk)
     # Scores against a running sum find only what lies behind the peak in visiting order, so every
     # other call visits the other way round, as upstream does.
     alternate = backend.running_scores and state.calls % 2 == 1
     lists = None if live is None else make_lists(live, alternate)
-    result = backend.forward(q, k, v, scale, lists, criterion)
+    result = backend.forward(q, k, v, scale, lists, settings.criterion if marks else None)
 
     lost = None
     computed = torch.tensor(b * h * tq * tk) if lists is None else lists.count.sum()
@@ -82,14 +83,35 @@ def attend(
         lost = _audit(result, rows, backend, q, k, v, scale)
         computed = computed + b * h * len(audited) * tk
 
+    if lost is not None and state.ledger is not None:
+        state.ledger = budget.enter_audit(state.ledger, lost)
     if result.score is not None:
         if state.pinned is None:
             state.pinned = _pinned(settings, video, lq, k.shape[2], tile, arrangement).to(q.device)
-        kept = policy.next_live(live, result.score, threshold, state.pinned)
+        kept = _mark(state, live, result.score, settings, position)
         state.live = pack(kept) if state.live is None else state.live.copy_(pack(kept))
     state.calls += 1
     out = result.out if arrangement is None else result.out.index_select(2, arrangement.place)
     return out, Tally(computed, b * h * tq * tk, lost)
+
+
+def _mark(
+    state: LayerState, live: Tensor | None, score: Tensor, settings: Settings, position: float
+) -> Tensor:
+    """The tiles ``[B, H, Tq, Tk]`` bool to compute at the next call."""
+    assert state.pinned is not None
+    if settings.budget is None:
+        threshold = policy.threshold_at(settings, position, score.shape[-1])
+        return policy.next_live(live, score, threshold, state.pinned)
+    aim = budget.target(settings.budget, settings.ramp, position)
+    ledger = state.ledger or budget.open_ledger(score.device)
+    before = torch.ones_like(score, dtype=torch.bool) if live is None else live
+    limit = budget.threshold_for(score, before & ~state.pinned, budget.room(ledger, aim))
+    kept = policy.next_live(live, score, limit, state.pinned)
+    ledger = budget.enter_dropped(ledger, score, before & ~kept)
+    fresh = budget.overspent(ledger, aim)
+    state.ledger = ledger._replace(bound=ledger.bound.masked_fill(fresh, 0))
+    return kept | fresh
 
 
 def _arrangement(

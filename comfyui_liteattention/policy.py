@@ -12,22 +12,26 @@ import torch
 from torch import Tensor
 
 from .order import TokenRanges, VideoTokens
-from .settings import SAFEST, Settings
+from .settings import Settings
 from .tiles import TileShape, tiles_touching
 
 #: Golden ratio: successive multiples, taken modulo 1, spread evenly however many are drawn.
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
+def marks(settings: Settings, position: float) -> bool:
+    """Whether a step marks tiles for skipping. ``position`` in (0, 1] is the part of the run that
+    is done when the step ends."""
+    return settings.skips and position > settings.warmup
+
+
 def threshold_at(settings: Settings, position: float, key_tiles: int) -> float:
     """The score at or below which a tile is negligible, log2.
 
-    ``position`` in (0, 1] is the part of the run that is done when this step ends. The ramp is
+    ``position`` as in :func:`marks`. The ramp is
     ``eps_t = eps * position**ramp`` in log2. For the mass criterion the row's allowance is shared
     out evenly over its ``key_tiles``, so that it holds for any sequence length.
     """
-    if settings.threshold <= SAFEST or position <= settings.warmup:
-        return -math.inf
     threshold = settings.threshold + settings.ramp * math.log2(position)
     return threshold - math.log2(key_tiles) if settings.criterion == "mass" else threshold
 
@@ -51,7 +55,9 @@ def pinned_tiles(queries: Tensor, keys: Tensor, tile: TileShape) -> Tensor:
     return rows.unsqueeze(1) | columns.unsqueeze(0)
 
 
-def next_live(live: Tensor | None, score: Tensor, threshold: float, pinned: Tensor) -> Tensor:
+def next_live(
+    live: Tensor | None, score: Tensor, threshold: float | Tensor, pinned: Tensor
+) -> Tensor:
     """Live tiles of the next call, ``[B, H, Tq, Tk]`` bool.
 
     ``live [B, H, Tq, Tk]`` bool (None: all) and ``score [B, H, Tq, Tk]`` float32 belong to this

@@ -5,9 +5,9 @@ from __future__ import annotations
 from .settings import Settings
 
 PRESETS: dict[str, Settings] = {
-    "Safe": Settings(threshold=-3.0),
-    "Balanced": Settings(),
-    "Fast": Settings(threshold=-0.1, ramp=0.5),
+    "Safe": Settings(budget=0.002),
+    "Balanced": Settings(budget=0.01),
+    "Fast": Settings(budget=0.03),
 }
 DEFAULT = "Balanced"
 

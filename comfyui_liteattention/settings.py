@@ -19,6 +19,10 @@ MAX_LAYER = 999
 class Settings:
     """How much may be skipped, and where never.
 
+    budget
+        How much of the attention may be lost, 0..1: the lost mass, mean over the rows, layers and
+        steps of a run, is measured while it runs and held at or below this. The threshold then
+        follows from it, and ``threshold`` is ignored. None: no budget.
     threshold
         log2, negative; more negative is safer. With the ``mass`` criterion a row of the attention
         matrix loses less than ``2**threshold`` of its softmax sum in the call in which its tiles
@@ -47,6 +51,7 @@ class Settings:
         Shorter sequences stay dense.
     """
 
+    budget: float | None = None
     threshold: float = -0.3
     criterion: Criterion = "mass"
     ramp: float = 1.0
@@ -65,7 +70,7 @@ class Settings:
     @property
     def skips(self) -> bool:
         """Whether these settings can skip anything at all."""
-        return self.threshold > SAFEST
+        return self.budget is not None or self.threshold > SAFEST
 
 
 def describe(settings: Settings) -> str:
@@ -93,6 +98,13 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def _problems(s: Settings):
+    if s.budget is not None:
+        if not 0 < s.budget < 1:
+            yield "budget", "is the fraction of the attention that may be lost; try 0.01"
+        if s.criterion != "mass":
+            yield "criterion", "a budget is lost mass and needs criterion='mass'"
+        if s.audit == 0:
+            yield "audit", "a budget needs the audit, which measures the loss; try 64"
     if not (isinstance(s.threshold, (int, float)) and s.threshold < 0):
         yield "threshold", "must be negative (log2 units; more negative is safer, try -4)"
     if s.criterion not in get_args(Criterion):

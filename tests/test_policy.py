@@ -71,9 +71,10 @@ def test_mass_is_shared_out_over_the_key_tiles_and_gap_is_not():
 
 def test_warmup_and_the_safest_threshold_mark_nothing():
     warm = Settings(warmup=0.5)
-    assert policy.threshold_at(warm, 0.5, 8) == -math.inf
-    assert policy.threshold_at(warm, 0.55, 8) > -math.inf
-    assert policy.threshold_at(Settings(threshold=SAFEST), 1.0, 8) == -math.inf
+    assert not policy.marks(warm, 0.5)
+    assert policy.marks(warm, 0.55)
+    assert not policy.marks(Settings(threshold=SAFEST), 1.0)
+    assert policy.marks(Settings(threshold=SAFEST, budget=0.01), 1.0)
 
 
 def test_the_audit_visits_every_tile_equally_often():

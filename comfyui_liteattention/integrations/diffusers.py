@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -32,10 +31,9 @@ def enable(
     """Let the self-attention of a pipeline, or of one transformer, skip negligible tiles.
 
     Give at most one of ``preset`` ("Safe", "Balanced", "Fast"; Balanced if there is nothing),
-    ``threshold`` (log2, negative) and ``budget``: the fraction of its softmax sum, 0..1, that a row
-    of the attention matrix may lose in the call in which its tiles are marked; the same as
-    ``threshold=log2(budget)``. Other fields of :class:`Settings` by name. What was enabled here
-    before is replaced.
+    ``threshold`` (log2, negative) and ``budget``: the fraction of the attention, 0..1, that may be
+    lost; it is measured while the run goes on, and held. Other fields of :class:`Settings` by name.
+    What was enabled here before is replaced.
     """
     transformers = _transformers(target)
     chosen = _settings(preset, threshold, budget, settings)
@@ -109,13 +107,7 @@ def _settings(
             f"{', '.join(known)}."
         )
     if budget is not None:
-        if not 0 < budget < 1:
-            raise ValueError(
-                f"LiteAttention: budget={budget!r}: a fraction between 0 and 1, try 0.1."
-            )
-        if others.get("criterion", "mass") != "mass":
-            raise ValueError("LiteAttention: a budget is lost mass; it needs criterion='mass'.")
-        threshold = math.log2(budget)
+        return Settings(budget=budget, **others)
     if threshold is not None:
         return Settings(threshold=threshold, **others)
     return replace(presets.preset(name or presets.DEFAULT), **others)
