@@ -33,8 +33,8 @@ class LayerState:
     """Skip state of one (layer, stream) of one run.
 
     ``live [B, H, Tq, ceil(Tk/32)]`` int32, one bit a tile, updated in place; None until a call has
-    marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once; a ``ledger`` is kept
-    where there is a budget to hold.
+    marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once. ``ledger``: see
+    budget.py, None where there is none to hold.
     """
 
     live: Tensor | None = None

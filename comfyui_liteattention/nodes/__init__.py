@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .budget import LiteAttentionBudget
 from .patch import LiteAttentionPatch
 from .report import LiteAttentionReport
 from .threshold import LiteAttentionThreshold
@@ -11,4 +12,4 @@ from .threshold import LiteAttentionThreshold
 
 class LiteAttentionExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LiteAttentionPatch, LiteAttentionThreshold, LiteAttentionReport]
+        return [LiteAttentionPatch, LiteAttentionBudget, LiteAttentionThreshold, LiteAttentionReport]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
-from ..settings import SAFEST, Settings, parse_layers
+from ..settings import SAFEST
 from .schema import CATEGORY, Control, schema
-
-DEFAULTS = Settings()
+from .where import DEFAULTS, make_settings, problem, where_inputs
 
 
 class LiteAttentionThreshold(io.ComfyNode):
@@ -47,36 +48,7 @@ class LiteAttentionThreshold(io.ComfyNode):
                     tooltip="How much stricter the first steps are: early errors travel furthest. "
                     "0: the same threshold at every step.",
                 ),
-                io.Float.Input(
-                    "warmup",
-                    default=DEFAULTS.warmup,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Fraction of the steps, from the start, that stay dense. The very "
-                    "first step always does.",
-                ),
-                io.String.Input(
-                    "dense_layers",
-                    default="",
-                    tooltip="Layers that never skip, counted from 0, such as: 0, 1, 38-39. "
-                    "Empty: all layers may skip.",
-                ),
-                io.Int.Input(
-                    "audit",
-                    default=DEFAULTS.audit,
-                    min=0,
-                    max=1024,
-                    tooltip="One in this many query tiles is also computed in full, to measure "
-                    "what is lost. 64 costs 1.6 %. 0: nothing is measured.",
-                ),
-                io.Int.Input(
-                    "min_tokens",
-                    default=DEFAULTS.min_tokens,
-                    min=0,
-                    max=1 << 20,
-                    tooltip="Sequences shorter than this stay dense: there is little to gain.",
-                ),
+                *where_inputs(),
             ],
             outputs=[
                 Control.Output(
@@ -87,13 +59,9 @@ class LiteAttentionThreshold(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, dense_layers: str, **values) -> io.NodeOutput:
-        return io.NodeOutput(Settings(dense_layers=parse_layers(dense_layers), **values))
+    def execute(cls, **values: Any) -> io.NodeOutput:
+        return io.NodeOutput(make_settings(**values))
 
     @classmethod
     def validate_inputs(cls, dense_layers: str) -> bool | str:
-        try:
-            parse_layers(dense_layers)
-        except ValueError as error:
-            return str(error)
-        return True
+        return problem(dense_layers)

@@ -1,0 +1,62 @@
+"""LiteAttentionBudget: how much of the attention may be lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..presets import DEFAULT, PRESETS
+from .schema import CATEGORY, Control, schema
+from .where import make_settings, problem, where_inputs
+
+
+class LiteAttentionBudget(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LiteAttentionBudget",
+            display_name="LiteAttention Budget",
+            category=CATEGORY,
+            description=(
+                "Chooses how much of the attention LiteAttention may lose. The loss is measured "
+                "while sampling and held at or below this."
+            ),
+            search_aliases=["error budget", "quality budget", "lost mass"],
+            inputs=[
+                io.Float.Input(
+                    "budget",
+                    default=PRESETS[DEFAULT].budget,
+                    min=0.0005,
+                    max=0.5,
+                    step=0.0005,
+                    round=0.0001,
+                    tooltip="Fraction of the attention weight that may be lost, on average over "
+                    "the run. 0.002: closest to the original (Safe). 0.01: Balanced. 0.03: Fast.",
+                ),
+                io.Float.Input(
+                    "ramp",
+                    default=PRESETS[DEFAULT].ramp,
+                    min=0.0,
+                    max=8.0,
+                    step=0.1,
+                    tooltip="How much less of the budget the first steps get: early errors travel "
+                    "furthest. 0: the same at every step.",
+                ),
+                *where_inputs(),
+            ],
+            outputs=[
+                Control.Output(
+                    display_name="control",
+                    tooltip="Connect it to the control input of a LiteAttention node.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, **values: Any) -> io.NodeOutput:
+        return io.NodeOutput(make_settings(**values))
+
+    @classmethod
+    def validate_inputs(cls, dense_layers: str) -> bool | str:
+        return problem(dense_layers)

@@ -1,0 +1,68 @@
+"""Inputs that every control node has: where nothing may be skipped, and how it is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..settings import Settings, parse_layers
+
+DEFAULTS = Settings()
+
+
+def where_inputs() -> list[io.Input]:
+    """Their order is that of the widgets on the node: new ones go to the end."""
+    return [
+        io.Float.Input(
+            "warmup",
+            default=DEFAULTS.warmup,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="Fraction of the steps, from the start, that stay dense. The very first step "
+            "always does.",
+        ),
+        io.String.Input(
+            "dense_layers",
+            default="",
+            tooltip="Layers that never skip, counted from 0, such as: 0, 1, 38-39. Empty: all "
+            "layers may skip.",
+        ),
+        io.Int.Input(
+            "audit",
+            default=DEFAULTS.audit,
+            min=0,
+            max=1024,
+            tooltip="One in this many query tiles is also computed in full, to measure what is "
+            "lost. 64 costs 1.6 %. 0: nothing is measured (a budget needs it).",
+        ),
+        io.Int.Input(
+            "min_tokens",
+            default=DEFAULTS.min_tokens,
+            min=0,
+            max=1 << 20,
+            tooltip="Sequences shorter than this stay dense: there is little to gain.",
+        ),
+        io.Combo.Input(
+            "order",
+            options=["compact", "raster"],
+            default=DEFAULTS.order,
+            tooltip="compact: every tile is a small block of the video (recommended). raster: "
+            "tokens in the model's own order.",
+        ),
+    ]
+
+
+def make_settings(dense_layers: str, **values: Any) -> Settings:
+    """Settings from the values of the widgets; ValueError says what is wrong."""
+    return Settings(dense_layers=parse_layers(dense_layers), **values)
+
+
+def problem(dense_layers: str) -> bool | str:
+    """True, or what is wrong with the text; for ``validate_inputs``."""
+    try:
+        parse_layers(dense_layers)
+    except ValueError as error:
+        return str(error)
+    return True
