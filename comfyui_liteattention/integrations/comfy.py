@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -25,7 +26,7 @@ from ..report import RunReport, status_line
 from ..run import Run
 from ..schedule import Progress
 from ..settings import Settings, describe
-from .models import Grid, VideoModel, recognise, token_grid, video_tokens
+from .models import Form, FormOrReason, ModelCall, describe_call
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,12 @@ class Patch:
             self.last_report = _inactive(self.settings, reason, len(sigmas) - 1)
             return executor(*args, **kwargs)
         run = Run(self.settings, backend, sigmas.tolist())
-        _install(guider.model_options.setdefault("transformer_options", {}), run)
+        notes: list[str] = []
+        _install(guider.model_options.setdefault("transformer_options", {}), run, notes)
         try:
             return executor(*args, **kwargs)
         finally:
-            self.last_report = run.finish()
+            self.last_report = _annotate(run.finish(), notes)
             log.info(status_line(self.last_report))
 
 
@@ -86,17 +88,10 @@ class Forward:
     It travels in that call's ``transformer_options``, so threads can't mix it up.
     """
 
-    def __init__(
-        self,
-        progress: Progress,
-        streams: Sequence[Stream],
-        model: VideoModel | None,
-        grid: Grid | None,
-    ) -> None:
+    def __init__(self, progress: Progress, streams: Sequence[Stream], form: FormOrReason) -> None:
         self.progress = progress
         self.streams = streams
-        self.model = model
-        self.grid = grid
+        self.form = form
         self._calls: Counter[str] = Counter()
 
     def next_layer(self, options: dict[str, Any]) -> str:
@@ -111,22 +106,25 @@ class Forward:
         return f"{block}{number}"
 
 
-def _install(options: dict[str, Any], run: Run) -> None:
-    """Put the hooks of one run into the transformer options of that run."""
+def _install(options: dict[str, Any], run: Run, notes: list[str]) -> None:
+    """Put the hooks of one run into the transformer options of that run; ``notes`` collects what
+    its report should say."""
     options[OVERRIDE] = _make_override(run, options.get(OVERRIDE))
     comfy.patcher_extension.add_wrapper_with_key(
-        WrappersMP.APPLY_MODEL, KEY, _make_apply_model(run), options
+        WrappersMP.APPLY_MODEL, KEY, _make_apply_model(run, notes), options
     )
 
 
-def _make_apply_model(run: Run) -> Callable[..., Any]:
+def _make_apply_model(run: Run, notes: list[str]) -> Callable[..., Any]:
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
         x = args[0]
         progress = run.locate(float(options["sigmas"][0]))
-        diffusion_model = executor.class_obj.diffusion_model
-        model, grid = recognise(diffusion_model), token_grid(diffusion_model, x.shape)
-        options[KEY] = Forward(progress, _streams(options, x.device), model, grid)
+        form = describe_call(executor.class_obj.diffusion_model, _model_call(args, kwargs))
+        options[KEY] = Forward(progress, _streams(options, x.device), form)
+        if isinstance(form, Form) and form.note and form.note not in notes:
+            notes.append(form.note)
+            log.info("LiteAttention: %s", form.note)
         started = time.perf_counter()
         try:
             return executor(*args, **kwargs)
@@ -135,6 +133,15 @@ def _make_apply_model(run: Run) -> Callable[..., Any]:
             options.pop(KEY, None)
 
     return apply_model
+
+
+def _model_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelCall:
+    """What an APPLY_MODEL call ``(x, t, c_concat, c_crossattn, control, options, **conds)`` says
+    about the sequence. Streams of several latents come packed, with their shapes beside them."""
+    text = kwargs["c_crossattn"] if "c_crossattn" in kwargs else args[3]
+    packed = kwargs.get("latent_shapes")
+    latent = packed[0] if packed else args[0].shape
+    return ModelCall(latent, 0 if text is None else text.shape[1], kwargs)
 
 
 def _make_override(run: Run, previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
@@ -158,15 +165,17 @@ def _make_override(run: Run, previous: Callable[..., Tensor] | None) -> Callable
             split = (q, k, v)
         else:
             split = tuple(t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        reason = _ineligible(options, mask, kwargs) or dense_reason(
-            *split, len(options[KEY].streams), run.settings, run.backend
-        )
+        reason = _ineligible(options, mask, kwargs)
         if reason is None:
             forward = options[KEY]
+            reason = dense_reason(*split, len(forward.streams), run.settings, run.backend)
+            reason = reason or forward.form.misfit(split[0].shape[2])
+        if reason is None:
             scale = kwargs.get("scale") or split[0].shape[-1] ** -0.5
             layer = forward.next_layer(options)
-            video = video_tokens(forward.grid, split[0].shape[2])
-            out = run.attend(layer, forward.streams, forward.progress, *split, scale, video)
+            out = run.attend(
+                layer, forward.streams, forward.progress, *split, scale, forward.form.video
+            )
         elif run.decline(reason) and reason != CROSS_ATTENTION:
             log.info("LiteAttention: calls stay dense: %s", reason)
         if out is not None:
@@ -196,9 +205,11 @@ def _ineligible(options: dict[str, Any], mask: Tensor | None, kwargs: dict[str, 
         return "grouped or uneven heads (q, k and v have different shapes)"
     if kwargs.get("low_precision_attention") is False:
         return "the model asks for exact attention here"
-    if forward.model is None:
-        return "this model is not supported yet"
-    return None
+    return forward.form if isinstance(forward.form, str) else None
+
+
+def _annotate(report: RunReport, notes: Sequence[str]) -> RunReport:
+    return replace(report, settings="; ".join([report.settings, *notes]))
 
 
 def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:

@@ -47,13 +47,15 @@ VERSIONS = [call_plain, call_positional, call_containers, call_preferred]
 def setup(comfy):
     from comfyui_liteattention.backends import backend_for
     from comfyui_liteattention.integrations.comfy import KEY, Forward, _make_override
+    from comfyui_liteattention.integrations.models import Form
     from comfyui_liteattention.run import Run
     from comfyui_liteattention.settings import Settings
 
+    form = Form(frozenset({200}), None)
     run = Run(Settings(min_tokens=0), backend_for(torch.device("cpu")), [1.0, 0.5, 0.0])
 
     def options(**extra):
-        return {KEY: Forward(run.locate(1.0), ["cond"], True), **extra}
+        return {KEY: Forward(run.locate(1.0), ["cond"], form), **extra}
 
     return run, _make_override(run, None), options
 
@@ -117,6 +119,17 @@ def test_the_models_own_layer_index_is_used(setup):
     for _ in range(2):  # a block with two self-attentions
         call_plain(override, never, q, k, v, transformer_options=forward)
     assert [c.layer for c in run.finish().calls] == ["double-7.0", "double-7.1"]
+
+
+def test_a_call_of_another_length_is_declined(setup):
+    run, override, options = setup
+    q, k, v = torch.randn(3, 1, 199, HEADS * SIZE)
+    assert call_plain(
+        override, lambda *a, **k: "dense", q, k, v, transformer_options=options()
+    ) == ("dense")
+    assert list(run.finish().reasons) == [
+        "not the model's video attention (199 tokens; that has 200)"
+    ]
 
 
 def test_a_call_from_outside_a_run_goes_through(setup):

@@ -214,7 +214,7 @@ def test_a_mask_goes_to_the_users_own_attention(comfy):
     run = Run(SETTINGS, backend_for(torch.device("cpu")), [1.0, 0.5, 0.0])
     override = _make_override(run, None)
     q = torch.randn(1, 128, 64)
-    options = {KEY: Forward(run.locate(1.0), ["c"], True)}
+    options = {KEY: Forward(run.locate(1.0), ["c"], "never asked")}
 
     def func(*args, **kwargs):
         assert kwargs["mask"] is not None
