@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from .attention import LayerState, Tally, attend
 from .backends.base import Backend
 from .order import VideoTokens
+from .pace import TIMED_LAYERS, Pace, timed
 from .report import CallStats, MapStats, RunReport
 from .schedule import Progress, locate
 from .settings import Settings, describe
@@ -58,6 +59,8 @@ class Run:
         self._layers: dict[str, int] = {}
         self._seconds: defaultdict[int, float] = defaultdict(float)
         self._lock = threading.Lock()
+        self._pace = Pace(len(self.sigmas) - 1)
+        self._step = 0
         self._started = time.perf_counter()
 
     def locate(self, sigma: float) -> Progress:
@@ -84,33 +87,74 @@ class Run:
         v: Tensor,
         scale: float,
         video: VideoTokens | None = None,
+        dense: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
         """Attention of one layer, ``[B, H, L, D]``; the batch holds ``len(streams)`` equal parts.
 
         ``video`` says which of the ``L`` tokens are video; None: all of them, on an unknown grid.
-        None: the caller has to do this call densely; the reason is counted.
+        ``dense`` does the same call with the user's own attention; it is asked a few times at the
+        start of a run, to see which is faster. None: the caller has to do this call densely; the
+        reason is counted.
         """
         if layer in self._failed:
             self.decline(NOT_FINITE)
             return None
-        settings = self._settings_of(layer)
-        parts = []
-        for stream, qs, ks, vs in zip(
-            streams, *(t.chunk(len(streams)) for t in (q, k, v)), strict=True
-        ):
-            state = self._state(layer, stream, q)
-            out, tally = attend(
-                state, self.backend, qs, ks, vs, scale, settings, progress.position, video
-            )
-            with self._lock:
-                self._calls.append(_Call(progress.step, layer, stream, q.shape[2], tally))
-            parts.append(out)
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        index, settings = self._settings_of(layer)
+        if self._watch(progress.step):
+            return None
+
+        def compute() -> Tensor:
+            parts = [
+                self._attend_one(layer, stream, progress, qs, ks, vs, scale, settings, video)
+                for stream, qs, ks, vs in zip(
+                    streams, *(t.chunk(len(streams)) for t in (q, k, v)), strict=True
+                )
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        first = self._state(layer, streams[0], q).calls == 0
+        if dense is not None and first and index < TIMED_LAYERS:
+            out, ours = timed(compute, q.device)
+            self._pace.compare(ours, timed(dense, q.device)[1])
+        else:
+            out = compute()
         if not torch.isfinite(out).all():
             self._failed.add(layer)
             self.decline(NOT_FINITE)
             return None
         return out
+
+    def _attend_one(
+        self,
+        layer: str,
+        stream: Stream,
+        progress: Progress,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        settings: Settings,
+        video: VideoTokens | None,
+    ) -> Tensor:
+        """One stream of a call."""
+        state = self._state(layer, stream, q)
+        out, tally = attend(state, self.backend, q, k, v, scale, settings, progress.position, video)
+        with self._lock:
+            self._calls.append(_Call(progress.step, layer, stream, q.shape[2], tally))
+        return out
+
+    def _watch(self, step: int) -> bool:
+        """Whether the run goes on densely because that is faster; looks once a step."""
+        with self._lock:
+            if self._pace.doubtful and step > self._step:
+                tallies = [call.tally for call in self._calls if call.step == self._step]
+                if tallies:
+                    computed = sum(int(tally.computed) for tally in tallies)
+                    self._pace.end_step(computed / sum(tally.total for tally in tallies))
+            self._step = max(step, self._step)
+        if self._pace.reason is not None:
+            self.decline(self._pace.reason)
+        return self._pace.reason is not None
 
     def report(self) -> RunReport:
         """What the run has done so far."""
@@ -134,9 +178,10 @@ class Run:
             self._calls.clear()
         return report
 
-    def _settings_of(self, layer: str) -> Settings:
+    def _settings_of(self, layer: str) -> tuple[int, Settings]:
+        """The layer's number in the order of execution, and what holds for it."""
         index = self._layers.setdefault(layer, len(self._layers))
-        return self._dense if index in self.settings.dense_layers else self.settings
+        return index, self._dense if index in self.settings.dense_layers else self.settings
 
     @property
     def _dense(self) -> Settings:

@@ -1,6 +1,7 @@
 """Attention, layer state and runs, on the float64 reference and on the CPU backend."""
 
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.pace import too_slow
 from comfyui_liteattention.report import status_line, text_table
 from comfyui_liteattention.run import NOT_FINITE, Run
 from comfyui_liteattention.settings import SAFEST, Settings
@@ -172,3 +174,48 @@ def test_threads_do_not_disturb_each_other():
     for n, outs in enumerate(together):
         alone = sample(Run(Settings(threshold=-3.0), BACKEND, SIGMAS), n)
         assert all(torch.equal(a, b) for a, b in zip(outs, alone, strict=True))
+
+
+def test_a_run_stops_skipping_where_the_users_attention_is_faster():
+    """The reference is slow and this dense way takes no time at all."""
+    run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
+    q, k, v = local_qkv(0)
+    dense_calls = []
+
+    def dense():
+        dense_calls.append(1)
+        return v
+
+    outs = [run.attend("0", ["x"], run.locate(s), q, k, v, SCALE, dense=dense) for s in SIGMAS[:-1]]
+    assert outs[0] is not None
+    assert outs[1:] == [None] * 4
+    assert len(dense_calls) == 1
+    report = run.finish()
+    assert "faster here" in status_line(report)
+    assert not report.active
+
+
+def test_a_faster_run_is_left_alone():
+    run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
+    q, k, v = local_qkv(0)
+
+    def dense():
+        time.sleep(0.5)
+        return v
+
+    outs = [run.attend("0", ["x"], run.locate(s), q, k, v, SCALE, dense=dense) for s in SIGMAS[:-1]]
+    assert all(out is not None for out in outs)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "fractions", "stops"),
+    [
+        (0.9, [1.0, 1.0, 1.0], False),  # never behind
+        (1.1, [1.0, 0.9, 0.85], False),  # a little behind, catching up
+        (1.1, [1.0, 1.0, 1.0, 1.0, 1.0], True),  # nothing to skip
+        (2.0, [1.0], True),  # hopeless
+        (1.3, [1.0, 0.6], False),  # behind at first, ahead at the end
+    ],
+)
+def test_when_to_stop(ratio, fractions, stops):
+    assert too_slow(ratio, fractions, 20) == stops

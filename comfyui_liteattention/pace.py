@@ -1,0 +1,77 @@
+"""Never slower than dense: is skipping worth it on this machine, for this run?
+
+Both ways are timed on the same call early in the run, when all tiles are live. From then on only
+the computed fraction has to be watched: with ``ratio`` = our time / the user's own dense attention,
+a step at fraction ``f`` costs ``ratio * f`` of a dense one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+#: Share of the run's attention time that may be spent on finding out.
+ALLOWANCE = 0.02
+#: Layers, in the order of execution, whose first call is timed. The last of them counts: the
+#: first calls of a process also load and prepare things.
+TIMED_LAYERS = 3
+
+Result = TypeVar("Result")
+
+
+class Pace:
+    """Whether one run of ``steps`` steps is worth it. ``reason`` is set once it isn't."""
+
+    def __init__(self, steps: int) -> None:
+        self.reason: str | None = None
+        self._steps = steps
+        self._ratio = 0.0
+        self._fractions: list[float] = []
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the computed fraction has to be watched."""
+        return self._ratio > 1 and self._steps > 0
+
+    def compare(self, ours: float, dense: float) -> None:
+        """Note the seconds of one call with all tiles live, both ways."""
+        self._ratio = ours / max(dense, 1e-9)
+
+    def end_step(self, fraction: float) -> None:
+        """Note the computed fraction of one step."""
+        self._fractions.append(fraction)
+        if too_slow(self._ratio, self._fractions, self._steps):
+            self.reason = (
+                "your own attention is faster here: a full call takes "
+                f"{self._ratio:.2f} times as long with LiteAttention, which still computes "
+                f"{fraction:.0%} of the tiles; switched off for the rest of this run"
+            )
+
+
+def timed(function: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """The result, and the seconds it took on the device."""
+    _wait(device)
+    started = time.perf_counter()
+    result = function()
+    _wait(device)
+    return result, time.perf_counter() - started
+
+
+def too_slow(ratio: float, fractions: Sequence[float], steps: int) -> bool:
+    """Whether to stop: the run is behind by more than the allowance and would end up there.
+
+    ``fractions``: computed fraction of each step so far; ``steps`` of the whole run. What is to
+    come is taken to be like the last step, which is the worst case as long as tiles only go.
+    """
+    allowed = ALLOWANCE * steps
+    behind = sum(ratio * f - 1 for f in fractions)
+    to_come = (steps - len(fractions)) * (ratio * fractions[-1] - 1)
+    return behind > allowed and behind + to_come > allowed
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
