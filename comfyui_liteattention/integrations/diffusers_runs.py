@@ -11,14 +11,14 @@ import struct
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..report import RunReport
 from ..run import Run
-from ..schedule import Progress, locate
+from ..schedule import Progress
 
 #: Position of a call before which no noise was removed, where only the noise level is known: the
 #: ramp is at its strictest then. (0 itself has no logarithm.)
@@ -29,8 +29,8 @@ class Moment(NamedTuple):
     """What one call of a transformer tells about itself.
 
     ``stream`` names the conditioning; ``step`` and ``steps`` come from a cache context, or are
-    None; ``timestep`` is the noise level, falling over a run; ``schedule [T]`` is the pipeline's
-    own list of them, or None.
+    None; ``timestep`` is the noise level, falling over a run; ``schedule`` is the pipeline's own
+    list of timesteps, or None, and ``levels`` are the noise levels that follow from it.
     """
 
     stream: str
@@ -38,6 +38,7 @@ class Moment(NamedTuple):
     steps: int | None
     timestep: float
     schedule: Tensor | None
+    levels: tuple[float, ...] = ()
 
 
 class Trajectory:
@@ -46,7 +47,7 @@ class Trajectory:
     def __init__(self, first: Moment) -> None:
         self.schedule = first.schedule
         self.runs: dict[str, Run] = {}
-        self._noise_levels = [] if first.schedule is None else first.schedule.tolist()
+        self._noise_levels = first.levels
         self._first = self._last = first
         self._seen: Counter[Hashable] = Counter()
         self._counted = 0
@@ -70,12 +71,16 @@ class Trajectory:
     def advance(self, transformer: str, now: Moment) -> Progress:
         """Count a call; its step, and the part of the run that is done after it."""
         self._counted += now.timestep < self._last.timestep
-        self._seen[self._key(transformer, now)] += 1
+        key = self._key(transformer, now)
+        self._seen[key] += 1
         self._last = now
         if now.step is not None and now.steps:
             return Progress(now.step, min(1.0, (now.step + 1) / now.steps))
         if now.timestep in self._noise_levels:
-            return locate(now.timestep, (*self._noise_levels, 0.0))
+            # Visited again: the next of equal levels in the list.
+            visits = min(self._seen[key], self._noise_levels.count(now.timestep))
+            step = self._noise_levels.index(now.timestep) + visits - 1
+            return Progress(step, (step + 1) / len(self._noise_levels))
         # Not ahead of the step count for evenly spaced noise levels, nor for those that video
         # models use, which stay high for longer.
         removed = 1 - now.timestep / self._first.timestep if self._first.timestep else 0.0
@@ -83,7 +88,9 @@ class Trajectory:
 
     def countdown(self) -> Sequence[int]:
         """The steps as a falling schedule for :class:`Run`, empty if their number is unknown."""
-        steps = self._first.steps or len(set(self._noise_levels))
+        steps = self._first.steps or 0
+        if not steps and self.schedule is not None:
+            steps = len(set(self.schedule.tolist()))
         return range(steps, -1, -1) if steps else ()
 
     def report(self) -> RunReport | None:
@@ -104,11 +111,13 @@ class Trajectory:
         return transformer, now.stream, now.timestep if now.step is None else now.step
 
 
-def name_stream(text: Tensor | None) -> str:
+def name_stream(text: Tensor | tuple[Tensor, ...] | None) -> str:
     """A name for a call without a cache context, from its text states ``[B, L, C]``.
 
     The text tells the conditionings apart in any order of calls, and stays the same over a run.
     """
+    if isinstance(text, tuple):  # text and picture
+        text = text[0]
     if text is None:
         return "call"
     values = text.detach().flatten().double()
@@ -116,17 +125,25 @@ def name_stream(text: Tensor | None) -> str:
     return "text-" + struct.pack(">d", float((values * weights).sum())).hex()
 
 
-def conditioning_tokens(timestep: Tensor) -> tuple[tuple[int, int], ...]:
-    """Ranges of tokens that are less noisy than the others, from ``timestep`` [B] or [B, L].
+def noise_levels(scheduler: Any, level: float, dtype: torch.dtype) -> tuple[float, ...]:
+    """The scheduler's noise levels in the form in which a model is told that it is at ``level``.
 
-    Image-to-video models that give each token a noise level mark the given frames in this way.
+    Models are told the timestep, the noise's standard deviation sigma, or sigma / (sigma + 1), in
+    their own ``dtype``, in which neighbours may coincide. Empty if ``level`` is none of these: the
+    caller goes by other noise levels.
     """
-    if timestep.dim() < 2:
+    timesteps, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
+    if not isinstance(timesteps, Tensor):
         return ()
-    levels = timestep.flatten(1)
-    clean = [False, *(levels < levels.max()).any(0).tolist(), False]
-    edges = [i for i in range(len(clean) - 1) if clean[i] != clean[i + 1]]
-    return tuple(zip(edges[::2], edges[1::2], strict=True))
+    forms = [timesteps]
+    if isinstance(sigmas, Tensor):
+        sigmas = sigmas[: len(timesteps)]  # they end with 0, which no model is ever asked about
+        forms += [sigmas, sigmas / (sigmas + 1)]
+    for form in forms:
+        levels = tuple(form.to(dtype).tolist())
+        if level in levels:
+            return levels
+    return ()
 
 
 def _merge(reports: Sequence[RunReport]) -> RunReport:

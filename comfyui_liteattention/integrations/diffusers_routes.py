@@ -1,0 +1,202 @@
+"""diffusers: how the attention of one module reaches us, for the length of its call.
+
+A processor that goes through diffusers' dispatch gets a backend of ours. One that calls PyTorch's
+attention itself, or dispatches to whatever is set globally, runs in a mode of PyTorch in which its
+calls of that function come to us. Either way, what we decline goes where it would have gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+try:
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _AttentionBackendRegistry,
+        dispatch_attention_fn,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"LiteAttention: diffusers 0.42 or newer is needed (pip install -U diffusers): {error}"
+    ) from error
+
+NAME = "liteattention"
+ELSEWHERE = "this model attends through the attention backend that is set for all models"
+
+
+class Extra(NamedTuple):
+    """What a call of attention asks for beside plain attention over all tokens.
+
+    ``mask`` as PyTorch's attention takes it, or None. ``reason`` rules the call out. ``row``
+    counts the calls of attention in one call of a module: some models attend one row of the batch
+    after the other.
+    """
+
+    mask: Any = None
+    reason: str | None = None
+    row: int = 0
+
+
+class Call(Protocol):
+    """One call of a transformer, for its self-attention layers."""
+
+    def attend(
+        self, layer: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, extra: Extra
+    ) -> Tensor | None:
+        """Attention of ``q, k, v [B, H, L, D]``; None: do it densely."""
+        ...
+
+    def decline(self, reason: str) -> None:
+        """Count an attention call that stays dense."""
+        ...
+
+    def end(self, seconds: float) -> None:
+        """The transformer returned."""
+        ...
+
+
+def routed(processor: Any, call: Call, layer: str) -> AbstractContextManager[None]:
+    """Let the attention of ``processor`` come to ``call`` as that of ``layer``."""
+    if hasattr(processor, "_attention_backend"):
+        return _dispatched(processor, call, layer)
+    return _intercepted(call, layer)
+
+
+class _Site(NamedTuple):
+    """Who is asking for attention, and which backend would have served them."""
+
+    call: Call
+    layer: str
+    backend: AttentionBackendName | None
+
+
+_site: ContextVar[_Site] = ContextVar(f"{NAME}_site")
+
+
+@contextmanager
+def _dispatched(processor: Any, call: Call, layer: str) -> Iterator[None]:
+    """Let ``processor`` dispatch to our backend, then put back exactly what was there."""
+    own = vars(processor)
+    before = {name: own[name] for name in ("_attention_backend",) if name in own}
+    token = _site.set(_Site(call, layer, processor._attention_backend))
+    processor._attention_backend = LITE
+    try:
+        yield
+    finally:
+        del processor._attention_backend
+        own.update(before)
+        _site.reset(token)
+
+
+@contextmanager
+def _intercepted(call: Call, layer: str) -> Iterator[None]:
+    with _Interception(call, layer) as mode:
+        yield
+    if not mode.seen:
+        call.decline(ELSEWHERE)
+
+
+class _Interception(TorchFunctionMode):
+    """While it is entered, in this thread, calls of PyTorch's attention are offered to us."""
+
+    def __init__(self, call: Call, layer: str) -> None:
+        super().__init__()
+        self.call = call
+        self.layer = layer
+        self.seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            out = self._attend(*args, **kwargs)
+            if out is not None:
+                return out
+        return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        """The arguments of PyTorch's function; None: it has to do the call itself."""
+        reason = _ineligible(dropout_p, is_causal, enable_gqa)
+        extra = Extra(attn_mask, reason, self.seen)
+        self.seen += 1
+        return self.call.attend(self.layer, query, key, value, scale, extra)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> Tensor:
+    """The backend: ``query, key, value [B, L, H, D]`` -> ``[B, L, H, D]``."""
+    site = _site.get()
+    reason = _ineligible(dropout_p, is_causal, enable_gqa, _parallel_config)
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    out = site.call.attend(site.layer, q, k, v, scale, Extra(attn_mask, reason))
+    if out is not None:
+        return out.transpose(1, 2)
+    return dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        backend=site.backend,
+        parallel_config=_parallel_config,
+    )
+
+
+def _ineligible(dropout: float, causal: bool, gqa: bool, parallel: Any = None) -> str | None:
+    """Why the arguments of attention rule a call out, or None."""
+    if causal:
+        return "causal attention"
+    if dropout:
+        return "dropout (training)"
+    if gqa:
+        return "grouped or uneven heads (q, k and v have different shapes)"
+    if parallel is not None:
+        return "context parallelism"
+    return None
+
+
+def _backend_name() -> AttentionBackendName:
+    """A name that dispatch accepts; it doesn't join the names that users can set."""
+    name = str.__new__(AttentionBackendName, NAME)
+    name._name_ = name._value_ = NAME
+    return name
+
+
+LITE = _backend_name()
+
+
+def register_backend() -> None:
+    _AttentionBackendRegistry.register(LITE)(_attend)
+
+
+def unregister_backend() -> None:
+    for table in ("_backends", "_constraints", "_supported_arg_names"):
+        getattr(_AttentionBackendRegistry, table).pop(LITE, None)

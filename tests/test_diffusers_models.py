@@ -1,0 +1,586 @@
+"""Every family of video transformers that diffusers has: tiny ones of the real classes.
+
+Each is sampled for a few steps, by its real pipeline where that needs no encoders. Weights are
+random, but queries and keys are made alike, and the left half of the video looks different from the
+right half: so that halves need not see each other, and there is something to skip.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffusers as d
+import pytest
+import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+import comfyui_liteattention as lite
+from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.integrations import diffusers_session
+from comfyui_liteattention.integrations.diffusers_families import FAMILIES, self_attention
+from comfyui_liteattention.tiles import TileShape
+
+TILE = 16
+GRID = (4, 8, 8)  # tokens: frames, rows, columns
+VIDEO = 4 * 8 * 8
+BOLD = {"threshold": -1.0, "ramp": 0.0, "min_tokens": 0, "audit": 0}
+NOTHING = BOLD | {"threshold": -39.0}
+STEPS = 3
+
+
+class Made(NamedTuple):
+    """One tiny model. ``sample()`` gives the result of one run. ``dense``: tokens that must never
+    be skipped (text, given frames); ``streams``: names of the conditionings; ``kept``: tokens of
+    each stream that are not padding."""
+
+    target: Any
+    transformer: torch.nn.Module
+    sample: Callable[[], torch.Tensor]
+    dense: int
+    streams: set[str]
+    kept: set[int]
+    layers: int = 2
+
+
+def latent(channels, scale=(1, 2, 2), frames=GRID[0]):
+    """``[1, C, T, H, W]``: the left half of the picture is unlike the right half."""
+    generator = torch.Generator().manual_seed(7)
+    left, right = torch.randn(2, 1, channels, 1, 1, 1, generator=generator)
+    sizes = (frames * scale[0], GRID[1] * scale[1], GRID[2] * scale[2])
+    halves = torch.where(torch.arange(sizes[2]) < sizes[2] // 2, left, right)
+    noise = torch.randn(1, channels, *sizes, generator=generator)
+    return 3 * halves.expand(1, channels, *sizes) + 0.1 * noise
+
+
+def texts(*shape):
+    """Two prompts' states ``shape`` each."""
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(5)).unbind()
+
+
+def sharpen(model, gain=1.4):
+    """Make queries and keys alike, and far apart for unlike tokens."""
+    with torch.no_grad():
+        for name in self_attention(model, FAMILIES[type(model).__name__]):
+            module = model.get_submodule(name)
+            q, k = (getattr(module, n, None) or getattr(module, a) for n, a in PROJECTIONS)
+            k.load_state_dict(q.state_dict())
+            norms = [getattr(module, n, None) for n in NORMS]
+            for part in [n for n in norms if n is not None] or [q, k]:
+                part.weight.mul_(gain)
+        for parameter in model.parameters():
+            if not parameter.any():  # modulations that begin at zero would hide the attention
+                parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    return model.eval()
+
+
+PROJECTIONS = (("to_q", "to_query"), ("to_k", "to_key"))
+NORMS = ("norm_q", "norm_k", "query_norm", "key_norm")
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def loop(model, start, step):
+    """Sampling without a pipeline: ``step(latent, t)`` in [0, 1000] is the model's answer."""
+
+    @torch.no_grad()
+    def sample():
+        x = start.clone()
+        for t in (900.0, 600.0, 300.0):
+            x = x - 0.1 * step(x, torch.tensor([t]))
+        if hasattr(model, "_reset_stateful_cache"):
+            model._reset_stateful_cache()
+        return x
+
+    return sample
+
+
+def make_hunyuan(**config):
+    transformer = d.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=2,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(8, 12, 12),
+        **config,
+    )
+    return sharpen(transformer)
+
+
+def hunyuan_video():
+    """Text of 20 and 9 tokens, padded to 24."""
+    transformer = make_hunyuan()
+    scheduler = d.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    pipe = quiet(d.HunyuanVideoPipeline(None, None, transformer, None, scheduler, None, None))
+    text, negative = texts(1, 24, 16)
+    pooled, negative_pooled = texts(1, 8)
+
+    def sample():
+        return pipe(
+            prompt_embeds=text,
+            pooled_prompt_embeds=pooled,
+            prompt_attention_mask=(torch.arange(24) < 20)[None],
+            negative_prompt_embeds=negative,
+            negative_pooled_prompt_embeds=negative_pooled,
+            negative_prompt_attention_mask=(torch.arange(24) < 9)[None],
+            true_cfg_scale=2.0,
+            height=128,
+            width=128,
+            num_frames=13,
+            latents=latent(4),
+            num_inference_steps=STEPS,
+            output_type="latent",
+        ).frames
+
+    return Made(pipe, transformer, sample, 20, {"cond", "uncond"}, {VIDEO + 20, VIDEO + 9})
+
+
+def hunyuan_video_15():
+    """Of image, glyph and prompt tokens only some are there; the padding sees nothing at all."""
+    transformer = d.HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        patch_size=2,
+        text_embed_dim=16,
+        text_embed_2_dim=8,
+        image_embed_dim=8,
+        rope_axes_dim=(8, 12, 12),
+    )
+    start = latent(4)
+    (text, _), (glyphs, _) = texts(1, 12, 16), texts(1, 6, 8)
+
+    def step(x, t):
+        return transformer(
+            torch.cat([x, torch.zeros(1, 5, *x.shape[2:])], dim=1),
+            t,
+            text,
+            (torch.arange(12) < 7)[None].long(),
+            encoder_hidden_states_2=glyphs,
+            encoder_attention_mask_2=(torch.arange(6) < 2)[None].long(),
+            image_embeds=torch.zeros(1, 5, 8),
+            return_dict=False,
+        )[0]
+
+    sample = loop(sharpen(transformer), start, step)
+    return Made(transformer, transformer, sample, 9, {"text"}, {VIDEO + 9})
+
+
+def cogvideox():
+    transformer = d.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=48,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=16,
+        sample_height=16,
+        sample_frames=13,
+        max_text_seq_length=10,
+        use_rotary_positional_embeddings=True,
+    )
+    scheduler = d.CogVideoXDDIMScheduler()
+    pipe = quiet(d.CogVideoXPipeline(None, None, None, sharpen(transformer), scheduler))
+    text, negative = texts(1, 10, 16)
+
+    def sample():
+        return pipe(
+            prompt_embeds=text,
+            negative_prompt_embeds=negative,
+            height=128,
+            width=128,
+            num_frames=13,
+            latents=latent(4).transpose(1, 2),
+            num_inference_steps=STEPS,
+            output_type="latent",
+        ).frames
+
+    return Made(pipe, transformer, sample, 10, {"cond_uncond x2"}, {VIDEO + 10})
+
+
+def mochi():
+    """Attends row by row of the batch; 8 and 5 tokens of text. Its timesteps rise."""
+    transformer = d.MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        max_sequence_length=12,
+    )
+    torch.nn.init.normal_(transformer.pos_frequencies, std=0.01)
+    scheduler = d.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    pipe = quiet(d.MochiPipeline(scheduler, None, None, None, sharpen(transformer)))
+    text, negative = texts(1, 12, 16)
+
+    def sample():
+        return pipe(
+            prompt_embeds=text,
+            prompt_attention_mask=(torch.arange(12) < 8)[None],
+            negative_prompt_embeds=negative,
+            negative_prompt_attention_mask=(torch.arange(12) < 5)[None],
+            height=128,
+            width=128,
+            num_frames=19,
+            latents=latent(4),
+            num_inference_steps=4,  # the pipeline's schedule needs an even number
+            output_type="latent",
+        ).frames
+
+    streams = {"cond_uncond", "cond_uncond row 1"}
+    return Made(pipe, transformer, sample, 8, streams, {VIDEO + 5, VIDEO + 8})
+
+
+def cosmos():
+    transformer = d.CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=2,
+        text_embed_dim=16,
+        adaln_lora_dim=4,
+        max_size=(8, 16, 16),
+    )
+    (text, _), padding = texts(1, 6, 16), torch.zeros(1, 1, 16, 16)
+
+    def step(x, t):
+        return transformer(x, t / 1000, text, padding_mask=padding, return_dict=False)[0]
+
+    sample = loop(sharpen(transformer), latent(4), step)
+    return Made(transformer, transformer, sample, 0, {"text"}, {VIDEO})
+
+
+def kandinsky_5():
+    transformer = d.Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=8,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=64,
+        ff_dim=64,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(8, 12, 12),
+        visual_cond=True,
+    )
+    (text, _), (pooled, _) = texts(1, 6, 16), texts(1, 8)
+    given = torch.zeros(1, *latent(4).shape[2:], 5)  # a picture's latent, and where it is one
+    given[:, :1, ..., -1] = 1
+
+    def step(x, t):
+        return transformer(
+            torch.cat([x, given], dim=-1),
+            text,
+            t,
+            pooled,
+            [torch.arange(n) for n in GRID],
+            torch.arange(6),
+            return_dict=False,
+        )
+
+    sample = loop(sharpen(transformer), latent(4).movedim(1, -1), step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO})
+
+
+def make_skyreels(**config):
+    transformer = d.SkyReelsV2Transformer3DModel(**WAN, **config)
+    return sharpen(transformer)
+
+
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+}
+
+
+def skyreels_v2():
+    transformer = make_skyreels()
+    scheduler = d.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+    )
+    pipe = quiet(d.SkyReelsV2Pipeline(None, None, transformer, None, scheduler))
+    text, negative = texts(1, 6, 16)
+
+    def sample():
+        return pipe(
+            prompt_embeds=text,
+            negative_prompt_embeds=negative,
+            height=128,
+            width=128,
+            num_frames=13,
+            latents=latent(4),
+            num_inference_steps=STEPS,
+            output_type="latent",
+        ).frames
+
+    return Made(pipe, transformer, sample, 0, {"cond", "uncond"}, {VIDEO})
+
+
+def skyreels_v2_diffusion_forcing():
+    """A noise level per frame: the first of them is given."""
+    transformer = make_skyreels()
+    text, _ = texts(1, 6, 16)
+
+    def step(x, t):
+        levels = t.expand(1, 4).clone()
+        levels[:, 0] = 0
+        return transformer(x, levels, text, enable_diffusion_forcing=True, return_dict=False)[0]
+
+    sample = loop(transformer, latent(4), step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO})
+
+
+def allegro():
+    transformer = d.AllegroTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=48,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=96,
+        sample_width=16,
+        sample_height=16,
+        sample_frames=4,
+        caption_channels=16,
+    )
+    scheduler = d.EulerAncestralDiscreteScheduler()
+    pipe = quiet(d.AllegroPipeline(None, None, None, sharpen(transformer), scheduler))
+    text, negative = texts(1, 6, 16)
+    mask = torch.ones(1, 6)
+
+    def sample():
+        return pipe(
+            negative_prompt=None,
+            prompt_embeds=text,
+            prompt_attention_mask=mask,
+            negative_prompt_embeds=negative,
+            negative_prompt_attention_mask=mask,
+            height=128,
+            width=128,
+            num_frames=16,
+            latents=latent(4),
+            num_inference_steps=STEPS,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).frames
+
+    return Made(pipe, transformer, sample, 0, {"text x2"}, {VIDEO})
+
+
+def ltx_2():
+    """Video and audio; 20 tokens of reference are appended to the video. Audio stays dense."""
+    transformer = d.LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        cross_attention_dim=64,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=16,
+        audio_cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=16,
+    )
+    video = latent(4, (1, 1, 1)).flatten(2).transpose(1, 2)
+    start = torch.cat([video, video[:, :20]], dim=1)
+    (text, _), (audio, _) = texts(1, 6, 16), texts(1, 30, 4)
+    coords = transformer.rope.prepare_video_coords(1, *GRID, torch.device("cpu"), fps=24.0)
+    coords = torch.cat([coords, coords[:, :, :20]], dim=2)
+
+    def step(x, t):
+        return transformer(
+            x,
+            audio,
+            text,
+            text,
+            t,
+            num_frames=GRID[0],
+            height=GRID[1],
+            width=GRID[2],
+            fps=24.0,
+            audio_num_frames=30,
+            video_coords=coords,
+            return_dict=False,
+        )[0]
+
+    sample = loop(sharpen(transformer), start, step)
+    return Made(transformer, transformer, sample, 20, {"text"}, {VIDEO + 20})
+
+
+def wan_vace():
+    """Two pictures of reference before four frames of video."""
+    transformer = d.WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=12)
+    text, _ = texts(1, 6, 16)
+    control = latent(12, frames=6)
+    control[:, 4:, :2] = 0
+
+    def step(x, t):
+        return transformer(x, t, text, control_hidden_states=control, return_dict=False)[0]
+
+    sample = loop(sharpen(transformer), latent(4, frames=6), step)
+    return Made(transformer, transformer, sample, 128, {"text"}, {VIDEO + 128}, layers=3)
+
+
+def wan_animate():
+    """The picture of the character comes before four frames of video."""
+    transformer = d.WanAnimateTransformer3DModel(
+        **WAN | {"in_channels": 12},
+        latent_channels=4,
+        image_dim=8,
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=16,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
+    (text, _), (image, _) = texts(1, 6, 16), texts(1, 2, 8)
+    start = latent(12, frames=5)
+
+    def step(x, t):
+        out = transformer(
+            x,
+            t,
+            text,
+            image,
+            latent(4),
+            torch.zeros(1, 3, 13, 16, 16),
+            return_dict=False,
+        )[0]
+        return out.repeat(1, 3, 1, 1, 1)
+
+    sample = loop(sharpen(transformer), start, step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO + 64})
+
+
+MODELS = (
+    hunyuan_video,
+    hunyuan_video_15,
+    cogvideox,
+    mochi,
+    cosmos,
+    kandinsky_5,
+    skyreels_v2,
+    skyreels_v2_diffusion_forcing,
+    allegro,
+    ltx_2,
+    wan_vace,
+    wan_animate,
+)
+
+
+class Recorder(ReferenceBackend):
+    """Small tiles; keeps, of every call that skips, which rows came out other than dense."""
+
+    def __init__(self):
+        super().__init__(TileShape(TILE, TILE))
+        self.changed = []
+
+    def forward(self, q, k, v, scale, lists=None, criterion=None):
+        result = super().forward(q, k, v, scale, lists, criterion)
+        if lists is not None:
+            full = super().forward(q, k, v, scale)
+            self.changed.append((result.out != full.out).any(-1).any(0).any(0))
+        return result
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    backend = Recorder()
+    monkeypatch.setattr(diffusers_session, "backend_for", lambda device: backend)
+    return backend
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=MODELS, ids=lambda make: make.__name__)
+def made(request):
+    torch.manual_seed(0)
+    return request.param()
+
+
+def hooks_left(model):
+    registries = [m._diffusers_hook for m in model.modules() if hasattr(m, "_diffusers_hook")]
+    return [
+        *model._forward_hooks,
+        *model._forward_pre_hooks,
+        *(name for registry in registries for name in registry.hooks),
+        *(name for name in vars(model) if "lite" in name),
+    ]
+
+
+def named(streams):
+    """Streams that are named by a prompt's fingerprint are just "text" here."""
+    return {"text" + s[21:] if s.startswith("text-") else s for s in streams}
+
+
+def test_model(made, recorder):
+    plain = made.sample()
+    assert torch.isfinite(plain).all()
+
+    # Nothing is negligible: the plain result, but for rounding.
+    session = lite.enable(made.target, **NOTHING)
+    torch.testing.assert_close(made.sample(), plain, rtol=1e-4, atol=1e-4)
+    report = session.report()
+    assert report.computed_fraction == 1 and report.reasons == {}
+    assert named({c.stream for c in report.calls}) == made.streams
+    assert len({c.layer for c in report.calls}) == made.layers
+    steps = {c.step for c in report.calls}
+    assert len(report.calls) == made.layers * len(steps) * len(made.streams)
+    assert steps == set(range(len(steps))) and len(steps) >= STEPS
+    assert {c.tokens for c in report.calls} == made.kept
+
+    # The halves of the video are negligible for each other.
+    recorder.changed.clear()
+    session = lite.enable(made.target, **BOLD)
+    bold = made.sample()
+    report = session.report()
+    assert report.active and report.computed_fraction < 0.9
+    assert recorder.changed and any(rows.any() for rows in recorder.changed)
+    for tile_map in report.maps:
+        # What is not video is listed first: the longest text, or less.
+        dense = made.dense - (max(made.kept) - tile_map.tokens)
+        tiles = -(-dense // TILE)
+        assert bool((tile_map.live[:tiles] == 1).all() and (tile_map.live[:, :tiles] == 1).all())
+    fewest = made.dense - (max(made.kept) - min(made.kept))
+    assert not any(rows[:fewest].any() for rows in recorder.changed)
+    assert torch.equal(made.sample(), bold)  # nothing is left of the run before
+
+    lite.disable(made.target)
+    assert torch.equal(made.sample(), plain)
+    assert hooks_left(made.transformer) == []
+    assert "liteattention" not in map(str, _AttentionBackendRegistry._backends)
