@@ -16,7 +16,7 @@ from .attention import LayerState, Tally, attend
 from .backends.base import Backend
 from .order import VideoTokens
 from .pace import TIMED_LAYERS, Pace, timed
-from .report import CallStats, MapStats, RunReport
+from .report import CallStats, MapStats, RunReport, fraction, mean_lost
 from .schedule import Progress, locate
 from .settings import Settings, describe
 from .tiles import unpack
@@ -169,6 +169,20 @@ class Run:
                 reasons=dict(self.reasons),
                 maps=tuple(self._maps()),
             )
+
+    def progress_text(self, step: int) -> str:
+        """One line about the step that just ended, for people who are waiting."""
+        with self._lock:
+            calls = [_resolve(call) for call in self._calls if call.step == step]
+        if self._pace.reason is not None or not calls:
+            why = self._pace.reason or next(iter(self.reasons), "nothing to skip yet")
+            return f"LiteAttention inactive: {why}"
+        lost = mean_lost(calls)
+        return (
+            f"step {step + 1}/{max(len(self.sigmas) - 1, 1)}: "
+            f"{1 - fraction(calls):.0%} of the tiles skipped"
+            + ("" if lost is None else f", {lost:.2%} lost")
+        )
 
     def finish(self) -> RunReport:
         """End the run: drop all state and return what is worth keeping."""
