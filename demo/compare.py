@@ -2,7 +2,7 @@
 
 ``python dev.py demo`` runs this. It loads ``workflows/liteattention_demo.json``, runs it with the
 LiteAttention node bypassed and with it, same seed, twice each in turns, and writes both videos, the
-tile map, a chart and the figures.
+pictures of the report and the figures.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageSequence
 from tqdm import tqdm
 
-from .charts import draw_chart
+from comfyui_liteattention.compare import psnr
+
 from .comfy_server import REPOSITORY, ComfyServer, Finished, Graph, comfyui_version, make_base
 from .workflow import find, load_workflow, to_graph, without
 
 WORKFLOW = REPOSITORY / "workflows" / "liteattention_demo.json"
 PATCH, SAMPLER, REPORT = "LiteAttentionPatch", "KSampler", "LiteAttentionReport"
 VIDEO, MAP = "SaveAnimatedWEBP", "PreviewImage"
+EQUAL = 100.0  # dB, where the videos are equal: JSON has no infinity
+PICTURES = ("heat_map", "chart", "tile_map")  # as the report node shows them
 
 
 def main() -> None:
@@ -61,17 +65,16 @@ def compare(server: ComfyServer, options: argparse.Namespace) -> dict[str, Any]:
     videos = {name: server.output_file(_image(lite, run, VIDEO)) for name, run in runs.items()}
     for name, path in videos.items():
         shutil.copy(path, options.out / f"{name}.webp")
-    tile_map = server.output_file(_image(lite, runs["lite"], MAP))
-    shutil.copy(tile_map, options.out / "tile_map.png")
     report = runs["lite"].outputs[find(lite, REPORT)]
+    for name, image in zip(PICTURES, report["images"], strict=False):
+        shutil.copy(server.output_file(image), options.out / f"{name}.png")
     (options.out / "report.txt").write_text(report["text"][0] + "\n")
-    draw_chart(report["report"][0], options.out / "chart.png")
     return {
         "dense_seconds": min(r["dense"].seconds[find(dense, SAMPLER)] for r in rounds),
         "lite_seconds": min(r["lite"].seconds[find(lite, SAMPLER)] for r in rounds),
         "computed_fraction": report["report"][0]["computed_fraction"],
         "lost_mass_mean": report["report"][0]["lost_mass_mean"],
-        "psnr_db": psnr(read_video(videos["dense"]), read_video(videos["lite"])),
+        "psnr_db": min(psnr(*map(read_video, videos.values())), EQUAL),
         "tokens": report["report"][0]["tokens"],
         "steps": options.steps,
         "rounds": options.rounds,
@@ -82,16 +85,11 @@ def compare(server: ComfyServer, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read_video(path: Path) -> np.ndarray:
-    """Lossless WEBP -> ``[frames, H, W, 3]`` uint8."""
+def read_video(path: Path) -> torch.Tensor:
+    """Lossless WEBP -> ``[frames, H, W, 3]`` float 0..1."""
     with Image.open(path) as file:
-        return np.stack([np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(file)])
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of 8-bit frames in dB; equal videos give 100."""
-    mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return 100.0 if mse == 0 else float(10 * np.log10(255**2 / mse))
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(file)]
+    return torch.from_numpy(np.stack(frames)).float() / 255
 
 
 def _run(server: ComfyServer, graph: Graph, name: str) -> Finished:
@@ -137,7 +135,7 @@ def _summary(figures: dict[str, Any], out: Path) -> str:
 
 {figures["tokens"]} tokens, {figures["steps"]} steps, ComfyUI {figures["comfyui_version"]}, \
 {figures["backend"]} backend
-Look at {out}/dense.webp, {out}/lite.webp, {out}/tile_map.png, {out}/chart.png, {out}/report.txt
+Look at {out}: dense.webp, lite.webp, {", ".join(f"{name}.png" for name in PICTURES)}, report.txt
 """
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
+from ..canvas import THEMES
 from ..integrations.comfy import patch_of
 from ..report import figures, text_table
-from ..report_images import tile_map_image
+from ..report_images import pictures
 from .schema import CATEGORY, schema
 
 
@@ -28,20 +29,32 @@ class LiteAttentionReport(io.ComfyNode):
                     "latent",
                     tooltip="The sampler's output: makes the report wait for it. Passed on.",
                 ),
+                io.Combo.Input(
+                    "theme",
+                    options=list(THEMES),
+                    default=next(iter(THEMES)),
+                    optional=True,
+                    tooltip="Background of the pictures: dark or light.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The latent, unchanged."),
                 io.Image.Output(
                     display_name="map",
-                    tooltip="Tile maps, one per layer: bright tiles were still computed at the "
-                    "end of the run.",
+                    tooltip="Tile maps, one per layer: what was still computed at the end of the "
+                    "run. Up to 12 maps on a picture.",
                 ),
                 io.String.Output(display_name="text", tooltip="The report as text."),
+                io.Image.Output(
+                    display_name="charts",
+                    tooltip="Two pictures: what was computed by step and layer; computed tiles, "
+                    "lost mass and seconds step by step.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, model: io.Model.Type, latent: dict) -> io.NodeOutput:
+    def execute(cls, model: io.Model.Type, latent: dict, theme: str = "dark") -> io.NodeOutput:
         patch = patch_of(model)
         report = patch.last_report if patch else None
         if patch is None:
@@ -50,6 +63,8 @@ class LiteAttentionReport(io.ComfyNode):
             text = "LiteAttention: no run yet. Connect the sampler's output to 'latent'."
         else:
             text = text_table(report)
-        image = tile_map_image(report.maps if report else ())
-        shown = {"text": (text,), "report": (figures(report),) if report else ()}
-        return io.NodeOutput(latent, image, text, ui=shown)
+        maps, charts = pictures(report, theme, note=text.partition("\n")[0])
+        drawn = [*charts, *maps] if report and report.calls else []
+        shown = ui.PreviewImage(drawn, cls=cls).as_dict() if drawn else {}
+        shown |= {"text": (text,), "report": (figures(report),) if report else ()}
+        return io.NodeOutput(latent, maps, text, charts, ui=shown)

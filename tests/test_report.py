@@ -1,0 +1,205 @@
+"""The report of a run as numbers, text and pictures, from made-up statistics."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from comfyui_liteattention.canvas import SHARP, THEMES, Canvas, labelled, ramp_colours, ticks
+from comfyui_liteattention.eligibility import CROSS_ATTENTION
+from comfyui_liteattention.report import (
+    CallStats,
+    MapStats,
+    RunReport,
+    figures,
+    fraction,
+    mean_lost,
+    status_line,
+    text_table,
+)
+from comfyui_liteattention.report_images import (
+    LEFT,
+    PAGE,
+    RIGHT,
+    SIZE,
+    by_layer,
+    heat_map,
+    pictures,
+    short_names,
+)
+
+WIDTH, HEIGHT = SIZE
+STREAMS = ("positive", "negative")
+
+
+def computed(step, layer):
+    return 100 if step == 0 else 100 - 10 * layer
+
+
+def report(layers=4, steps=6, tiles=8, name="{}"):
+    """Layer ``i`` computes ``100 - 10 i`` percent from step 1 on, and loses 0.1 percent ``i``."""
+    sites = [(s, i, t) for s in range(steps) for i in range(layers) for t in STREAMS]
+    return RunReport(
+        settings="threshold=-0.3",
+        backend="cpu",
+        steps=steps,
+        seconds=12.0,
+        step_seconds=dict.fromkeys(range(steps), 2.0),
+        calls=tuple(
+            CallStats(s, name.format(i), t, 4096, computed(s, i), 100, i / 1000 if s else None)
+            for s, i, t in sites
+        ),
+        reasons={CROSS_ATTENTION: 48},
+        maps=tuple(
+            MapStats(name.format(i), t, 4096, torch.full((tiles, tiles), float(t == "positive")))
+            for i in range(layers)
+            for t in STREAMS
+        ),
+    )
+
+
+def pixel(picture, x, y):
+    return (picture[round(y), round(x)] * 255).round().int().tolist()
+
+
+def test_means():
+    calls = report().calls
+    assert fraction(calls) == pytest.approx((1 + 5 * 0.85) / 6)
+    assert fraction(()) == 1
+    # The first step is dense: it loses nothing. Half a call that nobody audited doesn't count.
+    assert mean_lost(calls) == pytest.approx(5 * 0.0015 / 6)
+    assert mean_lost([CallStats(1, "0", "positive", 64, 50, 100, None)]) is None
+
+
+def test_status_says_active_or_why_not():
+    assert "LiteAttention active: 12% of the tiles skipped" in status_line(report())
+    idle = replace(report(layers=1), reasons={CROSS_ATTENTION: 3, "short sequence": 2})
+    assert status_line(idle) == "LiteAttention inactive: short sequence"
+
+
+def test_text_has_a_line_per_layer_step_and_reason():
+    lines = text_table(report()).splitlines()
+    assert "3                75.0%     0.250%" in lines
+    assert any(line.startswith("5") and line.endswith("2.00") for line in lines)
+    assert f"      48 x {CROSS_ATTENTION}" in lines
+
+
+def test_figures_are_plain_json():
+    plain = json.loads(json.dumps(figures(report()), allow_nan=False))
+    assert plain["computed_fraction"] == pytest.approx(report().computed_fraction)
+    assert [row["step"] for row in plain["per_step"]] == list(range(6))
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize(("layers", "pages"), [(1, 1), (4, 1), (PAGE, 1), (PAGE + 1, 2), (40, 4)])
+def test_pictures_have_one_size(theme, layers, pages):
+    maps, charts = pictures(report(layers), theme)
+    assert maps.shape == (pages, HEIGHT, WIDTH, 3)
+    assert charts.shape == (2, HEIGHT, WIDTH, 3)
+    background = torch.tensor(THEMES[theme].background) / 255
+    for picture in (*maps, *charts):
+        assert picture.dtype == torch.float32
+        assert 0 <= picture.min() < picture.max() <= 1
+        assert torch.allclose(picture[0, 0], background)
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_the_heat_map_shows_each_cell_in_its_colour(theme):
+    picture = heat_map(report(), THEMES[theme])
+    left, top, right, bottom = LEFT, 116, RIGHT - 104, HEIGHT - 76
+    for step in range(6):
+        for layer in range(4):
+            x = left + (step + 0.5) * (right - left) / 6
+            y = top + (layer + 0.5) * (bottom - top) / 4
+            share = np.array(computed(step, layer) / 100)
+            assert pixel(picture, x, y) == ramp_colours(THEMES[theme], share).tolist()
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_more_computed_is_further_from_the_background(theme):
+    """The ramp's lightness goes one way: it can be read without its colours."""
+    colours = THEMES[theme]
+    levels = ramp_colours(colours, np.linspace(0, 1, 11)) @ np.array([0.2126, 0.7152, 0.0722])
+    away = np.diff(levels) * (1 if sum(colours.background) < 384 else -1)
+    assert (away > 0).all()
+
+
+def test_a_map_is_the_mean_of_its_streams():
+    (streams,) = by_layer(report(layers=1).maps).values()
+    assert np.mean([live.numpy() for live in streams]) == 0.5
+    two_sizes = (*report(layers=1).maps, MapStats("0", "positive", 64, torch.ones(2, 2)))
+    assert len(by_layer(two_sizes)) == 2
+
+
+def test_large_maps_are_averaged_before_they_are_coloured():
+    cells = np.indices((200 * SHARP, 200 * SHARP)).sum(0) % 2
+    canvas = Canvas(THEMES["dark"], (100, 100))
+    canvas.shares(cells, (0, 0, 100, 100))
+    half = ramp_colours(THEMES["dark"], np.array(0.5)).tolist()
+    assert (canvas.tensor() * 255).round().unique(dim=1).squeeze().tolist() == [half] * 100
+
+
+@pytest.mark.parametrize(
+    "poor",
+    [
+        replace(report(), step_seconds={}),
+        replace(report(), step_seconds={3: 0.0}),
+        replace(report(), calls=tuple(c._replace(lost=None) for c in report().calls)),
+        replace(report(), calls=tuple(c._replace(lost=0.0) for c in report().calls)),
+        replace(report(), calls=report().calls[:1]),
+        replace(report(), calls=report().calls[:11]),
+        replace(report(), maps=()),
+        report(name="a_very_long_name_of_a_layer_{}_and_more"),
+        report(layers=90, steps=150),
+    ],
+)
+def test_whatever_is_missing_the_rest_is_drawn(poor):
+    maps, charts = pictures(poor, note="No map.")
+    assert maps.shape[1:] == charts.shape[1:] == (HEIGHT, WIDTH, 3)
+    assert len(charts) == 2
+
+
+def test_without_calls_the_note_is_all_there_is():
+    empty = pictures(None, note="LiteAttention: no run yet.")
+    assert len(empty.maps) == len(empty.charts) == 1
+    assert empty.maps.max() > 0.5  # letters
+    nothing = replace(report(), calls=())
+    assert torch.equal(pictures(nothing, note="x").maps, pictures(None, note="x").maps)
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["0", "1", "10"], ["0", "1", "10"]),
+        (["blocks.9", "blocks.10"], ["9", "10"]),
+        (["double-0.0", "double-1.0"], ["0", "1"]),
+        (["attn1.3.x", "attn1.4.x"], ["3", "4"]),
+        (["first", "second"], ["first", "second"]),
+        (["double-0.0", "single-0.0"], ["double-0.0", "single-0.0"]),
+        (["blocks.3"], ["3"]),
+        (["3", "3"], ["3", "3"]),
+    ],
+)
+def test_layers_are_called_by_the_number_that_tells_them_apart(names, short):
+    assert short_names(names) == short
+
+
+@pytest.mark.parametrize(
+    ("upper", "marks"),
+    [
+        (100, [0, 50, 100]),
+        (1, [0, 0.5, 1]),
+        (0.037, [0, 0.01, 0.02, 0.03, 0.04]),
+        (3, [0, 1, 2, 3]),
+    ],
+)
+def test_ticks_are_round(upper, marks):
+    assert ticks(upper) == pytest.approx(marks)
+
+
+def test_labels_are_evenly_spaced_and_not_too_many():
+    assert list(labelled(4, 14)) == [0, 1, 2, 3]
+    assert list(labelled(50, 14)) == list(range(0, 50, 5))
+    assert len(labelled(1000, 14)) <= 14
