@@ -1,9 +1,9 @@
-// Shows the text of a LiteAttention Report on the node itself, after each run.
+// Shows the text of a LiteAttention Report or Compare on the node itself, after each run.
 import { app } from "../../scripts/app.js";
 
-const NODE = "LiteAttentionReport";
+const NODES = ["LiteAttentionReport", "LiteAttentionCompare"];
 const HEIGHT = 200; // pixels, at least
-const EMPTY = "The report appears here after a run.";
+const EMPTY = "The result appears here after a run.";
 
 function addText(node) {
   const box = document.createElement("textarea");
@@ -28,7 +28,7 @@ function addText(node) {
 app.registerExtension({
   name: "LiteAttention.Report",
   nodeCreated(node) {
-    if (node.comfyClass !== NODE) return;
+    if (!NODES.includes(node.comfyClass)) return;
     const widget = addText(node);
     const executed = node.onExecuted;
     node.onExecuted = function (output) {

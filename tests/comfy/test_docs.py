@@ -7,7 +7,13 @@ import pytest
 
 from demo.comfy_server import REPOSITORY
 
-NODES = ("LiteAttentionPatch", "LiteAttentionReport", "LiteAttentionThreshold")
+NODES = (
+    "LiteAttentionBudget",
+    "LiteAttentionCompare",
+    "LiteAttentionPatch",
+    "LiteAttentionReport",
+    "LiteAttentionThreshold",
+)
 LANGUAGES = ("en", "zh")
 
 each_node = pytest.mark.parametrize("node", NODES)
@@ -93,7 +99,7 @@ def test_the_files_are_the_ones_that_the_server_merged(language, translations):
     assert {node: translations[language]["nodeDefs"][node] for node in NODES} == ours
 
 
-def test_the_script_that_shows_the_report_is_announced(server):
+def test_the_script_that_shows_texts_is_announced(server):
     assert "/extensions/liteattention/liteattention.js" in server.get("/extensions")
     script = read(server, "/extensions/liteattention/liteattention.js")
-    assert "LiteAttentionReport" in script
+    assert "LiteAttentionReport" in script and "LiteAttentionCompare" in script

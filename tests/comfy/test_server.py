@@ -5,13 +5,22 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
+from comfyui_liteattention.compare import psnr
+from comfyui_liteattention.report_images import SIZE
 from comfyui_liteattention.settings import SAFEST
 from demo.comfy_server import PromptRefusedError
-from demo.compare import PATCH, REPORT, SAMPLER, VIDEO, psnr, read_video
+from demo.compare import PATCH, REPORT, SAMPLER, VIDEO, read_video
 from demo.workflow import find, without
 
-NODES = ("LiteAttentionPatch", "LiteAttentionThreshold", "LiteAttentionReport")
+NODES = (
+    "LiteAttentionPatch",
+    "LiteAttentionThreshold",
+    "LiteAttentionReport",
+    "LiteAttentionBudget",
+    "LiteAttentionCompare",
+)
 
 
 def small(workflow, seed=1, steps=4, prompt="red circle moving right", **control):
@@ -29,6 +38,7 @@ def small(workflow, seed=1, steps=4, prompt="red circle moving right", **control
         "dense_layers": "",
         "audit": 64,
         "min_tokens": 0,
+        "order": "compact",
     }
     graph["100"] = {"class_type": "LiteAttentionThreshold", "inputs": settings | control}
     graph[find(graph, PATCH)]["inputs"]["control"] = ["100", 0]
@@ -186,3 +196,62 @@ def test_the_report_without_a_patch_says_so(server, workflow):
     graph[report]["inputs"]["model"] = graph[patched]["inputs"]["model"]
     text = server.run(graph).outputs[report]["text"][0]
     assert "has not been through a LiteAttention node" in text
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_the_report_shows_its_pictures_and_gives_them(server, workflow, theme):
+    graph = small(workflow, seed=12)
+    report = find(graph, REPORT)
+    graph[report]["inputs"]["theme"] = theme
+    for node, slot in (("102", 1), ("103", 3)):
+        graph[node] = {"class_type": "PreviewImage", "inputs": {"images": [report, slot]}}
+    finished = server.run(graph)
+    assert finished.error is None
+    maps, charts = (finished.outputs[node]["images"] for node in ("102", "103"))
+    assert (len(maps), len(charts)) == (1, 2)
+    shown = [server.output_file(image) for image in finished.outputs[report]["images"]]
+    given = [server.output_file(image) for image in (*charts, *maps)]
+    for one, other in zip(shown, given, strict=True):
+        with Image.open(one) as a, Image.open(other) as b:
+            assert a.size == SIZE
+            assert a.tobytes() == b.tobytes()
+            assert (sum(a.getpixel((0, 0))) > 384) == (theme == "light")
+
+
+def comparing(frames=3, **changed):
+    """Two grey videos before LiteAttentionCompare; ``changed`` is the candidate's."""
+    plain = {"width": 300, "height": 64, "batch_size": frames, "color": 0x808080}
+    source = {"class_type": "EmptyImage"}
+    inputs = {"reference": ["1", 0], "candidate": ["2", 0], "amplify": 4.0}
+    return {
+        "1": source | {"inputs": plain},
+        "2": source | {"inputs": plain | changed},
+        "3": {"class_type": "LiteAttentionCompare", "inputs": inputs},
+        "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}},
+    }
+
+
+def test_compare_measures_and_shows(server):
+    finished = server.run(comparing(color=0x8A8A8A))  # ten levels brighter
+    assert finished.error is None
+    shown = finished.outputs["3"]
+    assert shown["compare"][0]["psnr_db"] == pytest.approx(28.13, abs=0.01)
+    assert "PSNR 28.13 dB" in shown["text"][0]
+    assert len(shown["images"]) == 1
+    frames = finished.outputs["4"]["images"]
+    assert len(frames) == 3
+    with Image.open(server.output_file(frames[0])) as picture:
+        levels = [picture.getpixel((x, 80))[0] for x in (10, 310, 610)]
+    assert levels == pytest.approx([128, 138, 40], abs=1)
+
+
+def test_compare_calls_equal_videos_identical(server):
+    shown = server.run(comparing()).outputs["3"]
+    assert shown["text"][0].startswith("PSNR identical, SSIM 1.0000 over 3 frames")
+    assert shown["compare"][0]["psnr_db"] is None
+
+
+def test_compare_names_both_sizes_when_they_differ(server):
+    error = server.run(comparing(width=64)).error
+    assert "3 frames of 300 x 64" in error
+    assert "3 frames of 64 x 64" in error
