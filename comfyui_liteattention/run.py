@@ -24,6 +24,8 @@ from .tiles import unpack
 Stream = Hashable
 NOT_FINITE = "the result was not finite (NaN or infinity): this layer stays dense for the run"
 
+OUT_OF_MEMORY = "not enough memory for LiteAttention on this device: switched off for this run"
+
 
 class _Call(NamedTuple):
     step: int
@@ -55,6 +57,7 @@ class Run:
         self.reasons: Counter[str] = Counter()
         self._states: dict[_Key, LayerState] = {}
         self._failed: set[str] = set()
+        self._stopped: str | None = None
         self._calls: list[_Call] = []
         self._layers: dict[str, int] = {}
         self._seconds: defaultdict[int, float] = defaultdict(float)
@@ -96,8 +99,8 @@ class Run:
         start of a run, to see which is faster. None: the caller has to do this call densely; the
         reason is counted.
         """
-        if layer in self._failed:
-            self.decline(NOT_FINITE)
+        if self._stopped or layer in self._failed:
+            self.decline(self._stopped or NOT_FINITE)
             return None
         index, settings = self._settings_of(layer)
         if self._watch(progress.step):
@@ -113,11 +116,15 @@ class Run:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         first = self._state(layer, streams[0], q).calls == 0
-        if dense is not None and first and index < TIMED_LAYERS:
-            out, ours = timed(compute, q.device)
-            self._pace.compare(ours, timed(dense, q.device)[1])
-        else:
-            out = compute()
+        try:
+            if dense is not None and first and index < TIMED_LAYERS:
+                out, ours = timed(compute, q.device)
+                self._pace.compare(ours, timed(dense, q.device)[1])
+            else:
+                out = compute()
+        except torch.OutOfMemoryError:
+            self._stop(OUT_OF_MEMORY)
+            return None
         if not torch.isfinite(out).all():
             self._failed.add(layer)
             self.decline(NOT_FINITE)
@@ -152,9 +159,17 @@ class Run:
                     computed = sum(int(tally.computed) for tally in tallies)
                     self._pace.end_step(computed / sum(tally.total for tally in tallies))
             self._step = max(step, self._step)
-        if self._pace.reason is not None:
-            self.decline(self._pace.reason)
-        return self._pace.reason is not None
+            reason = self._pace.reason
+        if reason is not None:
+            self._stop(reason)
+        return reason is not None
+
+    def _stop(self, reason: str) -> None:
+        """Go on densely to the end of the run; the skip state is of no more use."""
+        with self._lock:
+            self._stopped = reason
+            self._states.clear()
+        self.decline(reason)
 
     def report(self) -> RunReport:
         """What the run has done so far."""
@@ -174,8 +189,8 @@ class Run:
         """One line about the step that just ended, for people who are waiting."""
         with self._lock:
             calls = [_resolve(call) for call in self._calls if call.step == step]
-        if self._pace.reason is not None or not calls:
-            why = self._pace.reason or next(iter(self.reasons), "nothing to skip yet")
+        if self._stopped is not None or not calls:
+            why = self._stopped or next(iter(self.reasons), "nothing to skip yet")
             return f"LiteAttention inactive: {why}"
         lost = mean_lost(calls)
         return (

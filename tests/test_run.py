@@ -1,17 +1,17 @@
 """Attention, layer state and runs, on the float64 reference and on the CPU backend."""
 
 import math
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from comfyui_liteattention import run as run_module
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.pace import too_slow
 from comfyui_liteattention.report import status_line, text_table
-from comfyui_liteattention.run import NOT_FINITE, Run
+from comfyui_liteattention.run import NOT_FINITE, OUT_OF_MEMORY, Run
 from comfyui_liteattention.settings import SAFEST, Settings
 from comfyui_liteattention.tiles import TileShape, unpack
 
@@ -176,34 +176,40 @@ def test_threads_do_not_disturb_each_other():
         assert all(torch.equal(a, b) for a, b in zip(outs, alone, strict=True))
 
 
-def test_a_run_stops_skipping_where_the_users_attention_is_faster():
-    """The reference is slow and this dense way takes no time at all."""
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that the next timed functions take, instead of real ones."""
+    seconds = []
+
+    def timed(function, device):
+        return function(), seconds.pop(0)
+
+    monkeypatch.setattr(run_module, "timed", timed)
+    return seconds
+
+
+def test_a_run_stops_skipping_where_the_users_attention_is_faster(clock):
     run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
     q, k, v = local_qkv(0)
-    dense_calls = []
-
-    def dense():
-        dense_calls.append(1)
-        return v
-
-    outs = [run.attend("0", ["x"], run.locate(s), q, k, v, SCALE, dense=dense) for s in SIGMAS[:-1]]
+    clock += [3.0, 1.0]
+    outs = [
+        run.attend("0", ["x"], run.locate(s), q, k, v, SCALE, dense=v.clone) for s in SIGMAS[:-1]
+    ]
     assert outs[0] is not None
     assert outs[1:] == [None] * 4
-    assert len(dense_calls) == 1
+    assert clock == []
     report = run.finish()
     assert "faster here" in status_line(report)
     assert not report.active
 
 
-def test_a_faster_run_is_left_alone():
+def test_a_faster_run_is_left_alone(clock):
     run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
     q, k, v = local_qkv(0)
-
-    def dense():
-        time.sleep(0.5)
-        return v
-
-    outs = [run.attend("0", ["x"], run.locate(s), q, k, v, SCALE, dense=dense) for s in SIGMAS[:-1]]
+    clock += [1.0, 1.2]
+    outs = [
+        run.attend("0", ["x"], run.locate(s), q, k, v, SCALE, dense=v.clone) for s in SIGMAS[:-1]
+    ]
     assert all(out is not None for out in outs)
 
 
@@ -229,3 +235,13 @@ def test_the_line_about_a_step():
     text = run.progress_text(4)
     assert text.startswith("step 5/5: ")
     assert float(text.split()[2].rstrip("%")) > 20
+
+
+def test_running_out_of_memory_ends_in_dense_attention():
+    class Full(ReferenceBackend):
+        def forward(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = Run(Settings(min_tokens=0), Full(), SIGMAS)
+    assert sample(run) == [None] * 5
+    assert run.finish().reasons == {OUT_OF_MEMORY: 5}
