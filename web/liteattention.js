@@ -3,6 +3,7 @@ import { app } from "../../scripts/app.js";
 
 const NODES = ["LiteAttentionReport", "LiteAttentionCompare"];
 const HEIGHT = 200; // pixels, at least
+const SIZE = [420, 640]; // of a new node: text and pictures can be read
 const EMPTY = "The result appears here after a run.";
 
 function addText(node) {
@@ -30,6 +31,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (!NODES.includes(node.comfyClass)) return;
     const widget = addText(node);
+    node.setSize(SIZE.map((side, i) => Math.max(side, node.size[i])));
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.apply(this, arguments);
