@@ -458,13 +458,11 @@ def test_ltx_video():
 
 
 def test_other_models_are_declined_with_a_reason():
-    from diffusers import LatteTransformer3DModel
+    from diffusers import DiTTransformer2DModel
 
-    model = LatteTransformer3DModel(
-        num_attention_heads=1, num_layers=1, sample_size=8, patch_size=2
-    )
+    model = DiTTransformer2DModel(num_attention_heads=1, num_layers=1)
     session = lite.enable(model)
-    assert "LatteTransformer3DModel is not supported yet" in lite.summary(model)
+    assert "DiTTransformer2DModel is not supported yet" in lite.summary(model)
     assert session.report() is None
     lite.disable(model)
     assert hooks_left(model) == []

@@ -30,7 +30,8 @@ STEPS = 3
 class Made(NamedTuple):
     """One tiny model. ``sample()`` gives the result of one run. ``dense``: tokens that must never
     be skipped (text, given frames); ``streams``: names of the conditionings; ``kept``: tokens of
-    each stream that are not padding."""
+    each stream that are not padding; ``given``: where dense tokens lie among those that the
+    model doesn't itself keep apart as text."""
 
     target: Any
     transformer: torch.nn.Module
@@ -39,6 +40,7 @@ class Made(NamedTuple):
     streams: set[str]
     kept: set[int]
     layers: int = 2
+    given: slice = slice(0, 0)
 
 
 def latent(channels, scale=(1, 2, 2), frames=GRID[0]):
@@ -294,8 +296,8 @@ def kandinsky_5():
             return_dict=False,
         )
 
-    sample = loop(sharpen(transformer), latent(4).movedim(1, -1), step)
-    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO})
+    sample = loop(sharpen(transformer, 1.0), latent(4).movedim(1, -1), step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO}, given=slice(64))
 
 
 def make_skyreels(**config):
@@ -350,7 +352,7 @@ def skyreels_v2_diffusion_forcing():
         return transformer(x, levels, text, enable_diffusion_forcing=True, return_dict=False)[0]
 
     sample = loop(transformer, latent(4), step)
-    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO})
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO}, given=slice(64))
 
 
 def allegro():
@@ -429,7 +431,9 @@ def ltx_2():
         )[0]
 
     sample = loop(sharpen(transformer), start, step)
-    return Made(transformer, transformer, sample, 20, {"text"}, {VIDEO + 20})
+    return Made(
+        transformer, transformer, sample, 20, {"text"}, {VIDEO + 20}, given=slice(-20, None)
+    )
 
 
 def wan_vace():
@@ -443,7 +447,9 @@ def wan_vace():
         return transformer(x, t, text, control_hidden_states=control, return_dict=False)[0]
 
     sample = loop(sharpen(transformer), latent(4, frames=6), step)
-    return Made(transformer, transformer, sample, 128, {"text"}, {VIDEO + 128}, layers=3)
+    return Made(
+        transformer, transformer, sample, 128, {"text"}, {VIDEO + 128}, layers=3, given=slice(128)
+    )
 
 
 def wan_animate():
@@ -477,7 +483,148 @@ def wan_animate():
         return out.repeat(1, 3, 1, 1, 1)
 
     sample = loop(sharpen(transformer), start, step)
-    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO + 64})
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO + 64}, given=slice(64))
+
+
+def framepack():
+    """One clean frame and some of the history before the video; picture and text after it."""
+    transformer = d.HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        guidance_embeds=False,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(8, 12, 12),
+        has_image_proj=True,
+        image_proj_dim=8,
+        has_clean_x_embedder=True,
+    )
+    (text, _), (pooled, _), (image, _) = texts(1, 12, 16), texts(1, 8), texts(1, 4, 8)
+
+    def step(x, t):
+        return transformer(
+            x,
+            t,
+            text,
+            (torch.arange(12) < 7)[None],
+            pooled,
+            image,
+            torch.arange(4, 8),
+            latents_clean=latent(4, frames=1),
+            indices_latents_clean=torch.tensor([0]),
+            latents_history_2x=latent(4, frames=2),
+            indices_latents_history_2x=torch.tensor([1, 2]),
+            latents_history_4x=latent(4, frames=4),
+            indices_latents_history_4x=torch.tensor([0, 1, 2, 3]),
+            return_dict=False,
+        )[0]
+
+    sample = loop(sharpen(transformer), latent(4), step)
+    others = 64 + 16 + 4 + 4 + 7
+    return Made(
+        transformer, transformer, sample, others, {"text"}, {VIDEO + others}, given=slice(84)
+    )
+
+
+def motif_video():
+    transformer = d.MotifVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=1,
+        num_single_layers=1,
+        text_embed_dim=16,
+        rope_axes_dim=(8, 12, 12),
+    )
+    text, _ = texts(1, 12, 16)
+    mask = (torch.arange(12) < 7)[None]
+
+    def step(x, t):
+        return transformer(x, t, text, mask, return_dict=False)[0]
+
+    sample = loop(sharpen(transformer), latent(4), step)
+    return Made(transformer, transformer, sample, 7, {"text"}, {VIDEO + 7})
+
+
+def helios():
+    """One frame of history before the video."""
+    transformer = d.HeliosTransformer3DModel(**WAN, rope_dim=(8, 12, 12))
+    text, _ = texts(1, 6, 16)
+
+    def step(x, t):
+        return transformer(
+            x,
+            t,
+            text,
+            indices_hidden_states=torch.arange(1, 5)[None],
+            indices_latents_history_short=torch.zeros(1, 1),
+            latents_history_short=latent(4, frames=1),
+            return_dict=False,
+        )[0]
+
+    sample = loop(sharpen(transformer), latent(4), step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO + 64}, given=slice(64))
+
+
+def chrono_edit():
+    transformer = d.ChronoEditTransformer3DModel(**WAN)
+    text, _ = texts(1, 6, 16)
+
+    def step(x, t):
+        return transformer(x, t, text, return_dict=False)[0]
+
+    sample = loop(sharpen(transformer), latent(4), step)
+    return Made(transformer, transformer, sample, 0, {"text"}, {VIDEO})
+
+
+def consis_id():
+    transformer = d.ConsisIDTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=48,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=16,
+        sample_height=16,
+        sample_frames=13,
+        max_text_seq_length=10,
+    )
+    text, _ = texts(1, 10, 16)
+
+    def step(x, t):
+        return transformer(x, text, t, return_dict=False)[0]
+
+    sample = loop(sharpen(transformer), latent(4).transpose(1, 2), step)
+    return Made(transformer, transformer, sample, 10, {"text"}, {VIDEO + 10})
+
+
+def easy_animate():
+    transformer = d.EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=48,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_layers=2,
+        mmdit_layers=1,
+        time_embed_dim=8,
+        text_embed_dim=16,
+    )
+    text, _ = texts(1, 10, 16)
+
+    def step(x, t):
+        return transformer(x, t, encoder_hidden_states=text, return_dict=False)[0]
+
+    sample = loop(sharpen(transformer), latent(4), step)
+    return Made(transformer, transformer, sample, 10, {"text"}, {VIDEO + 10})
 
 
 MODELS = (
@@ -493,6 +640,12 @@ MODELS = (
     ltx_2,
     wan_vace,
     wan_animate,
+    framepack,
+    motif_video,
+    helios,
+    chrono_edit,
+    consis_id,
+    easy_animate,
 )
 
 
@@ -525,6 +678,35 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class Witness:
+    """Repeats every call of self-attention densely: how far each row of the output is off.
+
+    Joint attention returns video and text apart, so that the model says which is which. ``text``
+    and ``video`` hold, per call, the largest difference among rows of their kind.
+    """
+
+    def __init__(self, made):
+        self.given = made.given
+        self.text, self.video = [], []
+        family = FAMILIES[type(made.transformer).__name__]
+        for name in self_attention(made.transformer, family):
+            module = made.transformer.get_submodule(name)
+            module.register_forward_hook(self._compare, with_kwargs=True)
+
+    def _compare(self, module, args, kwargs, output):
+        dense = module._diffusers_hook.hooks["liteattention"].fn_ref.original_forward
+        pairs = zip(parts(output), parts(dense(*args, **kwargs)), strict=True)
+        video, *text = ((a - b).abs().amax((0, 2)) for a, b in pairs)
+        is_video = torch.ones(len(video), dtype=torch.bool)
+        is_video[self.given] = False
+        self.text.append(float(torch.cat([video[~is_video], *text, torch.zeros(1)]).max()))
+        self.video.append(float(video[is_video].max()))
+
+
+def parts(output):
+    return [t for t in output if t is not None] if isinstance(output, tuple) else [output]
 
 
 @pytest.fixture(params=MODELS, ids=lambda make: make.__name__)
@@ -584,3 +766,11 @@ def test_model(made, recorder):
     assert torch.equal(made.sample(), plain)
     assert hooks_left(made.transformer) == []
     assert "liteattention" not in map(str, _AttentionBackendRegistry._backends)
+
+
+def test_text_and_given_frames_are_dense(made, recorder):
+    lite.enable(made.target, **BOLD)
+    witness = Witness(made)
+    made.sample()
+    assert max(witness.text) < 1e-5
+    assert max(witness.video) > 1e-4

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,25 @@ def told_grid(arguments: Arguments, config: Any) -> Grid | None:
     return frames, rows, columns
 
 
+def video_first(arguments: Arguments, others: int) -> int:
+    """Text, if there is any, comes after the video."""
+    return 0
+
+
+def video_last(arguments: Arguments, others: int) -> int:
+    """Text or earlier frames come before the video."""
+    return others
+
+
+def video_between(arguments: Arguments, others: int) -> int:
+    """Earlier frames come before the video; picture and text after it. (Only of a single sample is
+    the padding cut off, so that the text's length tells where the video is.)"""
+    mask = arguments["encoder_attention_mask"]
+    if len(mask) > 1:
+        return -1
+    return others - arguments["image_embeds"].shape[1] - int(mask.sum())
+
+
 def no_given_frames(arguments: Arguments, config: Any) -> int:
     return 0
 
@@ -85,15 +104,15 @@ class Family(NamedTuple):
 
     ``layers``: patterns of the names of its self-attention modules. ``processors``: classes that
     are known to do plain attention there. ``grid``: from the arguments of ``forward`` and the
-    config, or None if it isn't told. ``text``: where text lies in the sequence. ``given``: how many
-    frames, from the first, the model is shown rather than asked for. ``rising``: its timestep goes
-    from 0 to ``RISING_END``.
+    config, or None if it isn't told. ``start``: how many of so many other tokens of the sequence
+    come before the video. ``given``: how many frames, from the first, the model is shown rather
+    than asked for. ``rising``: its timestep goes from 0 to ``RISING_END``.
     """
 
     layers: tuple[str, ...]
     processors: tuple[str, ...]
     grid: Callable[[Arguments, Any], Grid | None] = latent_grid
-    text: Literal["none", "after", "before"] = "none"
+    start: Callable[[Arguments, int], int] = video_first
     given: Callable[[Arguments, Any], int] = no_given_frames
     rising: bool = False
 
@@ -110,11 +129,10 @@ FAMILIES = {
     "HunyuanVideoTransformer3DModel": Family(
         ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         ("HunyuanVideoAttnProcessor2_0",),
-        text="after",
         given=replaced_frame,
     ),
     "HunyuanVideo15Transformer3DModel": Family(
-        ("transformer_blocks.*.attn",), ("HunyuanVideo15AttnProcessor2_0",), text="after"
+        ("transformer_blocks.*.attn",), ("HunyuanVideo15AttnProcessor2_0",)
     ),
     "LTXVideoTransformer3DModel": Family(
         ("transformer_blocks.*.attn1",), ("LTXVideoAttnProcessor",), told_grid
@@ -128,10 +146,10 @@ FAMILIES = {
         ("transformer_blocks.*.attn1",),
         ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
         frames_first_grid,
-        text="before",
+        video_last,
     ),
     "MochiTransformer3DModel": Family(
-        ("transformer_blocks.*.attn1",), ("MochiAttnProcessor2_0",), text="after", rising=True
+        ("transformer_blocks.*.attn1",), ("MochiAttnProcessor2_0",), rising=True
     ),
     "CosmosTransformer3DModel": Family(
         ("transformer_blocks.*.attn1",), ("CosmosAttnProcessor2_0",)
@@ -141,6 +159,28 @@ FAMILIES = {
         ("Kandinsky5AttnProcessor",),
         channels_last_grid,
         given=marked_frames,
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": Family(
+        ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        ("HunyuanVideoAttnProcessor2_0",),
+        start=video_between,
+    ),
+    "MotifVideoTransformer3DModel": Family(
+        ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        ("MotifVideoAttnProcessor2_0",),
+    ),
+    "HeliosTransformer3DModel": Family(
+        ("blocks.*.attn1",), ("HeliosAttnProcessor",), start=video_last
+    ),
+    "ChronoEditTransformer3DModel": Family(("blocks.*.attn1",), ("WanAttnProcessor",)),
+    "ConsisIDTransformer3DModel": Family(
+        ("transformer_blocks.*.attn1",),
+        ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
+        frames_first_grid,
+        video_last,
+    ),
+    "EasyAnimateTransformer3DModel": Family(
+        ("transformer_blocks.*.attn1",), ("EasyAnimateAttnProcessor2_0",), start=video_last
     ),
     "AllegroTransformer3DModel": Family(
         ("transformer_blocks.*.attn1",), ("AllegroAttnProcessor2_0",)
@@ -165,17 +205,18 @@ def self_attention(transformer: nn.Module, family: Family) -> list[str]:
     ]
 
 
-def video_tokens(family: Family, grid: Grid | None, length: int) -> VideoTokens | str | None:
+def video_tokens(
+    family: Family, arguments: Arguments, grid: Grid | None, length: int
+) -> VideoTokens | str | None:
     """Where the video lies in a sequence of ``length`` tokens, or why that can't be told.
 
     None: all tokens are video, on a grid that isn't known.
     """
     if grid is None:
-        return None if family.text == "none" else NOT_FOUND
-    start = length - VideoTokens(grid).stop
-    if start < 0:
-        return NOT_FOUND
-    return VideoTokens(grid, start if family.text == "before" else 0)
+        return None
+    others = length - VideoTokens(grid).stop
+    start = family.start(arguments, others)
+    return VideoTokens(grid, start) if 0 <= start <= others else NOT_FOUND
 
 
 def given_tokens(

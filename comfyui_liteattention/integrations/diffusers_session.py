@@ -130,7 +130,8 @@ class Session:
         self._calling = True
         prefix = f"{name}." if len(self._transformers) > 1 else ""
         place = Place(progress, now.stream, device, prefix)
-        return TransformerCall(run, place, partial(video_tokens, family, grid), self._returned)
+        video = partial(video_tokens, family, arguments, grid)
+        return TransformerCall(run, place, video, self._returned)
 
     def _returned(self) -> None:
         self._calling = False
