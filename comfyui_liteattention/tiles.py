@@ -79,14 +79,16 @@ def make_lists(mask: Tensor, alternate: bool = False) -> TileLists:
     With ``alternate`` they are visited in descending order, unless every tile of the map is live:
     then the lists stay what a dense call does, bit for bit.
     """
-    count = mask.sum(-1, dtype=torch.int32)
-    rank = mask.cumsum(-1) - 1  # of a live tile among the live ones
+    tiles = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    upto = mask.cumsum(-1, dtype=torch.int32)  # live tiles up to and including this one
+    count = upto[..., -1].contiguous()
+    place = upto - 1
     if alternate:
-        rank = torch.where(mask.all(), rank, count.unsqueeze(-1) - 1 - rank)
-    padding = count.unsqueeze(-1) + (~mask).cumsum(-1) - 1
-    tiles = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
-    index = torch.empty_like(tiles, memory_format=torch.contiguous_format)
-    return TileLists(count, index.scatter_(-1, torch.where(mask, rank, padding), tiles))
+        place = torch.where(mask.all(), place, count.unsqueeze(-1) - upto)
+    # Dead tiles go behind the live ones, where nobody reads them.
+    place = torch.where(mask, place, count.unsqueeze(-1) + tiles - upto)
+    index = torch.empty_like(place).scatter_(-1, place.long(), tiles.expand(mask.shape))
+    return TileLists(count, index)
 
 
 def tiles_touching(tokens: Tensor, rows: int) -> Tensor:
