@@ -6,13 +6,14 @@ hand, and compared with what happened.
 """
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from packaging.version import parse
 
 from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.integrations.models import ModelCall, describe_call
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape
@@ -188,6 +189,9 @@ def wan_cases():
         **CALL,
     )
 
+    dancer = dict(in_dim_ref_conv=16, audio_inject_layers=[0])
+    yield wan("Wan Dancer", "WAN22_WanDancer", "wandancer", unet=dancer, since="0.33", **CALL)
+
 
 HUNYUAN = dict(image_model="hunyuan_video", in_channels=16, out_channels=16, patch_size=[1, 2, 2])
 HUNYUAN |= dict(context_in_dim=32, hidden_size=128, num_heads=2, mlp_ratio=1.0, depth=2)
@@ -221,9 +225,19 @@ def hunyuan_cases():
         latent=(1, 16, 3, 4, 8),
     )
 
+    yield hunyuan(
+        "HunyuanImage 2.1",
+        "HunyuanImage21",
+        12,
+        unet=dict(patch_size=[1, 1], axes_dim=[32, 32], vec_in_dim=None),
+        latent=(1, 16, 8, 12),
+    )
+
 
 LTX = dict(image_model="ltxv", in_channels=16, attention_head_dim=64, num_attention_heads=2)
 LTX |= dict(num_layers=3, cross_attention_dim=128, caption_channels=32)
+LTX_2 = LTX | dict(image_model="ltxav", audio_num_attention_heads=2, audio_attention_head_dim=32)
+LTX_2 |= dict(audio_cross_attention_dim=64)
 COSMOS = dict(image_model="cosmos", max_img_h=240, max_img_w=240, max_frames=128, in_channels=16)
 COSMOS |= dict(out_channels=16, patch_spatial=2, patch_temporal=1, model_channels=128, num_heads=2)
 COSMOS |= dict(num_blocks=3, crossattn_emb_channels=32, pos_emb_cls="rope3d")
@@ -254,6 +268,17 @@ def other_cases():
     newer = dict(keyframe_idxs=(1, 3, 32, 2), denoise_mask=torch.ones(1, 1, 4, 4, 8))
     ltx |= dict(conds=conds, newer_conds=newer)
     yield Case("LTX-Video with a guide frame", "LTXV", LTX, video=96, after=32, **ltx)
+    yield Case(
+        "LTX-2",
+        "LTXAV",
+        LTX_2,
+        layers=3,
+        video=128,
+        latent=(1, 1, 16 * 128 + 8 * 20 * 16),
+        text=(1, 12, 64),
+        conds=dict(attention_mask=None, latent_shapes=[(1, 16, 4, 4, 8), (1, 8, 20, 16)]),
+        since="0.33",
+    )
     yield Case("Cosmos 1", "CosmosT2V", COSMOS_1, layers=3, **CALL)
     yield Case("Cosmos Predict2", "CosmosT2IPredict2", PREDICT2, layers=3, **CALL)
     yield Case(
@@ -298,6 +323,9 @@ def other_cases():
         conds=dict(y=(1, 32), ref_latents=references),
         **image,
     )
+    flux_2 = FLUX | dict(image_model="flux2", axes_dim=[16] * 4, vec_in_dim=None, mlp_ratio=3.0)
+    flux_2 |= dict(global_modulation=True, mlp_silu_act=True, ops_bias=False)
+    yield Case("Flux 2", "Flux2", flux_2, layers=4, before=12, **image)
     image |= dict(latent=(1, 16, 1, 16, 24), newer_unet={})
     references = [_noise((1, 16, 1, 8, 8), 1)]
     yield Case("Qwen-Image", "QwenImage", QWEN, layers=3, before=12, **image)
@@ -314,6 +342,7 @@ def other_cases():
 
 
 CASES = [*wan_cases(), *hunyuan_cases(), *other_cases()]
+HUNYUAN_CASE = next(case for case in CASES if case.name == "HunyuanVideo")
 
 
 @pytest.fixture(autouse=True)
@@ -344,8 +373,9 @@ def build(comfy):
     return build_one
 
 
-def generate(model, case, backend=None):
-    """Three model calls; every attention call as ``(ours, dense, length)``, and the outputs."""
+def generate(model, case, backend=None, batches=(("a",),)):
+    """Three steps: the outputs, ``(ours, dense, accepted)`` of every attention call, the report and
+    its notes. ``batches`` are the model calls of a step, each with its conditionings."""
     from comfyui_liteattention.integrations.comfy import _install
 
     settings = Settings(threshold=-1.0, criterion="gap", ramp=0, audit=0, min_tokens=0)
@@ -366,15 +396,23 @@ def generate(model, case, backend=None):
     outputs = []
     for sigma in SIGMAS[:-1]:
         now = torch.tensor([sigma])
-        step = dict(options, sigmas=now, sample_sigmas=torch.tensor(SIGMAS))
-        step |= dict(cond_or_uncond=[0], uuids=["a"])
-        with torch.inference_mode():
-            outputs.append(
-                model.apply_model(
-                    _noise(case.latent, 1), now, transformer_options=step, **case.inputs()
+        for batch in batches:
+            step = dict(options, sigmas=now, sample_sigmas=torch.tensor(SIGMAS))
+            step |= dict(cond_or_uncond=[0] * len(batch), uuids=list(batch))
+            inputs = {k: _repeat(v, len(batch)) for k, v in case.inputs().items()}
+            x = _noise(case.latent, 1).repeat(len(batch), *[1] * (len(case.latent) - 1))
+            with torch.inference_mode():
+                out = model.apply_model(
+                    x, now.repeat(len(batch)), transformer_options=step, **inputs
                 )
-            )
+            outputs.extend(out.split(len(x) // len(batch)))
     return outputs, seen, run.finish(), notes
+
+
+def _repeat(value, times):
+    if torch.is_tensor(value) and times > 1:
+        return value.repeat(times, *[1] * (value.ndim - 1))
+    return value
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -427,3 +465,83 @@ def test_with_nothing_to_skip_the_result_is_the_dense_one(build, case):
     assert not report.active
     for a, b in zip(plain, patched, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_an_unknown_video_model_runs_in_generic_mode(build, monkeypatch):
+    from comfyui_liteattention.integrations import models
+
+    model = build(CASES[0])
+    monkeypatch.setattr(models, "FAMILIES", {})
+    _, _, report, notes = generate(model, CASES[0], Recorder(-50.0))
+    assert {call.tokens for call in report.calls} == {96}
+    assert report.active
+    assert notes == [
+        "generic mode: WanModel is not known; only attention over the bare video is skipped"
+    ]
+
+
+@pytest.mark.parametrize("name", ["HunyuanVideo", "Wan HuMo", "Mochi", "Flux", "Qwen-Image"])
+def test_an_unknown_model_with_more_than_video_stays_dense(build, monkeypatch, name):
+    """Text or references make its sequence longer than the video, or its latent is an image."""
+    from comfyui_liteattention.integrations import models
+
+    case = next(case for case in CASES if case.name == name)
+    model = build(case)
+    monkeypatch.setattr(models, "FAMILIES", {})
+    _, seen, report, _ = generate(model, case, Recorder(-50.0))
+    assert not report.calls
+    assert all(torch.equal(out, dense) for out, dense, _ in seen)
+    why = ("not the model's video attention", "this model is not supported")
+    assert any(reason.startswith(why) for reason in report.reasons)
+
+
+def test_padded_text_stays_dense_with_the_reason(build):
+    case = replace(HUNYUAN_CASE, conds=HUNYUAN_CASE.conds | dict(attention_mask=torch.ones(1, 12)))
+    _, seen, report, _ = generate(build(case), case, Recorder(-50.0))
+    assert not report.calls
+    assert all(torch.equal(out, dense) for out, dense, _ in seen)
+    assert "a mask (regional prompt or padding)" in report.reasons
+
+
+def test_the_text_refiner_is_not_the_video(build):
+    _, _, report, _ = generate(build(HUNYUAN_CASE), HUNYUAN_CASE, Recorder(-50.0))
+    assert "not the model's video attention (12 tokens; that has 108)" in report.reasons
+    assert {call.layer for call in report.calls} == {
+        "double-0.0",
+        "double-1.0",
+        "single-0.0",
+        "single-1.0",
+    }
+
+
+def test_sound_as_long_as_the_video_stays_dense(build):
+    case = next(case for case in CASES if case.name == "LTX-2")
+    shapes = [(1, 16, 4, 4, 8), (1, 8, 128, 16)]
+    conds = case.conds | dict(latent_shapes=shapes)
+    case = replace(case, latent=(1, 1, 16 * 128 + 8 * 128 * 16), conds=conds)
+    _, _, report, _ = generate(build(case), case, Recorder(-50.0))
+    assert not report.calls
+    assert any("can't be told apart" in reason for reason in report.reasons)
+
+
+@pytest.mark.parametrize("name", ["HunyuanVideo", "Mochi", "Wan Fun with a reference"])
+def test_conditionings_in_one_call_and_in_two_agree(build, name):
+    """A batch of two conditionings computes the very tiles that two calls compute."""
+    case = next(case for case in CASES if case.name == name)
+    model = build(case)
+    backend = ReferenceBackend(TileShape(TILE, TILE))
+    (together, _, batched, _), (apart, _, single, _) = (
+        generate(model, case, backend, streams) for streams in ([["a", "b"]], [["a"], ["b"]])
+    )
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+    counts = [sorted((c.step, c.layer, c.computed) for c in r.calls) for r in (batched, single)]
+    assert counts[0] == counts[1]
+    assert batched.active
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("ar_model", "CausalWanModel"), ("model_animate2", "WanAnimate2Model")]
+)
+def test_models_with_a_cache_of_their_own_stay_dense(module, name):
+    model = type(name, (), {"__module__": f"comfy.ldm.wan.{module}", "patch_size": (1, 2, 2)})()
+    assert "a cache of its own" in describe_call(model, ModelCall((1, 16, 3, 8, 16), 12, {}))
