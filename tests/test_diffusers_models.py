@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import diffusers as d
 import pytest
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 import comfyui_liteattention as lite
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.integrations import diffusers_session
 from comfyui_liteattention.integrations.diffusers_families import FAMILIES, self_attention
+from comfyui_liteattention.integrations.diffusers_masks import Padding, tail_padding
+from comfyui_liteattention.integrations.diffusers_routes import ELSEWHERE
+from comfyui_liteattention.integrations.diffusers_runs import Moment, Trajectory, noise_levels
 from comfyui_liteattention.tiles import TileShape
 
 TILE = 16
@@ -25,6 +28,7 @@ VIDEO = 4 * 8 * 8
 BOLD = {"threshold": -1.0, "ramp": 0.0, "min_tokens": 0, "audit": 0}
 NOTHING = BOLD | {"threshold": -39.0}
 STEPS = 3
+RESET = "_reset_stateful_cache"
 
 
 class Made(NamedTuple):
@@ -91,8 +95,8 @@ def loop(model, start, step):
         x = start.clone()
         for t in (900.0, 600.0, 300.0):
             x = x - 0.1 * step(x, torch.tensor([t]))
-        if hasattr(model, "_reset_stateful_cache"):
-            model._reset_stateful_cache()
+        if hasattr(model, RESET):  # as a pipeline does at its end
+            getattr(model, RESET)()
         return x
 
     return sample
@@ -156,26 +160,37 @@ def hunyuan_video_15():
         patch_size=2,
         text_embed_dim=16,
         text_embed_2_dim=8,
-        image_embed_dim=8,
         rope_axes_dim=(8, 12, 12),
     )
-    start = latent(4)
-    (text, _), (glyphs, _) = texts(1, 12, 16), texts(1, 6, 8)
+    scheduler = d.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    guider = d.ClassifierFreeGuidance(guidance_scale=2.0)
+    vae = d.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
+    )
+    parts = (None, None, sharpen(transformer), vae, scheduler, None, None, guider)
+    pipe = quiet(d.HunyuanVideo15Pipeline(*parts))
+    (text, negative), (glyphs, no_glyphs) = texts(1, 12, 16), texts(1, 6, 8)
 
-    def step(x, t):
-        return transformer(
-            torch.cat([x, torch.zeros(1, 5, *x.shape[2:])], dim=1),
-            t,
-            text,
-            (torch.arange(12) < 7)[None].long(),
-            encoder_hidden_states_2=glyphs,
-            encoder_attention_mask_2=(torch.arange(6) < 2)[None].long(),
-            image_embeds=torch.zeros(1, 5, 8),
-            return_dict=False,
-        )[0]
+    def sample():
+        return pipe(
+            prompt_embeds=text,
+            prompt_embeds_mask=(torch.arange(12) < 7)[None].long(),
+            prompt_embeds_2=glyphs,
+            prompt_embeds_mask_2=(torch.arange(6) < 2)[None].long(),
+            negative_prompt_embeds=negative,
+            negative_prompt_embeds_mask=(torch.arange(12) < 4)[None].long(),
+            negative_prompt_embeds_2=no_glyphs,
+            negative_prompt_embeds_mask_2=torch.zeros(1, 6).long(),
+            height=128,
+            width=128,
+            num_frames=13,
+            latents=latent(4),
+            num_inference_steps=STEPS,
+            output_type="latent",
+        ).frames
 
-    sample = loop(sharpen(transformer), start, step)
-    return Made(transformer, transformer, sample, 9, {"text"}, {VIDEO + 9})
+    streams, kept = {"pred_cond", "pred_uncond"}, {VIDEO + 9, VIDEO + 4}
+    return Made(pipe, transformer, sample, 9, streams, kept)
 
 
 def cogvideox():
@@ -721,7 +736,7 @@ def hooks_left(model):
         *model._forward_hooks,
         *model._forward_pre_hooks,
         *(name for registry in registries for name in registry.hooks),
-        *(name for name in vars(model) if "lite" in name),
+        *(name for name in vars(model) if "lite" in name or name == RESET),
     ]
 
 
@@ -760,7 +775,8 @@ def test_model(made, recorder):
         assert bool((tile_map.live[:tiles] == 1).all() and (tile_map.live[:, :tiles] == 1).all())
     fewest = made.dense - (max(made.kept) - min(made.kept))
     assert not any(rows[:fewest].any() for rows in recorder.changed)
-    assert torch.equal(made.sample(), bold)  # nothing is left of the run before
+    assert session._trajectory is None  # the run's state went with it
+    assert torch.equal(made.sample(), bold)
 
     lite.disable(made.target)
     assert torch.equal(made.sample(), plain)
@@ -774,3 +790,162 @@ def test_text_and_given_frames_are_dense(made, recorder):
     made.sample()
     assert max(witness.text) < 1e-5
     assert max(witness.video) > 1e-4
+
+
+@torch.no_grad()
+def call_hunyuan(model, kept, seed=0, t=500.0):
+    """One call with prompts of ``kept[b]`` tokens, padded to 24."""
+    text = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(seed))[: len(kept)]
+    return model(
+        latent(4).expand(len(kept), -1, -1, -1, -1),
+        torch.full((len(kept),), t),
+        text,
+        torch.arange(24) < torch.tensor(kept)[:, None],
+        torch.zeros(len(kept), 8),
+        guidance=torch.full((len(kept),), 6000.0),
+        return_dict=False,
+    )[0]
+
+
+def test_prompts_of_different_lengths_in_one_batch(recorder):
+    """Each row of the batch keeps its own tokens, and gives what it gives alone."""
+    model = make_hunyuan()
+    plain = call_hunyuan(model, (20, 9))
+    session = lite.enable(model, **NOTHING)
+    torch.testing.assert_close(call_hunyuan(model, (20, 9)), plain, rtol=1e-4, atol=1e-4)
+    report = session.report()
+    assert report.reasons == {}
+    rows = {(c.stream[-5:], c.tokens) for c in report.calls}
+    assert rows == {("row 0", VIDEO + 20), ("row 1", VIDEO + 9)}
+    lite.enable(model, **BOLD)
+    both = [call_hunyuan(model, (20, 9), t=t) for t in (900.0, 500.0)]
+    lite.enable(model, **BOLD)
+    alone = [call_hunyuan(model, (20,), t=t) for t in (900.0, 500.0)]
+    for pair, one in zip(both, alone, strict=True):
+        torch.testing.assert_close(pair[:1], one, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_of_one_length_share_a_call(recorder):
+    model = make_hunyuan()
+    session = lite.enable(model, **NOTHING)
+    call_hunyuan(model, (9, 9))
+    assert [c.stream[-3:] for c in session.report().calls] == [" x2", " x2"]
+
+
+def test_a_replaced_first_frame_is_pinned(recorder):
+    model = make_hunyuan(image_condition_type="token_replace")
+    session = lite.enable(model, **BOLD)
+    for t in (900.0, 500.0):
+        call_hunyuan(model, (20,), t=t)
+    report = session.report()
+    assert report.active and "dense_keys=((0, 64),)" in report.settings
+    tiles = (64 + 20) // TILE
+    assert all(bool((m.live[:tiles] == 1).all()) for m in report.maps)
+
+
+def test_vace_without_references_pins_nothing():
+    family = FAMILIES["WanVACETransformer3DModel"]
+    model = d.WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=12)
+    control = latent(12)
+    assert family.given({"control_hidden_states": control}, model.config) == 0
+    control[:, 4:8, 1:] = 0  # no picture to change in later frames, but a mask that says so
+    assert family.given({"control_hidden_states": control}, model.config) == 0
+    assert family.given({}, model.config) == 0
+
+
+def test_a_mask_over_video_stays_dense(recorder):
+    """SkyReels' blocks of frames see only those before them."""
+    torch.manual_seed(0)
+    model, (text, _) = make_skyreels(num_frame_per_block=2), texts(1, 6, 16)
+    with torch.no_grad():
+        plain = model(latent(4), torch.tensor([500.0]), text, return_dict=False)[0]
+        session = lite.enable(model, **BOLD)
+        out = model(latent(4), torch.tensor([500.0]), text, return_dict=False)[0]
+    assert torch.equal(out, plain)
+    assert session.report().reasons == {"an attention mask": 2}
+
+
+def test_a_backend_that_is_set_for_all_models_is_used(recorder):
+    """Cosmos dispatches to it past its processors, so that nothing comes to us."""
+    torch.manual_seed(0)
+    made = cosmos()
+    plain = made.sample()
+    name = AttentionBackendName._NATIVE_MATH
+    seen = []
+
+    def other(query, key, value, **options):
+        seen.append(query.shape)
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        return (torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
+
+    before = _AttentionBackendRegistry._backends[name]
+    session = lite.enable(made.target, **BOLD)
+    _AttentionBackendRegistry._backends[name] = other
+    try:
+        with d.attention_backend("_native_math"):
+            out = made.sample()
+    finally:
+        _AttentionBackendRegistry._backends[name] = before
+    torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-4)
+    assert seen and session.report().reasons == {ELSEWHERE: 6}
+
+
+def test_what_is_declined_is_left_to_pytorch(recorder):
+    """Bit for bit, with nothing of ours around it afterwards."""
+    torch.manual_seed(0)
+    made = cogvideox()
+    plain = made.sample()
+    session = lite.enable(made.target, threshold=-1.0)  # too few tokens
+    assert torch.equal(made.sample(), plain)
+    assert list(session.report().reasons) == ["short sequence (fewer than 2048 tokens)"]
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_steps_are_found_in_bfloat16():
+    """Neighbours coincide, and are still one step after the other."""
+    scheduler = d.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    scheduler.set_timesteps(50)
+    told = scheduler.timesteps.bfloat16()
+    assert len(set(told.tolist())) < 50
+    trajectory, steps = None, []
+    for t in told:
+        levels = noise_levels(scheduler, float(t), t.dtype)
+        now = Moment("cond", None, None, float(t), scheduler.timesteps, levels)
+        if trajectory is None:
+            trajectory = Trajectory(now)
+        else:
+            assert trajectory.continues("transformer", now)
+        steps.append(trajectory.advance("transformer", now).step)
+    assert steps == list(range(50)) and trajectory.countdown() == range(50, -1, -1)
+
+
+def test_noise_levels_in_the_form_that_a_model_is_told():
+    scheduler = d.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    sigma = scheduler.sigmas[1]
+    for level in (scheduler.timesteps[1], sigma, sigma / (sigma + 1)):
+        levels = noise_levels(scheduler, float(level), torch.float32)
+        assert len(levels) == 4 and levels.index(float(level)) == 1
+    assert noise_levels(scheduler, 123.0, torch.float32) == ()
+    assert noise_levels(None, 1000.0, torch.float32) == ()
+
+
+def padding_masks():
+    """(mask for 2 rows of 6 tokens, what it is)."""
+    keys = torch.arange(6) < torch.tensor([[4], [6]])
+    pairs = keys[:, :, None] & keys[:, None]
+    yield keys[:, None, None], Padding((4, 6), False)
+    yield keys[:1, None, None], Padding((4, 4), False)
+    yield pairs[:, None], Padding((4, 6), True)
+    yield keys.flip(1)[:, None, None], None  # at the head
+    yield pairs[:, None] & torch.ones(6, 6, dtype=torch.bool).tril(), None  # causal
+    yield keys[:, None, None].float(), None
+    yield keys[:, None, None] & False, None
+    yield pairs[:, None, :3], None
+    yield keys, None
+    yield pairs[:, None].expand(2, 3, 6, 6), None
+
+
+@pytest.mark.parametrize(("mask", "padding"), padding_masks())
+def test_padding_masks(mask, padding):
+    assert tail_padding(mask, 2, 6) == padding

@@ -28,6 +28,8 @@ from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHo
 
 __all__ = ["Begin", "Call", "TransformerHook", "register_backend", "unregister_backend"]
 
+RESET = "_reset_stateful_cache"
+
 #: Called as (arguments of forward by name, cache context) before each call of a transformer.
 Begin = Callable[[dict[str, Any], CacheContext | None], Call | None]
 
@@ -61,6 +63,11 @@ class TransformerHook:
             registry = HookRegistry.check_if_exists_or_initialize(root.get_submodule(layer))
             registry.register_hook(_LayerHook(layer, self), NAME)
         self._forget_children()
+        # A pipeline calls this on its parts when a run has ended; some models have no caches, and
+        # so don't have it.
+        self._lacked_reset = not hasattr(root, RESET)
+        if self._lacked_reset:
+            setattr(root, RESET, end)
         self._handles = [
             root.register_forward_pre_hook(self._before, with_kwargs=True),
             root.register_forward_hook(self._after),
@@ -70,6 +77,8 @@ class TransformerHook:
         """Take all hooks off."""
         for handle in self._handles:
             handle.remove()
+        if self._lacked_reset:
+            delattr(self.root, RESET)
         for layer in self.layers:
             HookRegistry.check_if_exists_or_initialize(self.root.get_submodule(layer)).remove_hook(
                 NAME, recurse=False
