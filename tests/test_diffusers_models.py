@@ -262,9 +262,9 @@ def mochi():
     return Made(pipe, transformer, sample, 8, streams, {VIDEO + 5, VIDEO + 8})
 
 
-def cosmos():
+def make_cosmos(channels):
     transformer = d.CosmosTransformer3DModel(
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=32,
@@ -273,13 +273,35 @@ def cosmos():
         adaln_lora_dim=4,
         max_size=(8, 16, 16),
     )
+    return sharpen(transformer)
+
+
+def cosmos():
+    transformer = make_cosmos(4)
     (text, _), padding = texts(1, 6, 16), torch.zeros(1, 1, 16, 16)
 
     def step(x, t):
         return transformer(x, t / 1000, text, padding_mask=padding, return_dict=False)[0]
 
-    sample = loop(sharpen(transformer), latent(4), step)
+    sample = loop(transformer, latent(4), step)
     return Made(transformer, transformer, sample, 0, {"text"}, {VIDEO})
+
+
+def cosmos_from_video():
+    """The first frame is given, with a noise level of its own."""
+    transformer = make_cosmos(5)
+    (text, _), padding = texts(1, 6, 16), torch.zeros(1, 1, 16, 16)
+    mask = torch.zeros(1, 1, *latent(4).shape[2:])
+    mask[:, :, :1] = 1
+
+    def step(x, t):
+        levels = (t / 1000).view(1, 1, 1, 1, 1).repeat(1, 1, 4, 1, 1)
+        levels[:, :, :1] = 1e-4
+        options = {"condition_mask": mask, "padding_mask": padding, "return_dict": False}
+        return transformer(x, levels, text, **options)[0]
+
+    sample = loop(transformer, latent(4), step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO}, given=slice(64))
 
 
 def kandinsky_5():
@@ -648,6 +670,7 @@ MODELS = (
     cogvideox,
     mochi,
     cosmos,
+    cosmos_from_video,
     kandinsky_5,
     skyreels_v2,
     skyreels_v2_diffusion_forcing,

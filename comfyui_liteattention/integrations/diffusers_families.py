@@ -92,6 +92,12 @@ def vace_references(arguments: Arguments, config: Any) -> int:
     return _leading((control[:, config.in_channels :] == 0).all(dim=(0, 1, 3, 4)))
 
 
+def conditioned_frames(arguments: Arguments, config: Any) -> int:
+    """Cosmos is told of given frames by a mask ``[B, 1, T, H, W]``."""
+    mask = arguments.get("condition_mask")
+    return 0 if mask is None else _leading((mask == 1).all(dim=(0, 1, 3, 4)))
+
+
 def marked_frames(arguments: Arguments, config: Any) -> int:
     """Kandinsky's latent ``[B, T, H, W, C]`` marks given frames in its last channel."""
     if not config.visual_cond:
@@ -152,7 +158,7 @@ FAMILIES = {
         ("transformer_blocks.*.attn1",), ("MochiAttnProcessor2_0",), rising=True
     ),
     "CosmosTransformer3DModel": Family(
-        ("transformer_blocks.*.attn1",), ("CosmosAttnProcessor2_0",)
+        ("transformer_blocks.*.attn1",), ("CosmosAttnProcessor2_0",), given=conditioned_frames
     ),
     "Kandinsky5Transformer3DModel": Family(
         ("visual_transformer_blocks.*.self_attention",),
