@@ -1,0 +1,147 @@
+"""Videos of the demo model for benchmarks: dense, with LiteAttention, or with another method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from torch import Tensor
+
+import comfyui_liteattention as lite
+from comfyui_liteattention.integrations.diffusers_hooks import TransformerHook
+from comfyui_liteattention.integrations.diffusers_routes import register_backend, unregister_backend
+from comfyui_liteattention.policy import audited_tiles, lost_mass
+from comfyui_liteattention.settings import Settings
+from comfyui_liteattention.tiles import make_lists
+from demo.latents import decode
+from demo.model import SHIFT, TEXT_TABLE, load_diffusers_model
+from demo.text import embed_prompts, load_table
+
+from .rivals import BACKEND, TILE, Rival
+
+
+class Case(NamedTuple):
+    """One video: what it shows, and its noise."""
+
+    prompt: str
+    seed: int
+    steps: int = 20
+
+
+class Sampled(NamedTuple):
+    """``video [F, H, W, 3]`` in 0..1; the other fields are over the whole run: tiles computed over
+    all tiles, mean measured lost mass, seconds."""
+
+    video: Tensor
+    computed: float
+    lost: float
+    seconds: float
+
+
+class DemoVideos:
+    """The demo model under diffusers' own pipeline."""
+
+    def __init__(self) -> None:
+        self._text = load_table(TEXT_TABLE)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+        pipeline: Any = WanPipeline
+        self.pipe = pipeline(None, None, None, scheduler, load_diffusers_model())
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def dense(self, case: Case) -> Sampled:
+        video, seconds = self._sample(case)
+        return Sampled(video, 1.0, 0.0, seconds)
+
+    def lite(self, case: Case, settings: Settings) -> Sampled:
+        with lite.enabled(self.pipe, **_choices(settings)) as handle:
+            video, seconds = self._sample(case)
+            report = handle.report()
+        assert report is not None and report.lost_mass_mean is not None
+        return Sampled(video, report.computed_fraction, report.lost_mass_mean, seconds)
+
+    def rival(self, case: Case, rival: Rival) -> Sampled:
+        with _routed(self.pipe.transformer, rival) as tally:
+            video, seconds = self._sample(case)
+        computed, lost = (sum(values) / len(values) for values in zip(*tally, strict=True))
+        return Sampled(video, computed, lost, seconds)
+
+    def _sample(self, case: Case) -> tuple[Tensor, float]:
+        text, empty = embed_prompts([case.prompt, ""], self._text).split(1)
+        started = time.perf_counter()
+        latent = self.pipe(
+            prompt_embeds=text,
+            negative_prompt_embeds=empty,
+            height=256,
+            width=256,
+            num_frames=61,
+            num_inference_steps=case.steps,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(case.seed),
+            output_type="latent",
+        ).frames
+        seconds = time.perf_counter() - started
+        return (decode(latent).clamp(-1, 1) + 1)[0].permute(1, 2, 3, 0) / 2, seconds
+
+
+@contextmanager
+def _routed(transformer: Any, rival: Rival) -> Iterator[list[tuple[float, float]]]:
+    """Self-attention through ``rival``; the list gets (computed fraction, lost mass) per call."""
+    tally: list[tuple[float, float]] = []
+    calls: dict[Any, int] = {}
+
+    class Call:
+        def __init__(self, context: Any) -> None:
+            self.context = context
+
+        def attend(self, layer: str, q: Any, k: Any, v: Any, scale: Any, extra: Any) -> Tensor:
+            site = layer, self.context.name
+            position = self.context.step_index / self.context.num_inference_steps
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            out, live = rival.attend(site, position, q, k, v, scale)
+            call = calls[site] = calls.get(site, -1) + 1
+            lost = 0.0 if live.all() else _audit(call, q, k, v, scale, live)
+            tally.append((float(live.float().mean()), lost))
+            return out
+
+        def decline(self, reason: str) -> None:
+            raise RuntimeError(reason)
+
+        def end(self, seconds: float) -> None: ...
+
+    layers = [f"blocks.{i}.attn1" for i in range(len(transformer.blocks))]
+    register_backend()
+    hook = TransformerHook(
+        transformer,
+        layers,
+        ["WanAttnProcessor"],
+        lambda arguments, context: Call(context),
+        _nothing,
+    )
+    try:
+        yield tally
+    finally:
+        hook.remove()
+        unregister_backend()
+
+
+def _audit(call: int, q: Tensor, k: Tensor, v: Tensor, scale: float, live: Tensor) -> float:
+    """Mean lost mass of one rotating query tile, as LiteAttention measures its own."""
+    tiles = audited_tiles(call, live.shape[2], live.shape[2])
+    rows = q[:, :, tiles.start * TILE : tiles.stop * TILE]
+    kept = BACKEND.forward(rows, k, v, scale, make_lists(live[:, :, tiles.start : tiles.stop]))
+    full = BACKEND.forward(rows, k, v, scale)
+    return float(lost_mass(kept.lse, full.lse).mean())
+
+
+def _choices(settings: Settings) -> dict[str, Any]:
+    """The arguments of ``enable`` that give these settings."""
+    ignored = "threshold" if settings.budget is not None else "budget"
+    return {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != ignored}
+
+
+def _nothing() -> None: ...
