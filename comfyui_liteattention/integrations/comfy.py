@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 KEY = "liteattention"
 OVERRIDE = "optimized_attention_override"
+NEVER_ASKED = "the model did not pass any attention call on to LiteAttention"
 WrappersMP = comfy.patcher_extension.WrappersMP
 
 
@@ -209,7 +210,9 @@ def _ineligible(options: dict[str, Any], mask: Tensor | None, kwargs: dict[str, 
 
 
 def _annotate(report: RunReport, notes: Sequence[str]) -> RunReport:
-    return replace(report, settings="; ".join([report.settings, *notes]))
+    """The report with what only the host knows."""
+    reasons = report.reasons if report.calls or report.reasons else {NEVER_ASKED: 1}
+    return replace(report, settings="; ".join([report.settings, *notes]), reasons=reasons)
 
 
 def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:
@@ -218,16 +221,20 @@ def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:
 
 
 class Stream(NamedTuple):
-    """What must never share tiles: conditionings, context windows, devices."""
+    """What must never share tiles: conditionings, context windows, devices, and passes with other
+    blocks (skip-layer guidance asks the same conditioning again, with fewer layers)."""
 
     kind: int
     uuid: Any
     window: tuple[int, ...] | None
     device: str
+    replaced: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         name = {0: "positive", 1: "negative"}.get(self.kind, f"conditioning {self.kind}")
-        return name if self.window is None else f"{name} {self.window[0]}-{self.window[-1]}"
+        if self.window is not None:
+            name += f" {self.window[0]}-{self.window[-1]}"
+        return f"{name} with replaced blocks" if self.replaced else name
 
 
 def _streams(options: dict[str, Any], device: torch.device) -> list[Stream]:
@@ -236,7 +243,11 @@ def _streams(options: dict[str, Any], device: torch.device) -> list[Stream]:
     window = None if context is None else tuple(context.index_list)
     kinds = options.get("cond_or_uncond") or [0]
     uuids = options.get("uuids") or range(len(kinds))
-    return [Stream(k, u, window, str(device)) for k, u in zip(kinds, uuids, strict=True)]
+    replaced = tuple(sorted(map(str, options.get("patches_replace", {}).get("dit", ()))))
+    return [
+        Stream(kind, uuid, window, str(device), replaced)
+        for kind, uuid in zip(kinds, uuids, strict=True)
+    ]
 
 
 def _backend(model_patcher: Any) -> Backend | str:

@@ -12,6 +12,15 @@ SETTINGS = Settings(threshold=-1.0, min_tokens=0)
 OVERRIDE = "optimized_attention_override"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def plain(comfy):
     """The shipped model as the loader node gives it."""
@@ -32,7 +41,7 @@ def generate(comfy):
     positive = [[embed_prompts(["red circle moving right"], table), {}]]
     negative = [[embed_prompts([""], table), {}]]
 
-    def sample(model, steps=4, sampler="euler", seed=3, latent=None, **options):
+    def sample(model, steps=4, sampler="euler", seed=3, latent=None, positive=positive, **options):
         latent = torch.zeros(1, 16, 10, 16, 16) if latent is None else latent
         noise = comfy.sample.prepare_noise(latent, seed)
         with torch.inference_mode():
@@ -40,6 +49,7 @@ def generate(comfy):
                 model, noise, steps, 3.0, sampler, "simple", positive, negative, latent, **options
             )
 
+    sample.positive = positive
     return sample
 
 
@@ -204,6 +214,117 @@ def test_context_windows_have_streams_of_their_own(comfy, patched, generate):
     comfy.context_windows.create_prepare_sampling_wrapper(windows)
     generate(windows)
     assert len(streams_of(report(windows))) > 2
+
+
+@pytest.mark.parametrize(
+    ("sampler", "calls"),
+    [("heun", 7), ("dpm_2", 7), ("res_multistep", 4), ("euler_ancestral", 4), ("uni_pc", 4)],
+)
+def test_samplers_with_sigmas_of_their_own(patched, generate, sampler, calls):
+    """They ask for a step twice, or between two steps; every layer is asked every time."""
+    first = generate(patched, sampler=sampler)
+    counted = report(patched).calls
+    assert len(counted) == calls * 4 * 2  # model calls x layers x streams
+    assert {c.step for c in counted} <= set(range(4))
+    assert report(patched).active
+    assert torch.equal(generate(patched, sampler=sampler), first)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_easycache_may_leave_out_steps(comfy, plain, generate, before):
+    """Whichever of the two was applied first."""
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    from comfyui_liteattention.integrations.comfy import apply_patch
+
+    def cached(model):
+        return EasyCacheNode.execute(model, 0.5, 0.15, 0.95, False).result[0]
+
+    both = apply_patch(cached(plain), SETTINGS) if before else cached(apply_patch(plain, SETTINGS))
+    generate(both, steps=8)
+    run = report(both)
+    steps = {c.step for c in run.calls}
+    assert run.active
+    assert {0, 7} <= steps < set(range(8))
+    assert len(run.calls) == len(steps) * 4 * 2
+    assert len({c.layer for c in run.calls}) == 4
+
+
+def test_skip_layer_guidance_has_a_stream_of_its_own(comfy, patched, generate):
+    """It asks the same conditioning again, with a block less."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    guided = SkipLayerGuidanceDiT.execute(patched, 2.0, 0.0, 1.0, "1", "").result[0]
+    generate(guided)
+    by_stream = {
+        stream: {c.layer for c in report(guided).calls if c.stream == stream}
+        for stream in streams_of(report(guided))
+    }
+    assert {stream: len(layers) for stream, layers in by_stream.items()} == {
+        "positive": 4,
+        "negative": 4,
+        "positive with replaced blocks": 3,
+    }
+
+
+def test_prompts_for_regions_have_streams_of_their_own(patched, generate):
+    half = torch.zeros(1, 16, 16)
+    half[..., 8:] = 1
+    [(prompt, _)] = generate.positive
+    regions = [[prompt, {"mask": mask, "mask_strength": 1.0}] for mask in (half, 1 - half)]
+    generate(patched, positive=regions)
+    run = report(patched)
+    assert run.active
+    assert len(run.calls) == 4 * 4 * 3
+    assert sum(c.layer == "0" and c.step == 0 and c.computed == c.total for c in run.calls) == 3
+
+
+def test_a_lora_changes_the_weights_and_nothing_else(plain, patched, generate):
+    before = generate(patched)
+    key = "diffusion_model.blocks.0.self_attn.q.weight"
+    weight = plain.model.state_dict()[key]
+    lora = patched.clone()
+    assert lora.add_patches({key: ("diff", (torch.randn(weight.shape) * 0.1,))}, 1.0)
+    with_lora = generate(lora)
+    assert report(lora).active
+    assert not torch.equal(with_lora, before)
+    assert torch.equal(generate(patched), before)
+
+
+def test_models_may_be_switched_in_one_queue(comfy, patched, generate):
+    from comfyui_liteattention.integrations.comfy import apply_patch
+
+    first = generate(patched)
+    weights = str(REPOSITORY / "demo" / "weights" / WEIGHTS)
+    other = apply_patch(comfy.sd.load_diffusion_model(weights), SETTINGS)
+    assert torch.equal(generate(other), first)
+    comfy.model_management.unload_all_models()
+    assert torch.equal(generate(patched), first)
+
+
+def test_another_attention_stays_the_dense_path(plain, generate):
+    """What an earlier node installed, SageAttention for example, gets every call we decline."""
+    from comfyui_liteattention.integrations.comfy import apply_patch
+
+    seen = []
+
+    def earlier(func, q, k, *args, **kwargs):
+        seen.append(q.shape[1] == k.shape[1])
+        return func(q, k, *args, **kwargs)
+
+    model = plain.clone()
+    model.model_options["transformer_options"][OVERRIDE] = earlier
+    dense = generate(model)
+    everything = len(seen)
+    long = apply_patch(model, Settings(threshold=-1.0, min_tokens=100_000))
+    seen.clear()
+    assert torch.equal(generate(long), dense)
+    assert len(seen) == everything
+    assert any(seen)
+    seen.clear()
+    generate(apply_patch(model, SETTINGS))
+    assert len(seen) == everything // 2  # cross-attention only
+    assert not any(seen)
 
 
 def test_a_mask_goes_to_the_users_own_attention(comfy):

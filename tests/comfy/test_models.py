@@ -545,3 +545,14 @@ def test_conditionings_in_one_call_and_in_two_agree(build, name):
 def test_models_with_a_cache_of_their_own_stay_dense(module, name):
     model = type(name, (), {"__module__": f"comfy.ldm.wan.{module}", "patch_size": (1, 2, 2)})()
     assert "a cache of its own" in describe_call(model, ModelCall((1, 16, 3, 8, 16), 12, {}))
+
+
+def test_a_model_that_passes_no_call_on_is_said_to(build):
+    """S2V of ComfyUI 0.3.75 calls its blocks without the options that hold the override."""
+    from comfyui_liteattention.integrations.comfy import NEVER_ASKED, _annotate
+
+    case = next(case for case in CASES if case.name == "Wan S2V")
+    _, seen, report, _ = generate(build(replace(case, since="0.3.75")), case, Recorder(-50.0))
+    reasons = _annotate(report, []).reasons
+    assert (NEVER_ASKED in reasons) == (not seen)
+    assert bool(report.calls) == bool(seen)
