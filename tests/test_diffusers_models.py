@@ -16,10 +16,16 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 import comfyui_liteattention as lite
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.integrations import diffusers_session
-from comfyui_liteattention.integrations.diffusers_families import FAMILIES, self_attention
+from comfyui_liteattention.integrations.diffusers_families import (
+    FAMILIES,
+    NOT_FOUND,
+    self_attention,
+    video_tokens,
+)
 from comfyui_liteattention.integrations.diffusers_masks import Padding, tail_padding
 from comfyui_liteattention.integrations.diffusers_routes import ELSEWHERE
 from comfyui_liteattention.integrations.diffusers_runs import Moment, Trajectory, noise_levels
+from comfyui_liteattention.order import VideoTokens
 from comfyui_liteattention.tiles import TileShape
 
 TILE = 16
@@ -972,3 +978,21 @@ def padding_masks():
 @pytest.mark.parametrize(("mask", "padding"), padding_masks())
 def test_padding_masks(mask, padding):
     assert tail_padding(mask, 2, 6) == padding
+
+
+@pytest.mark.parametrize("make", [hunyuan_video, cogvideox], ids=lambda make: make.__name__)
+def test_compiled(make, recorder):
+    """Both ways to our attention lie outside the compiled graph."""
+    torch.manual_seed(0)
+    made = make()
+    session = lite.enable(made.target, **BOLD)
+    eager = made.sample()
+    made.transformer.compile(backend="eager")
+    assert torch.equal(made.sample(), eager)
+    assert session.report().active and session.report().reasons == {}
+
+
+def test_a_sequence_too_short_for_its_video():
+    family = FAMILIES["HunyuanVideoTransformer3DModel"]
+    assert video_tokens(family, {}, GRID, VIDEO) == VideoTokens(GRID)
+    assert video_tokens(family, {}, GRID, VIDEO - 1) == NOT_FOUND
