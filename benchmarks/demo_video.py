@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -31,6 +32,18 @@ class Case(NamedTuple):
     prompt: str
     seed: int
     steps: int = 20
+
+
+class Moment(NamedTuple):
+    """Where a call of self-attention happens; ``step`` counts from 0."""
+
+    layer: str
+    stream: str
+    step: int
+
+
+#: Called as (moment, q, k, v, scale) with ``q, k, v [B, H, L, D]``.
+Attend = Callable[[Moment, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Sampled(NamedTuple):
@@ -65,10 +78,25 @@ class DemoVideos:
         return Sampled(video, report.computed_fraction, report.lost_mass_mean, seconds)
 
     def rival(self, case: Case, rival: Rival) -> Sampled:
-        with _routed(self.pipe.transformer, rival) as tally:
-            video, seconds = self._sample(case)
+        tally: list[tuple[float, float]] = []
+        calls: Counter[Hashable] = Counter()
+
+        def attend(at: Moment, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            site = at.layer, at.stream
+            out, live = rival.attend(site, at.step / case.steps, q, k, v, scale)
+            lost = 0.0 if live.all() else _audit(calls[site], q, k, v, scale, live)
+            calls[site] += 1
+            tally.append((float(live.float().mean()), lost))
+            return out
+
+        video, seconds = self.through(attend, case)
         computed, lost = (sum(values) / len(values) for values in zip(*tally, strict=True))
         return Sampled(video, computed, lost, seconds)
+
+    def through(self, attend: Attend, case: Case) -> tuple[Tensor, float]:
+        """The video whose self-attention is ``attend``, and the seconds."""
+        with _routed(self.pipe.transformer, attend):
+            return self._sample(case)
 
     def _sample(self, case: Case) -> tuple[Tensor, float]:
         text, empty = embed_prompts([case.prompt, ""], self._text).split(1)
@@ -89,24 +117,16 @@ class DemoVideos:
 
 
 @contextmanager
-def _routed(transformer: Any, rival: Rival) -> Iterator[list[tuple[float, float]]]:
-    """Self-attention through ``rival``; the list gets (computed fraction, lost mass) per call."""
-    tally: list[tuple[float, float]] = []
-    calls: dict[Any, int] = {}
+def _routed(transformer: Any, attend: Attend) -> Iterator[None]:
+    """All self-attention goes through ``attend``."""
 
     class Call:
         def __init__(self, context: Any) -> None:
             self.context = context
 
         def attend(self, layer: str, q: Any, k: Any, v: Any, scale: Any, extra: Any) -> Tensor:
-            site = layer, self.context.name
-            position = self.context.step_index / self.context.num_inference_steps
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            out, live = rival.attend(site, position, q, k, v, scale)
-            call = calls[site] = calls.get(site, -1) + 1
-            lost = 0.0 if live.all() else _audit(call, q, k, v, scale, live)
-            tally.append((float(live.float().mean()), lost))
-            return out
+            moment = Moment(layer, self.context.name, self.context.step_index)
+            return attend(moment, q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
         def decline(self, reason: str) -> None:
             raise RuntimeError(reason)
@@ -116,14 +136,10 @@ def _routed(transformer: Any, rival: Rival) -> Iterator[list[tuple[float, float]
     layers = [f"blocks.{i}.attn1" for i in range(len(transformer.blocks))]
     register_backend()
     hook = TransformerHook(
-        transformer,
-        layers,
-        ["WanAttnProcessor"],
-        lambda arguments, context: Call(context),
-        _nothing,
+        transformer, layers, ["WanAttnProcessor"], lambda _, context: Call(context), _nothing
     )
     try:
-        yield tally
+        yield
     finally:
         hook.remove()
         unregister_backend()

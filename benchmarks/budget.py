@@ -1,0 +1,117 @@
+"""Is the error budget held? ``python -m benchmarks.budget``.
+
+Samples the demo model with a budget and computes, beside every call, what it really loses over all
+rows (a dense shadow of each call), on prompts and seeds that were kept out of tuning. The true loss
+should lie between 0.5 and 1.0 of the budget, and no layer's own above 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.demo_video import Case, DemoVideos, Moment
+from benchmarks.timing import describe_machine
+from comfyui_liteattention.backends.base import Attended, Criterion
+from comfyui_liteattention.backends.cpu import CpuBackend
+from comfyui_liteattention.order import VideoTokens
+from comfyui_liteattention.policy import lost_mass
+from comfyui_liteattention.run import Run
+from comfyui_liteattention.schedule import Progress
+from comfyui_liteattention.settings import Settings
+from comfyui_liteattention.tiles import TileLists
+from demo.model import LATENT_SHAPE
+
+BUDGETS = (0.002, 0.01, 0.03)
+CASES = (
+    Case("yellow square moving left", 101),
+    Case("blue triangle moving up-right and green circle moving down", 102),
+    Case("purple cross moving up", 103),
+    Case("red square moving down-right and white triangle moving left", 104),
+    Case("cyan circle moving up-left", 105),
+)
+
+
+class ShadowedBackend(CpuBackend):
+    """Also computes each call densely: ``lost`` is the true mean lost mass of the last one."""
+
+    lost = 0.0
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lists: TileLists | None = None,
+        criterion: Criterion | None = None,
+    ) -> Attended:
+        result = super().forward(q, k, v, scale, lists, criterion)
+        if lists is not None:
+            full = super().forward(q, k, v, scale)
+            self.lost = float(lost_mass(result.lse, full.lse).mean())
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.budget", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    videos = DemoVideos()
+    rows = [
+        measure(videos, case._replace(steps=options.steps), budget)
+        for case, budget in tqdm([(case, b) for case in CASES for b in BUDGETS])
+    ]
+    print(
+        f"{'budget':>7} {'seed':>5} {'true / budget':>14} {'audit / budget':>15} {'worst layer':>12}"
+    )
+    for row in rows:
+        print(
+            f"{row['budget']:>7.1%} {row['seed']:>5} {row['true_lost'] / row['budget']:>14.2f} "
+            f"{row['audited_lost'] / row['budget']:>15.2f} "
+            f"{row['worst_layer_lost'] / row['budget']:>12.2f}"
+        )
+    if options.json:
+        document = {"machine": describe_machine(), "steps": options.steps, "rows": rows}
+        options.json.write_text(json.dumps(document, indent=1))
+
+
+def measure(videos: DemoVideos, case: Case, budget: float) -> dict[str, Any]:
+    """One video with a budget: its true and its audited loss, means over the run."""
+    backend = ShadowedBackend()
+    run = Run(Settings(budget=budget), backend, range(case.steps, -1, -1))
+    _, frames, height, width = LATENT_SHAPE
+    video = VideoTokens((frames, height // 2, width // 2))
+    truth: defaultdict[str, list[float]] = defaultdict(list)
+
+    def attend(at: Moment, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        backend.lost = 0.0
+        progress = Progress(at.step, (at.step + 1) / case.steps)
+        out = run.attend(at.layer, [at.stream], progress, q, k, v, scale, video)
+        if out is None:
+            raise RuntimeError(f"declined: {dict(run.reasons)}")
+        truth[at.layer].append(backend.lost)
+        return out
+
+    videos.through(attend, case)
+    report = run.finish()
+    per_layer = {layer: sum(values) / len(values) for layer, values in truth.items()}
+    return {
+        "budget": budget,
+        "seed": case.seed,
+        "true_lost": sum(per_layer.values()) / len(per_layer),
+        "audited_lost": report.lost_mass_mean,
+        "worst_layer_lost": max(per_layer.values()),
+        "computed_fraction": report.computed_fraction,
+    }
+
+
+if __name__ == "__main__":
+    main()
