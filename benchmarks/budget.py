@@ -32,7 +32,7 @@ BUDGETS = (0.002, 0.01, 0.03)
 CASES = (
     Case("yellow square moving left", 101),
     Case("blue triangle moving up-right and green circle moving down", 102),
-    Case("purple cross moving up", 103),
+    Case("orange cross moving up", 103),
     Case("red square moving down-right and white triangle moving left", 104),
     Case("cyan circle moving up-left", 105),
 )
@@ -69,15 +69,12 @@ def main() -> None:
         measure(videos, case._replace(steps=options.steps), budget)
         for case, budget in tqdm([(case, b) for case in CASES for b in BUDGETS])
     ]
-    print(
-        f"{'budget':>7} {'seed':>5} {'true / budget':>14} {'audit / budget':>15} {'worst layer':>12}"
-    )
+    print("loss over budget\n budget  seed   true  audit  worst layer")
     for row in rows:
-        print(
-            f"{row['budget']:>7.1%} {row['seed']:>5} {row['true_lost'] / row['budget']:>14.2f} "
-            f"{row['audited_lost'] / row['budget']:>15.2f} "
-            f"{row['worst_layer_lost'] / row['budget']:>12.2f}"
+        true, audit, worst = (
+            row[key] / row["budget"] for key in ("true_lost", "audited_lost", "worst_layer_lost")
         )
+        print(f"{row['budget']:>7.1%} {row['seed']:>5} {true:>6.2f} {audit:>6.2f} {worst:>12.2f}")
     if options.json:
         document = {"machine": describe_machine(), "steps": options.steps, "rows": rows}
         options.json.write_text(json.dumps(document, indent=1))
