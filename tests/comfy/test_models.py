@@ -17,7 +17,7 @@ from comfyui_liteattention.integrations.models import ModelCall, describe_call
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape
-from demo.comfy_server import comfyui_path
+from demo.comfy_server import REPOSITORY, comfyui_path
 
 TILE = 16
 SIGMAS = [1.0, 0.7, 0.4, 0.0]
@@ -556,3 +556,14 @@ def test_a_model_that_passes_no_call_on_is_said_to(build):
     reasons = _annotate(report, []).reasons
     assert (NEVER_ASKED in reasons) == (not seen)
     assert bool(report.calls) == bool(seen)
+
+
+def test_the_documentation_says_what_is_tested():
+    table = {
+        cells[0]: cells[2:]
+        for line in (REPOSITORY / "docs" / "models.md").read_text().splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 4
+    }
+    for case in CASES:
+        assert table[case.name] == ["yes" if case.since == "0.3.75" else "-", "yes"]
+    assert len(table) == len(CASES) + 2  # the head and the line below it
