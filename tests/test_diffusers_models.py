@@ -996,3 +996,47 @@ def test_a_sequence_too_short_for_its_video():
     family = FAMILIES["HunyuanVideoTransformer3DModel"]
     assert video_tokens(family, {}, GRID, VIDEO) == VideoTokens(GRID)
     assert video_tokens(family, {}, GRID, VIDEO - 1) == NOT_FOUND
+
+
+@pytest.mark.parametrize("make", [hunyuan_video, cogvideox], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("cache_first", [True, False])
+def test_a_cache_on_the_same_modules(make, recorder, cache_first):
+    """Pyramid Attention Broadcast leaves out calls. Each may come first, and go first."""
+    torch.manual_seed(0)
+    made = make()
+    pipe, model = made.target, made.transformer
+    plain = made.sample()
+
+    def enable_cache():
+        config = d.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(0, 1000),
+            spatial_attention_block_identifiers=("transformer_blocks",),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+        model.enable_cache(config)
+
+    enable_cache()
+    cached = made.sample()
+    model.disable_cache()
+    assert torch.equal(made.sample(), plain) and not torch.equal(cached, plain)
+
+    if cache_first:
+        enable_cache()
+    session = lite.enable(pipe, **NOTHING)
+    if not cache_first:
+        enable_cache()
+    torch.testing.assert_close(made.sample(), cached, rtol=1e-4, atol=1e-4)
+    everything = made.layers * STEPS * len(made.streams)
+    assert 0 < len(session.report().calls) < everything and session.report().reasons == {}
+    if cache_first:
+        model.disable_cache()
+        torch.testing.assert_close(made.sample(), plain, rtol=1e-4, atol=1e-4)
+        assert len(session.report().calls) == everything
+        lite.disable(pipe)
+    else:
+        lite.disable(pipe)
+        assert torch.equal(made.sample(), cached)
+        model.disable_cache()
+    assert torch.equal(made.sample(), plain)
+    assert hooks_left(model) == []

@@ -59,9 +59,9 @@ class TransformerHook:
         self._begin = begin
         self._started = 0.0
         self._signature = signature(type(root).forward)
-        for layer in layers:
-            registry = HookRegistry.check_if_exists_or_initialize(root.get_submodule(layer))
-            registry.register_hook(_LayerHook(layer, self), NAME)
+        self._hooks = [_LayerHook(layer, self) for layer in layers]
+        for hook in self._hooks:
+            hook.put_on(self._registry(hook.layer))
         self._forget_children()
         # A pipeline calls this on its parts when a run has ended; some models have no caches, and
         # so don't have it.
@@ -79,11 +79,12 @@ class TransformerHook:
             handle.remove()
         if self._lacked_reset:
             delattr(self.root, RESET)
-        for layer in self.layers:
-            HookRegistry.check_if_exists_or_initialize(self.root.get_submodule(layer)).remove_hook(
-                NAME, recurse=False
-            )
+        for hook in self._hooks:
+            hook.take_off(self._registry(hook.layer))
         self._forget_children()
+
+    def _registry(self, layer: str) -> HookRegistry:
+        return HookRegistry.check_if_exists_or_initialize(self.root.get_submodule(layer))
 
     def _forget_children(self) -> None:
         """diffusers caches which modules carry hooks, and would miss a change."""
@@ -92,6 +93,8 @@ class TransformerHook:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.call = None
+        for hook in self._hooks:
+            hook.relink()
         arguments = self._signature.bind_partial(module, *args, **kwargs).arguments
         self._started = time.perf_counter()
         self.call = self._begin(arguments, _context(self.contexts))
@@ -113,6 +116,30 @@ class _LayerHook(ModelHook):
         self.layer = layer
         self.transformer = transformer
         self.contexts = transformer.contexts
+        self._routed: Any = None
+
+    def put_on(self, registry: HookRegistry) -> None:
+        registry.register_hook(self, NAME)
+        self._routed = self.fn_ref.forward
+
+    def take_off(self, registry: HookRegistry) -> None:
+        """Whatever wraps us wraps what we wrapped from now on.
+
+        diffusers would put that in place of the other hook, if it is one that replaces ``forward``.
+        """
+        self.relink()
+        outer = registry._fn_refs[registry._hook_order.index(NAME) + 1 :][:1]
+        theirs = [ref.forward for ref in outer if ref.original_forward is not None]
+        registry.remove_hook(NAME, recurse=False)
+        for ref, forward in zip(outer, theirs, strict=False):
+            ref.original_forward, ref.forward = ref.forward, forward
+
+    def relink(self) -> None:
+        """When diffusers takes off a hook that we wrap (a cache was disabled), it puts what that
+        one wrapped in our place. Put it where it belongs."""
+        ref = self.fn_ref
+        if ref.forward is not self._routed:
+            ref.original_forward, ref.forward = ref.forward, self._routed
 
     @torch.compiler.disable
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

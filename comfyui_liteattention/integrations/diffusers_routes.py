@@ -99,21 +99,26 @@ def _dispatched(processor: Any, call: Call, layer: str) -> Iterator[None]:
 def _intercepted(call: Call, layer: str) -> Iterator[None]:
     with _Interception(call, layer) as mode:
         yield
-    if not mode.seen:
+    if mode.ran and not mode.seen:
         call.decline(ELSEWHERE)
 
 
 class _Interception(TorchFunctionMode):
-    """While it is entered, in this thread, calls of PyTorch's attention are offered to us."""
+    """While it is entered, in this thread, calls of PyTorch's attention are offered to us.
+
+    ``seen`` counts them. ``ran``: the module made projections (a cache may answer for it instead).
+    """
 
     def __init__(self, call: Call, layer: str) -> None:
         super().__init__()
         self.call = call
         self.layer = layer
         self.seen = 0
+        self.ran = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.ran |= func is F.linear
         if func is F.scaled_dot_product_attention:
             out = self._attend(*args, **kwargs)
             if out is not None:
