@@ -467,6 +467,55 @@ def test_with_nothing_to_skip_the_result_is_the_dense_one(build, case):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+SAMPLED = {  # what nodes put into a conditioning, and a latent of their size
+    "Wan T2V": {},
+    "Wan Fun with a reference": dict(reference_latents=[(1, 16, 1, 8, 16)]),
+    "Wan with latents as context": dict(context_latents=[(1, 16, 1, 8, 16), (1, 16, 1, 4, 6)]),
+    "Wan HuMo": dict(reference_latents=[(1, 16, 1, 8, 16)]),
+    "HunyuanVideo": dict(pooled_output=(1, 32), attention_mask=None),
+    "Cosmos Predict2": {},
+    "Mochi": dict(attention_mask=torch.tensor([[1] * 7 + [0] * 5])),
+    "CogVideoX": {},
+    "Kandinsky 5": dict(pooled_output=(1, 16)),
+    "Flux Kontext": dict(
+        pooled_output=(1, 32), reference_latents=[(1, 16, 8, 8), (1, 16, 4, 6)], guidance=3.5
+    ),
+    "Qwen-Image-Edit": dict(reference_latents=[(1, 16, 1, 8, 8)]),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, name):
+    """The conditionings above are written by hand; here ComfyUI makes them, and samples."""
+    import comfy.model_patcher
+    import comfy.sample
+
+    from comfyui_liteattention.integrations import comfy as integration
+
+    case = next(case for case in CASES if case.name == name)
+    settings = Settings(threshold=-1.0, criterion="gap", ramp=0, audit=0, min_tokens=0)
+    monkeypatch.setattr(integration, "_backend", lambda patcher: Recorder(-50.0))
+    cpu = torch.device("cpu")
+    patcher = comfy.model_patcher.ModelPatcher(build(case), cpu, cpu)
+    patched = integration.apply_patch(patcher, settings)
+    extra = {key: _tensors(value) for key, value in SAMPLED[name].items()}
+    positive, negative = ([[_noise(case.text, i), extra]] for i in range(2))
+    latent = torch.zeros(case.latent)
+    noise = comfy.sample.prepare_noise(latent, 1)
+    with torch.inference_mode():
+        comfy.sample.sample(patched, noise, 3, 3.0, "euler", "simple", positive, negative, latent)
+    report = integration.patch_of(patched).last_report
+    assert report.active
+    assert {c.tokens for c in report.calls} == {case.before + case.video + case.after + case.joint}
+    assert len(report.calls) == 3 * case.layers * 2
+
+
+def _tensors(value):
+    if isinstance(value, list):
+        return [_noise(shape, i) for i, shape in enumerate(value)]
+    return _noise(value, 1) if isinstance(value, tuple) else value
+
+
 def test_an_unknown_video_model_runs_in_generic_mode(build, monkeypatch):
     from comfyui_liteattention.integrations import models
 
