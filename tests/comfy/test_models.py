@@ -234,7 +234,7 @@ def hunyuan_cases():
     )
 
 
-LTX = dict(image_model="ltxv", in_channels=16, attention_head_dim=64, num_attention_heads=2)
+LTX = dict(image_model="ltxv", in_channels=128, attention_head_dim=64, num_attention_heads=2)
 LTX |= dict(num_layers=3, cross_attention_dim=128, caption_channels=32)
 LTX_2 = LTX | dict(image_model="ltxav", audio_num_attention_heads=2, audio_attention_head_dim=32)
 LTX_2 |= dict(audio_cross_attention_dim=64)
@@ -261,7 +261,7 @@ QWEN |= dict(num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(16, 
 
 
 def other_cases():
-    ltx = dict(layers=3, latent=(1, 16, 4, 4, 8), text=(1, 12, 32))
+    ltx = dict(layers=3, latent=(1, 128, 4, 4, 8), text=(1, 12, 32))
     conds = dict(attention_mask=None)
     yield Case("LTX-Video", "LTXV", LTX, video=128, conds=conds, **ltx)
     conds = conds | dict(keyframe_idxs=(1, 3, 32), denoise_mask=(1, 1, 4, 4, 8))
@@ -274,9 +274,9 @@ def other_cases():
         LTX_2,
         layers=3,
         video=128,
-        latent=(1, 1, 16 * 128 + 8 * 20 * 16),
+        latent=(1, 1, 128 * 128 + 8 * 20 * 16),
         text=(1, 12, 64),
-        conds=dict(attention_mask=None, latent_shapes=[(1, 16, 4, 4, 8), (1, 8, 20, 16)]),
+        conds=dict(attention_mask=None, latent_shapes=[(1, 128, 4, 4, 8), (1, 8, 20, 16)]),
         since="0.33",
     )
     yield Case("Cosmos 1", "CosmosT2V", COSMOS_1, layers=3, **CALL)
@@ -473,6 +473,8 @@ SAMPLED = {  # what nodes put into a conditioning, and a latent of their size
     "Wan with latents as context": dict(context_latents=[(1, 16, 1, 8, 16), (1, 16, 1, 4, 6)]),
     "Wan HuMo": dict(reference_latents=[(1, 16, 1, 8, 16)]),
     "HunyuanVideo": dict(pooled_output=(1, 32), attention_mask=None),
+    "LTX-Video": dict(attention_mask=torch.ones(1, 12)),
+    "LTX-2": {},
     "Cosmos Predict2": {},
     "Mochi": dict(attention_mask=torch.tensor([[1] * 7 + [0] * 5])),
     "CogVideoX": {},
@@ -501,6 +503,10 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
     extra = {key: _tensors(value) for key, value in SAMPLED[name].items()}
     positive, negative = ([[_noise(case.text, i), extra]] for i in range(2))
     latent = torch.zeros(case.latent)
+    if "latent_shapes" in case.conds:  # video and sound
+        from comfy.nested_tensor import NestedTensor
+
+        latent = NestedTensor([torch.zeros(shape) for shape in case.conds["latent_shapes"]])
     noise = comfy.sample.prepare_noise(latent, 1)
     with torch.inference_mode():
         comfy.sample.sample(patched, noise, 3, 3.0, "euler", "simple", positive, negative, latent)
@@ -565,9 +571,9 @@ def test_the_text_refiner_is_not_the_video(build):
 
 def test_sound_as_long_as_the_video_stays_dense(build):
     case = next(case for case in CASES if case.name == "LTX-2")
-    shapes = [(1, 16, 4, 4, 8), (1, 8, 128, 16)]
+    shapes = [(1, 128, 4, 4, 8), (1, 8, 128, 16)]
     conds = case.conds | dict(latent_shapes=shapes)
-    case = replace(case, latent=(1, 1, 16 * 128 + 8 * 128 * 16), conds=conds)
+    case = replace(case, latent=(1, 1, 128 * 128 + 8 * 128 * 16), conds=conds)
     _, _, report, _ = generate(build(case), case, Recorder(-50.0))
     assert not report.calls
     assert any("can't be told apart" in reason for reason in report.reasons)
