@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -24,6 +23,7 @@ from .tiles import unpack
 Stream = Hashable
 NOT_FINITE = "the result was not finite (NaN or infinity): this layer stays dense for the run"
 
+DENSE_LAYER = "a layer of dense_layers: it stays dense, as asked"
 OUT_OF_MEMORY = "not enough memory for LiteAttention on this device: switched off for this run"
 
 
@@ -102,13 +102,16 @@ class Run:
         if self._stopped or layer in self._failed:
             self.decline(self._stopped or NOT_FINITE)
             return None
-        index, settings = self._settings_of(layer)
+        index = self._layers.setdefault(layer, len(self._layers))
+        if index in self.settings.dense_layers:
+            self.decline(DENSE_LAYER)
+            return None
         if self._watch(progress.step):
             return None
 
         def compute() -> Tensor:
             parts = [
-                self._attend_one(layer, stream, progress, qs, ks, vs, scale, settings, video)
+                self._attend_one(layer, stream, progress, qs, ks, vs, scale, video)
                 for stream, qs, ks, vs in zip(
                     streams, *(t.chunk(len(streams)) for t in (q, k, v)), strict=True
                 )
@@ -117,7 +120,7 @@ class Run:
 
         first = self._state(layer, streams[0], q).calls == 0
         try:
-            if dense is not None and first and index < TIMED_LAYERS:
+            if dense is not None and self.settings.never_slower and first and index < TIMED_LAYERS:
                 out, ours = timed(compute, q.device)
                 self._pace.compare(ours, timed(dense, q.device)[1])
             else:
@@ -140,12 +143,13 @@ class Run:
         k: Tensor,
         v: Tensor,
         scale: float,
-        settings: Settings,
         video: VideoTokens | None,
     ) -> Tensor:
         """One stream of a call."""
         state = self._state(layer, stream, q)
-        out, tally = attend(state, self.backend, q, k, v, scale, settings, progress.position, video)
+        out, tally = attend(
+            state, self.backend, q, k, v, scale, self.settings, progress.position, video
+        )
         with self._lock:
             self._calls.append(_Call(progress.step, layer, stream, q.shape[2], tally))
         return out
@@ -206,15 +210,6 @@ class Run:
             self._states.clear()
             self._calls.clear()
         return report
-
-    def _settings_of(self, layer: str) -> tuple[int, Settings]:
-        """The layer's number in the order of execution, and what holds for it."""
-        index = self._layers.setdefault(layer, len(self._layers))
-        return index, self._dense if index in self.settings.dense_layers else self.settings
-
-    @property
-    def _dense(self) -> Settings:
-        return Settings(threshold=-math.inf, audit=0)
 
     def _state(self, layer: str, stream: Stream, q: Tensor) -> LayerState:
         with self._lock:

@@ -49,6 +49,8 @@ class Settings:
         difference is the measured lost mass. 0 switches the audit off.
     min_tokens
         Shorter sequences stay dense.
+    never_slower
+        Switch off for a run in which the attention that would be used otherwise is faster.
     """
 
     budget: float | None = None
@@ -62,6 +64,7 @@ class Settings:
     order: TokenOrder = "compact"
     audit: int = 64
     min_tokens: int = 2048
+    never_slower: bool = True
 
     def __post_init__(self) -> None:
         for name, problem in _problems(self):

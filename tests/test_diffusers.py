@@ -27,7 +27,7 @@ from comfyui_liteattention.integrations.diffusers_runs import (
 from comfyui_liteattention.presets import DEFAULT, PRESETS
 
 TOKENS = 320  # 5 latent frames of 8 x 8 tokens: a tile of 64 is a frame
-BOLD = {"threshold": -1.0, "ramp": 0.0, "min_tokens": 0, "audit": 0}
+BOLD = {"threshold": -1.0, "ramp": 0.0, "min_tokens": 0, "audit": 0, "never_slower": False}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -170,7 +170,7 @@ def test_a_bold_threshold_skips(pipe):
 
 
 def test_steps_come_from_the_cache_context(pipe):
-    session = lite.enable(pipe, threshold=-1, ramp=0, min_tokens=0, warmup=0.6)
+    session = lite.enable(pipe, threshold=-1, ramp=0, min_tokens=0, warmup=0.6, never_slower=False)
     run(pipe, steps=5)
     report = session.report()
     assert report.steps == 5 and sorted(report.step_seconds) == [0, 1, 2, 3, 4]
@@ -400,10 +400,10 @@ def test_the_second_transformer_of_wan_2_2(pipe):
     by_layer = {c.layer: [] for c in report.calls}
     for c in report.calls:
         by_layer[c.layer].append(c)
-    assert set(by_layer) == {f"transformer{n}.blocks.{b}" for n in ("", "_2") for b in (0, 1)}
-    for name, calls in by_layer.items():
+    assert set(by_layer) == {f"transformer{n}.blocks.1" for n in ("", "_2")}
+    for calls in by_layer.values():
         assert calls[0].computed == calls[0].total
-        assert any(c.computed < c.total for c in calls) == name.endswith("blocks.1")
+        assert any(c.computed < c.total for c in calls)
     assert torch.equal(run(pipe, steps=5), first)
     lite.disable(pipe)
     assert torch.equal(run(pipe, steps=5), plain)
@@ -475,7 +475,7 @@ def test_the_demo_model_skips():
     text, negative = embed_prompts([EXAMPLE, ""], load_table(TEXT_TABLE)).split(1)
     pipe = make_pipe()
     pipe.register_modules(transformer=load_diffusers_model())
-    with lite.enabled(pipe, budget=0.25, min_tokens=0, audit=16) as session:
+    with lite.enabled(pipe, budget=0.25, min_tokens=0, audit=16, never_slower=False) as session:
         video = pipe(
             prompt_embeds=text,
             negative_prompt_embeds=negative,

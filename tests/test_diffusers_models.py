@@ -31,7 +31,7 @@ from comfyui_liteattention.tiles import TileShape
 TILE = 16
 GRID = (4, 8, 8)  # tokens: frames, rows, columns
 VIDEO = 4 * 8 * 8
-BOLD = {"threshold": -1.0, "ramp": 0.0, "min_tokens": 0, "audit": 0}
+BOLD = {"threshold": -1.0, "ramp": 0.0, "min_tokens": 0, "audit": 0, "never_slower": False}
 NOTHING = BOLD | {"threshold": -39.0}
 STEPS = 3
 RESET = "_reset_stateful_cache"

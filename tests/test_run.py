@@ -11,7 +11,7 @@ from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.pace import too_slow
 from comfyui_liteattention.report import status_line, text_table
-from comfyui_liteattention.run import NOT_FINITE, OUT_OF_MEMORY, Run
+from comfyui_liteattention.run import DENSE_LAYER, NOT_FINITE, OUT_OF_MEMORY, Run
 from comfyui_liteattention.settings import SAFEST, Settings
 from comfyui_liteattention.tiles import TileShape, unpack
 
@@ -129,9 +129,11 @@ def test_a_changed_shape_starts_dense():
 def test_dense_layers_never_skip():
     run = Run(Settings(threshold=-1.0, dense_layers=(1,)), BACKEND, SIGMAS)
     sample(run, layer="first")
-    sample(run, layer="second")
-    computed = {c.layer: c.computed < c.total for c in run.finish().calls}
-    assert computed == {"first": True, "second": False}
+    assert sample(run, layer="second") == [None] * 5  # they keep the user's own attention
+    report = run.finish()
+    assert {c.layer for c in report.calls} == {"first"}
+    assert report.active
+    assert report.reasons == {DENSE_LAYER: 5}
 
 
 def test_a_result_that_is_not_finite_is_never_passed_on():

@@ -66,7 +66,7 @@ class TransformerCall:
         stream = f"{self._place.stream} row {extra.row}" if extra.row else self._place.stream
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if padding is None:
-            return self._attend(name, stream, q, k, v, scale)
+            return self._attend(name, stream, q, k, v, scale, extra.dense)
         if len(set(padding.kept)) == 1:
             return self._padded(name, stream, q, k, v, scale, padding.kept[0], padding.blind)
         rows = []
@@ -96,9 +96,10 @@ class TransformerCall:
         k: Tensor,
         v: Tensor,
         scale: float,
+        dense: Callable[[], Tensor] | None = None,
         reason_if_short: str | None = None,
     ) -> Tensor | None:
-        """Attention of all tokens to all tokens."""
+        """Attention of all tokens to all tokens; ``dense`` does the same as without us."""
         video = self._video(q.shape[2])
         if isinstance(video, str):
             self.decline(reason_if_short or video)
@@ -106,7 +107,8 @@ class TransformerCall:
         # A pipeline may stop guiding in the middle of a run: the batch halves, and starts afresh.
         batch = q.shape[0]
         stream = stream if batch == 1 else f"{stream} x{batch}"
-        return self._run.attend(name, [stream], self._place.progress, q, k, v, scale, video)
+        progress = self._place.progress
+        return self._run.attend(name, [stream], progress, q, k, v, scale, video, dense)
 
     def _padded(
         self,

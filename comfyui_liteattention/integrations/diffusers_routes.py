@@ -7,9 +7,10 @@ calls of that function come to us. Either way, what we decline goes where it wou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch.nn.functional as F
@@ -36,12 +37,13 @@ class Extra(NamedTuple):
 
     ``mask`` as PyTorch's attention takes it, or None. ``reason`` rules the call out. ``row``
     counts the calls of attention in one call of a module: some models attend one row of the batch
-    after the other.
+    after the other. ``dense`` does the call as it would have been done without us.
     """
 
     mask: Any = None
     reason: str | None = None
     row: int = 0
+    dense: Callable[[], Tensor] | None = None
 
 
 class Call(Protocol):
@@ -120,13 +122,14 @@ class _Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         self.ran |= func is F.linear
         if func is F.scaled_dot_product_attention:
-            out = self._attend(*args, **kwargs)
+            out = self._attend(partial(func, *args, **kwargs), *args, **kwargs)
             if out is not None:
                 return out
         return func(*args, **kwargs)
 
     def _attend(
         self,
+        dense: Callable[[], Tensor],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -138,7 +141,7 @@ class _Interception(TorchFunctionMode):
     ) -> Tensor | None:
         """The arguments of PyTorch's function; None: it has to do the call itself."""
         reason = _ineligible(dropout_p, is_causal, enable_gqa)
-        extra = Extra(attn_mask, reason, self.seen)
+        extra = Extra(attn_mask, reason, self.seen, dense)
         self.seen += 1
         return self.call.attend(self.layer, query, key, value, scale, extra)
 
@@ -158,10 +161,8 @@ def _attend(
     site = _site.get()
     reason = _ineligible(dropout_p, is_causal, enable_gqa, _parallel_config)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    out = site.call.attend(site.layer, q, k, v, scale, Extra(attn_mask, reason))
-    if out is not None:
-        return out.transpose(1, 2)
-    return dispatch_attention_fn(
+    dense = partial(
+        dispatch_attention_fn,
         query,
         key,
         value,
@@ -173,6 +174,9 @@ def _attend(
         backend=site.backend,
         parallel_config=_parallel_config,
     )
+    extra = Extra(attn_mask, reason, dense=dense)
+    out = site.call.attend(site.layer, q, k, v, scale, extra)
+    return dense() if out is None else out.transpose(1, 2)
 
 
 def _ineligible(dropout: float, causal: bool, gqa: bool, parallel: Any = None) -> str | None:

@@ -12,7 +12,8 @@ DEFAULTS = Settings()
 
 
 def where_inputs() -> list[io.Input]:
-    """Their order is that of the widgets on the node: new ones go to the end."""
+    """Their order is that of the widgets on the node: new ones go to the end, and are optional, so
+    that saved graphs still run."""
     return [
         io.Float.Input(
             "warmup",
@@ -48,8 +49,16 @@ def where_inputs() -> list[io.Input]:
             "order",
             options=["compact", "raster"],
             default=DEFAULTS.order,
+            optional=True,
             tooltip="compact: every tile is a small block of the video (recommended). raster: "
             "tokens in the model's own order.",
+        ),
+        io.Boolean.Input(
+            "never_slower",
+            default=DEFAULTS.never_slower,
+            optional=True,
+            tooltip="Times the first layers both ways, and switches LiteAttention off for the run "
+            "where your own attention is faster.",
         ),
     ]
 
