@@ -473,7 +473,7 @@ SAMPLED = {  # what nodes put into a conditioning, and a latent of their size
     "Wan with latents as context": dict(context_latents=[(1, 16, 1, 8, 16), (1, 16, 1, 4, 6)]),
     "Wan HuMo": dict(reference_latents=[(1, 16, 1, 8, 16)]),
     "HunyuanVideo": dict(pooled_output=(1, 32), attention_mask=None),
-    "LTX-Video": dict(attention_mask=torch.ones(1, 12)),
+    "LTX-Video": dict(attention_mask=torch.ones(1, 12, dtype=torch.long)),
     "LTX-2": {},
     "Cosmos Predict2": {},
     "Mochi": dict(attention_mask=torch.tensor([[1] * 7 + [0] * 5])),
