@@ -1,0 +1,62 @@
+"""What is installed: nothing heavy, and all that is needed."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "comfyui_liteattention"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel of what git knows, built from a copy: setuptools writes beside the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    tracked = subprocess.run(
+        ["git", "ls-files", "comfyui_liteattention", "pyproject.toml", "README.md", "LICENSE"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    for name in tracked:
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", source, "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-q", "-w", folder], check=True)
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_the_code_and_the_kernels(wheel):
+    names = set(wheel.namelist())
+    for path in PACKAGE.rglob("*"):
+        if path.suffix in (".py", ".zip", ".json") and "__pycache__" not in path.parts:
+            assert path.relative_to(ROOT).as_posix() in names
+    assert any(name.startswith("comfyui_liteattention/backends/prebuilt/sm_") for name in names)
+    assert not any(name.startswith(("tests", "demo", "benchmarks", "kernels")) for name in names)
+    assert sum(info.compress_size for info in wheel.infolist()) < 8 << 20
+
+
+def test_installing_touches_nothing_else():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == []
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if line.strip() and not line.startswith("#")] == []
+
+
+def test_nothing_is_installed_or_evaluated_at_run_time():
+    forbidden = {"eval", "exec", "__import__", "compile"}
+    for path in [*PACKAGE.rglob("*.py"), ROOT / "install.py", ROOT / "__init__.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in forbidden, path
+            if isinstance(node, ast.Import):
+                assert not {a.name for a in node.names} & {"subprocess", "pickle"}, path
