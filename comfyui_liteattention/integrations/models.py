@@ -57,7 +57,10 @@ def describe_call(diffusion_model: Any, call: ModelCall) -> FormOrReason:
     why all of them stay dense."""
     kind = type(diffusion_model)
     describe = FAMILIES.get((kind.__module__, kind.__name__), _generic)
-    return describe(diffusion_model, call)
+    try:
+        return describe(diffusion_model, call)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:  # of another version
+        return f"this version of {kind.__name__} is not understood ({error})"
 
 
 def _wan(model: Any, call: ModelCall) -> FormOrReason:

@@ -602,6 +602,12 @@ def test_models_with_a_cache_of_their_own_stay_dense(module, name):
     assert "a cache of its own" in describe_call(model, ModelCall((1, 16, 3, 8, 16), 12, {}))
 
 
+def test_a_model_that_changed_stays_dense():
+    model = type("WanModel", (), {"__module__": "comfy.ldm.wan.model"})()  # lacks everything
+    reason = describe_call(model, ModelCall((1, 16, 3, 8, 16), 12, {}))
+    assert reason.startswith("this version of WanModel is not understood")
+
+
 def test_a_model_that_passes_no_call_on_is_said_to(build):
     """S2V of ComfyUI 0.3.75 calls its blocks without the options that hold the override."""
     from comfyui_liteattention.integrations.comfy import NEVER_ASKED, _annotate
