@@ -1,16 +1,32 @@
 """Every workflow we ship, as a file and before a running ComfyUI. Nothing is sampled here."""
 
+import importlib.util
 import json
+import sys
+from importlib.metadata import version
 
 import pytest
 from PIL import Image
 
 from demo.comfy_server import REPOSITORY, WEIGHTS, PromptRefusedError
 from demo.compare import PATCH, REPORT, SAMPLER
-from demo.workflow import NOT_EXECUTED, find, load_workflow, to_graph
+from demo.workflow import NOT_EXECUTED, load_workflow, to_graph
 
 FILES = sorted((REPOSITORY / "workflows").glob("*.json"))
-MODEL_FILES = {"unet_name", "clip_name", "vae_name"}
+MODEL_FILES = {"unet_name", "vae_name", "ckpt_name", "image"} | {
+    f"clip_name{which}" for which in ("", "1", "2")
+}
+SAMPLERS = {SAMPLER, "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced"}
+
+COMPARE = "LiteAttentionCompare"
+TEMPLATES = "0.7.25"  # the version that the workflows were made from
+
+_spec = importlib.util.spec_from_file_location(
+    "make_workflows", REPOSITORY / "workflows" / "tools" / "make_workflows.py"
+)
+make_workflows = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = make_workflows  # dataclasses look it up
+_spec.loader.exec_module(make_workflows)
 
 every_workflow = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -88,22 +104,57 @@ def test_slots_are_those_of_the_nodes(path, object_info):
 @every_workflow
 def test_the_server_accepts_it_but_for_missing_models(path, server, object_info):
     graph = to_graph(load_workflow(path), object_info)
-    graph[find(graph, SAMPLER)]["inputs"]["steps"] = 1
+    for node in graph.values():
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = 1
     wrong = refusals(server, graph)
-    loader = graph[find(graph, "UNETLoader")]["inputs"]
-    if loader["unet_name"] == WEIGHTS:
+    if any(node["inputs"].get("unet_name") == WEIGHTS for node in graph.values()):
         assert wrong == []
     else:
-        assert {kind for kind, _ in wrong} <= {"value_not_in_list"}
+        assert {kind for kind, _ in wrong} <= {"value_not_in_list", "custom_validation_failed"}
         assert {name for _, name in wrong} <= MODEL_FILES
 
 
 @every_workflow
-def test_liteattention_is_the_last_before_the_sampler(path, object_info):
+def test_liteattention_is_the_last_before_each_sampler(path, object_info):
     graph = to_graph(load_workflow(path), object_info)
-    patch = find(graph, PATCH)
-    assert graph[find(graph, SAMPLER)]["inputs"]["model"] == [patch, 0]
-    assert graph[find(graph, REPORT)]["inputs"]["model"] == [patch, 0]
+    patches = {i for i, node in graph.items() if node["class_type"] == PATCH}
+    reports = [node["inputs"] for node in graph.values() if node["class_type"] == REPORT]
+    by_model = {}
+    for sampler in (i for i, node in graph.items() if node["class_type"] in SAMPLERS):
+        inputs = graph[sampler]["inputs"]
+        if "guider" in inputs:
+            inputs = graph[inputs["guider"][0]]["inputs"]
+        by_model[inputs["model"][0]] = sampler
+    assert patches
+    assert [graph[patch]["inputs"]["preset"] for patch in patches] == ["Balanced"] * len(patches)
+    if COMPARE in {node["class_type"] for node in graph.values()}:
+        dense = set(by_model) - patches
+        assert dense == {graph[patch]["inputs"]["model"][0] for patch in patches}
+        del by_model[dense.pop()]
+    assert set(by_model) == patches
+    assert {r["model"][0]: r["latent"] for r in reports} == {
+        patch: [sampler, 0] for patch, sampler in by_model.items()
+    }
+
+
+@every_workflow
+def test_runs_can_be_compared(path):
+    """The seed stays: with another one nothing can be compared."""
+    for node in load_workflow(path)["nodes"]:
+        assert "randomize" not in node.get("widgets_values", [])
+
+
+@pytest.mark.skipif(
+    version("comfyui-workflow-templates") != TEMPLATES, reason="other templates are installed"
+)
+def test_they_are_what_the_script_writes(monkeypatch):
+    """Nobody mended a file by hand: the next run of the script would lose that."""
+    monkeypatch.setattr(make_workflows, "save", lambda name, made: written.update({name: made}))
+    written = {}
+    make_workflows.main()
+    for name, made in written.items():
+        assert made == load_workflow(REPOSITORY / "workflows" / f"{name}.json"), name
 
 
 @every_workflow
