@@ -1,8 +1,6 @@
 """Every workflow we ship, as a file and before a running ComfyUI. Nothing is sampled here."""
 
-import importlib.util
 import json
-import sys
 from importlib.metadata import version
 
 import pytest
@@ -11,6 +9,7 @@ from PIL import Image
 from demo.comfy_server import REPOSITORY, WEIGHTS, PromptRefusedError
 from demo.compare import PATCH, REPORT, SAMPLER
 from demo.workflow import NOT_EXECUTED, load_workflow, to_graph
+from workflows.tools import make_workflows
 
 FILES = sorted((REPOSITORY / "workflows").glob("*.json"))
 MODEL_FILES = {"unet_name", "vae_name", "ckpt_name", "image"} | {
@@ -20,13 +19,6 @@ SAMPLERS = {SAMPLER, "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced
 
 COMPARE = "LiteAttentionCompare"
 TEMPLATES = "0.7.25"  # the version that the workflows were made from
-
-_spec = importlib.util.spec_from_file_location(
-    "make_workflows", REPOSITORY / "workflows" / "tools" / "make_workflows.py"
-)
-make_workflows = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = make_workflows  # dataclasses look it up
-_spec.loader.exec_module(make_workflows)
 
 every_workflow = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 

@@ -1,6 +1,6 @@
 """Write the example workflows: ComfyUI's official templates with LiteAttention put into them.
 
-    python workflows/tools/make_workflows.py
+    python -m workflows.tools.make_workflows
 
 The templates are read from the installed ``comfyui-workflow-templates`` (MIT licence), the A/B
 workflow from ``liteattention_demo.json``. The same input gives the same files: a new version of the
@@ -10,23 +10,20 @@ templates is taken by running this again. Thumbnails are screenshots, made apart
 from __future__ import annotations
 
 import json
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from .canvas import Canvas, Link, Node, read, samplers
+from .layout import to_file
+from .nodes import GREEN, RED, colours, compare_node, note_node, patch_node, report_node
 
 FOLDER = Path(__file__).resolve().parent.parent
 
-Node = dict[str, Any]
-
-BYPASSED, MUTED = 4, 2
+BYPASSED = 4
 SEED = 7
 PREFIX = "video/liteattention"
 IMAGE = "example.png"  # is in ComfyUI's input folder
-BROWN, GREEN, RED = ("#432", "#653"), ("#232", "#353"), ("#322", "#533")
-LEFT, TOP, GAP, TITLE = 40, 80, 40, 30
-ROOM = 980  # the note stays below the loaders as long as this height holds both
 
 BOAT = (
     "A small paper boat drifts down a rain gutter along an old stone street. The camera is close "
@@ -35,37 +32,6 @@ BOAT = (
     "tremble in it. Soft morning light, shallow depth of field, natural colours."
 )
 CLOSER = "The camera moves closer slowly and steadily, light moves over the scene, natural motion."
-
-
-class Link(NamedTuple):
-    """From an output slot of a node to an input slot of another."""
-
-    origin: int
-    output: int
-    target: int
-    entry: int
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """A workflow without its places on the screen."""
-
-    nodes: dict[int, Node]
-    links: tuple[Link, ...]
-
-    def into(self, node: int, name: str | None = None) -> Iterator[Link]:
-        """Links into a node, or into its input of this name."""
-        for link in self.links:
-            entry = self.nodes[link.target]["inputs"][link.entry]["name"]
-            if link.target == node and name in (None, entry):
-                yield link
-
-    def ancestors(self, node: int) -> set[int]:
-        """The node and everything that it needs."""
-        found = {node}
-        for link in self.into(node):
-            found |= self.ancestors(link.origin)
-        return found
 
 
 @dataclass(frozen=True)
@@ -163,13 +129,6 @@ def template(name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read(workflow: dict[str, Any]) -> Canvas:
-    nodes = {n["id"]: n for n in workflow["nodes"] if "Note" not in n["type"]}
-    links = (Link(*link[1:5]) for link in workflow["links"])
-    kept = (link for link in links if link.origin in nodes and link.target in nodes)
-    return Canvas(nodes, tuple(kept))
-
-
 def simplest_branch(canvas: Canvas) -> Canvas:
     """What the saved video with the fewest nodes needs.
 
@@ -199,17 +158,6 @@ def _without_bypassed(canvas: Canvas) -> Canvas:
             )
             canvas = replace(canvas, links=tuple(links))
     return canvas
-
-
-def samplers(canvas: Canvas) -> list[int]:
-    """In the order in which they run."""
-    found = [i for i, node in canvas.nodes.items() if _is_sampler(node)]
-    return sorted(found, key=lambda i: len(canvas.ancestors(i)))
-
-
-def _is_sampler(node: Node) -> bool:
-    names = {entry["name"] for entry in node["inputs"]}
-    return "latent_image" in names and bool(names & {"model", "guider"})
 
 
 def with_liteattention(canvas: Canvas) -> Canvas:
@@ -243,59 +191,6 @@ def _expert(canvas: Canvas, model: int) -> str:
     return "high noise" if "high_noise" in files else "low noise"
 
 
-def patch_node(of: str = "") -> Node:
-    return _our_node(
-        "LiteAttentionPatch",
-        f"LiteAttention ({of})" if of else "",
-        inputs=(("model", "MODEL"), ("control", "LITEATTENTION_CONTROL")),
-        outputs=(("MODEL", "MODEL"),),
-        widgets=["Balanced"],
-        height=82,
-    )
-
-
-def report_node(of: str = "") -> Node:
-    return _our_node(
-        "LiteAttentionReport",
-        f"LiteAttention Report ({of})" if of else "",
-        inputs=(("model", "MODEL"), ("latent", "LATENT")),
-        outputs=(("latent", "LATENT"), ("map", "IMAGE"), ("text", "STRING"), ("charts", "IMAGE")),
-        widgets=["dark"],
-        height=420 if of else 640,
-    )
-
-
-def compare_node() -> Node:
-    return _our_node(
-        "LiteAttentionCompare",
-        "",
-        inputs=(("reference", "IMAGE"), ("candidate", "IMAGE")),
-        outputs=(("comparison", "IMAGE"), ("text", "STRING")),
-        widgets=[8.0],
-        height=640,
-    )
-
-
-def _our_node(
-    kind: str,
-    title: str,
-    inputs: tuple[tuple[str, str], ...],
-    outputs: tuple[tuple[str, str], ...],
-    widgets: list[Any],
-    height: int,
-) -> Node:
-    return {
-        "type": kind,
-        "size": [0, height],
-        "inputs": [{"name": name, "type": of} for name, of in inputs],
-        "outputs": [{"name": name, "type": of} for name, of in outputs],
-        "properties": {},
-        "widgets_values": widgets,
-        **({"title": title} if title else {}),
-        **_colours(BROWN),
-    }
-
-
 def _dressed(node: Node, i: int, canvas: Canvas, recipe: Recipe) -> Node:
     """Titles and colours as in all our workflows; a fixed seed, so that runs can be compared."""
     node = dict(node)
@@ -306,7 +201,7 @@ def _dressed(node: Node, i: int, canvas: Canvas, recipe: Recipe) -> Node:
             for link in canvas.links
         )
         node |= {"title": "Negative prompt" if negative else "Prompt"}
-        node |= _colours(RED if negative else GREEN)
+        node |= colours(RED if negative else GREEN)
     elif node["type"].startswith("Empty") or "ImageToVideo" in node["type"]:
         node["title"] = "Video size"
     values = list(node.get("widgets_values") or [])
@@ -344,18 +239,6 @@ def _note(recipe: Recipe, canvas: Canvas) -> Node:
         )
     )
     return note_node(text, height=height)
-
-
-def note_node(text: str, height: int) -> Node:
-    return {
-        "type": "MarkdownNote",
-        "title": "Read me",
-        "size": [0, height],
-        "inputs": [],
-        "outputs": [],
-        "widgets_values": [text],
-        **_colours(BROWN),
-    }
 
 
 AB = """*LiteAttention Compare* says how close the two videos are (PSNR, SSIM) and where they \
@@ -409,130 +292,6 @@ def with_comparison(canvas: Canvas) -> Canvas:
         frames._replace(origin=compare, output=0),
     ]
     return Canvas(nodes, tuple(links))
-
-
-def to_file(canvas: Canvas, name: str, note: Node) -> dict[str, Any]:
-    """The file that ComfyUI opens: nodes with their places, links numbered from 1."""
-    number = max(canvas.nodes) + 1
-    canvas = replace(canvas, nodes=canvas.nodes | {number: note})
-    links = sorted(canvas.links)
-    placed = place(canvas, number)
-    order = sorted(canvas.nodes, key=lambda i: (len(canvas.ancestors(i)), i))
-    nodes = [_file_node(i, canvas.nodes[i], links, placed[i], order.index(i)) for i in placed]
-    return {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"liteattention/{name}")),
-        "revision": 0,
-        "last_node_id": number,
-        "last_link_id": len(links),
-        "nodes": nodes,
-        "links": [
-            [n, *link, canvas.nodes[link.origin]["outputs"][link.output]["type"]]
-            for n, link in enumerate(links, 1)
-        ],
-        "groups": [],
-        "config": {},
-        "extra": {},
-        "version": 0.4,
-    }
-
-
-def _file_node(
-    i: int, node: Node, links: list[Link], box: tuple[int, int, int, int], order: int
-) -> Node:
-    ends_in = {link.entry: n for n, link in enumerate(links, 1) if link.target == i}
-    ends: dict[int, list[int]] = {}
-    for n, link in enumerate(links, 1):
-        if link.origin == i:
-            ends.setdefault(link.output, []).append(n)
-    properties = node.get("properties", {})
-    kept = {k: properties[k] for k in ("models",) if k in properties}
-    if "Note" not in node["type"]:
-        kept["Node name for S&R"] = node["type"]
-    return {
-        "id": i,
-        "type": node["type"],
-        "pos": list(box[:2]),
-        "size": list(box[2:]),
-        "flags": {},
-        "order": order,
-        "mode": node.get("mode", 0),
-        "inputs": [
-            {"name": entry["name"], "type": entry["type"], "link": ends_in.get(k)}
-            for k, entry in enumerate(node["inputs"])
-        ],
-        "outputs": [
-            {"name": o["name"], "type": o["type"], "links": ends.get(k, []), "slot_index": k}
-            for k, o in enumerate(node["outputs"])
-        ],
-        **{key: node[key] for key in ("title", "color", "bgcolor") if node.get(key)},
-        "properties": kept,
-        "widgets_values": list(node["widgets_values"]),
-    }
-
-
-def place(canvas: Canvas, note: int) -> dict[int, tuple[int, int, int, int]]:
-    """``x, y, width, height`` of every node: columns of stacked nodes, from left to right."""
-    boxes, x = {}, LEFT
-    for width, column in _columns(canvas, note):
-        y = TOP
-        for i in column:
-            height = _height(canvas.nodes[i])
-            boxes[i] = (x, y, width, height)
-            y += height + GAP + TITLE
-        x += width + GAP
-    return boxes
-
-
-def _columns(canvas: Canvas, note: int) -> list[tuple[int, list[int]]]:
-    """Files, prompts and size, each sampler with its model, reports, the video."""
-    nodes = canvas.nodes
-    order = sorted(nodes, key=lambda i: (len(canvas.ancestors(i)), nodes[i].get("pos", [0, 0])[1]))
-    files = [i for i in order if not any(canvas.into(i)) and _has(nodes[i], FILES)]
-    reports = [i for i in order if nodes[i]["type"] == "LiteAttentionReport"]
-    compared = [i for i in order if nodes[i]["type"] == "LiteAttentionCompare"]
-    used = {note, *files, *reports, *compared}
-    runs = []
-    for sampler in samplers(canvas):
-        needs = canvas.ancestors(sampler) - used
-        run = [i for i in order if i in needs and not _has(nodes[i], CONDITIONS)]
-        run.sort(key=lambda i: (_is_sampler(nodes[i]), not _has(nodes[i], {"MODEL", "GUIDER"})))
-        runs.append(run)
-        used |= set(runs[-1])
-    conditions = [i for i in order if _has(nodes[i], CONDITIONS) and i not in used]
-    conditions.sort(key=lambda i: nodes[i].get("title") == "Video size")
-    rest = [i for i in order if i not in used and i not in conditions]
-    frames = [i for i in rest if compared and i in canvas.ancestors(compared[0])]
-    rest = [i for i in rest if i not in frames]
-    short = sum(_height(nodes[i]) + GAP + TITLE for i in [*files, note]) <= ROOM
-    columns = [(400, [*files, note])] if short else [(400, [note]), (400, files)]
-    columns += [(400, conditions), *((320, run) for run in runs), (420, reports + frames)]
-    columns.append((420, compared + rest) if compared else (460, rest))
-    return columns
-
-
-#: Outputs of nodes that read files, and of those that say what is drawn.
-FILES = {"MODEL", "CLIP", "VAE", "CLIP_VISION", "IMAGE"}
-CONDITIONS = {"CONDITIONING", "CLIP_VISION_OUTPUT", "LATENT"}
-
-
-def _has(node: Node, kinds: set[str]) -> bool:
-    """Whether an output of the node is one of these; a sampler is none of them."""
-    return not _is_sampler(node) and any(o["type"] in kinds for o in node["outputs"])
-
-
-#: Pixels, where the templates leave much room.
-HEIGHTS = {"SaveVideo": 450, "KSamplerAdvanced": 334, "SamplerCustomAdvanced": 126}
-
-
-def _height(node: Node) -> int:
-    if node["type"] in HEIGHTS:
-        return HEIGHTS[node["type"]]
-    size = node["size"]
-    return round(max(size[1] if isinstance(size, list) else size["1"], 46))
-
-
-def _colours(pair: tuple[str, str]) -> dict[str, str]:
-    return {"color": pair[0], "bgcolor": pair[1]}
 
 
 def save(name: str, workflow: dict[str, Any]) -> None:

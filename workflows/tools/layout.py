@@ -1,0 +1,132 @@
+"""Where the nodes go on the screen, and the file that ComfyUI opens."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+from typing import Any
+
+from .canvas import Canvas, Link, Node, is_sampler, samplers
+
+LEFT, TOP, GAP, TITLE = 40, 80, 40, 30
+ROOM = 980  # the note stays below the loaders as long as this height holds both
+
+
+def to_file(canvas: Canvas, name: str, note: Node) -> dict[str, Any]:
+    """The file that ComfyUI opens: nodes with their places, links numbered from 1."""
+    number = max(canvas.nodes) + 1
+    canvas = replace(canvas, nodes=canvas.nodes | {number: note})
+    links = sorted(canvas.links)
+    placed = place(canvas, number)
+    order = sorted(canvas.nodes, key=lambda i: (len(canvas.ancestors(i)), i))
+    nodes = [_file_node(i, canvas.nodes[i], links, placed[i], order.index(i)) for i in placed]
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"liteattention/{name}")),
+        "revision": 0,
+        "last_node_id": number,
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": [
+            [n, *link, canvas.nodes[link.origin]["outputs"][link.output]["type"]]
+            for n, link in enumerate(links, 1)
+        ],
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def _file_node(
+    i: int, node: Node, links: list[Link], box: tuple[int, int, int, int], order: int
+) -> Node:
+    ends_in = {link.entry: n for n, link in enumerate(links, 1) if link.target == i}
+    ends: dict[int, list[int]] = {}
+    for n, link in enumerate(links, 1):
+        if link.origin == i:
+            ends.setdefault(link.output, []).append(n)
+    properties = node.get("properties", {})
+    kept = {k: properties[k] for k in ("models",) if k in properties}
+    if "Note" not in node["type"]:
+        kept["Node name for S&R"] = node["type"]
+    return {
+        "id": i,
+        "type": node["type"],
+        "pos": list(box[:2]),
+        "size": list(box[2:]),
+        "flags": {},
+        "order": order,
+        "mode": node.get("mode", 0),
+        "inputs": [
+            {"name": entry["name"], "type": entry["type"], "link": ends_in.get(k)}
+            for k, entry in enumerate(node["inputs"])
+        ],
+        "outputs": [
+            {"name": o["name"], "type": o["type"], "links": ends.get(k, []), "slot_index": k}
+            for k, o in enumerate(node["outputs"])
+        ],
+        **{key: node[key] for key in ("title", "color", "bgcolor") if node.get(key)},
+        "properties": kept,
+        "widgets_values": list(node["widgets_values"]),
+    }
+
+
+def place(canvas: Canvas, note: int) -> dict[int, tuple[int, int, int, int]]:
+    """``x, y, width, height`` of every node: columns of stacked nodes, from left to right."""
+    boxes, x = {}, LEFT
+    for width, column in _columns(canvas, note):
+        y = TOP
+        for i in column:
+            height = _height(canvas.nodes[i])
+            boxes[i] = (x, y, width, height)
+            y += height + GAP + TITLE
+        x += width + GAP
+    return boxes
+
+
+def _columns(canvas: Canvas, note: int) -> list[tuple[int, list[int]]]:
+    """Files, prompts and size, each sampler with its model, reports, the video."""
+    nodes = canvas.nodes
+    order = sorted(nodes, key=lambda i: (len(canvas.ancestors(i)), nodes[i].get("pos", [0, 0])[1]))
+    files = [i for i in order if not any(canvas.into(i)) and _has(nodes[i], FILES)]
+    reports = [i for i in order if nodes[i]["type"] == "LiteAttentionReport"]
+    compared = [i for i in order if nodes[i]["type"] == "LiteAttentionCompare"]
+    used = {note, *files, *reports, *compared}
+    runs = []
+    for sampler in samplers(canvas):
+        needs = canvas.ancestors(sampler) - used
+        run = [i for i in order if i in needs and not _has(nodes[i], CONDITIONS)]
+        run.sort(key=lambda i: (is_sampler(nodes[i]), not _has(nodes[i], {"MODEL", "GUIDER"})))
+        runs.append(run)
+        used |= set(runs[-1])
+    conditions = [i for i in order if _has(nodes[i], CONDITIONS) and i not in used]
+    conditions.sort(key=lambda i: nodes[i].get("title") == "Video size")
+    rest = [i for i in order if i not in used and i not in conditions]
+    frames = [i for i in rest if compared and i in canvas.ancestors(compared[0])]
+    rest = [i for i in rest if i not in frames]
+    short = sum(_height(nodes[i]) + GAP + TITLE for i in [*files, note]) <= ROOM
+    columns = [(400, [*files, note])] if short else [(400, [note]), (400, files)]
+    columns += [(400, conditions), *((320, run) for run in runs), (420, reports + frames)]
+    columns.append((420, compared + rest) if compared else (460, rest))
+    return columns
+
+
+#: Outputs of nodes that read files, and of those that say what is drawn.
+FILES = {"MODEL", "CLIP", "VAE", "CLIP_VISION", "IMAGE"}
+CONDITIONS = {"CONDITIONING", "CLIP_VISION_OUTPUT", "LATENT"}
+
+
+def _has(node: Node, kinds: set[str]) -> bool:
+    """Whether an output of the node is one of these; a sampler is none of them."""
+    return not is_sampler(node) and any(o["type"] in kinds for o in node["outputs"])
+
+
+#: Pixels, where the templates leave much room.
+HEIGHTS = {"SaveVideo": 450, "KSamplerAdvanced": 334, "SamplerCustomAdvanced": 126}
+
+
+def _height(node: Node) -> int:
+    if node["type"] in HEIGHTS:
+        return HEIGHTS[node["type"]]
+    size = node["size"]
+    return round(max(size[1] if isinstance(size, list) else size["1"], 46))
