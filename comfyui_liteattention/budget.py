@@ -63,10 +63,15 @@ def lost_per_bound(ledger: Ledger) -> Tensor:
     return (ledger.measured + PRIOR * prior + 1e-12) / (ledger.expected + prior + 1e-12 / PRIOR)
 
 
+def allowance(budget: float, ramp: float, position: float) -> float:
+    """Lost mass allowed when ``position`` (0..1] of the run is done; its mean over the run is
+    ``budget``. Strict at first: errors made early travel furthest."""
+    return budget * (ramp + 1) * position**ramp
+
+
 def target(budget: float, ramp: float, position: float) -> float:
-    """Lost mass aimed at when ``position`` (0..1] of the run is done; its mean over the run is
-    ``MARGIN * budget``. Strict at first: errors made early travel furthest."""
-    return MARGIN * budget * (ramp + 1) * position**ramp
+    """Lost mass aimed at: the allowance with a margin."""
+    return MARGIN * allowance(budget, ramp, position)
 
 
 def room(ledger: Ledger, aim: float) -> Tensor:

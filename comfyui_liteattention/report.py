@@ -35,7 +35,11 @@ class MapStats(NamedTuple):
 
 @dataclass(frozen=True)
 class RunReport:
-    """What remains of a run."""
+    """What remains of a run.
+
+    ``allowed``: lost mass that the budget allows at each step, empty without one. ``stopped``: why
+    the run went on densely from some point. ``notes``: what the host has to say.
+    """
 
     settings: str
     backend: str
@@ -45,6 +49,9 @@ class RunReport:
     calls: tuple[CallStats, ...]
     reasons: dict[str, int]
     maps: tuple[MapStats, ...]
+    allowed: tuple[float, ...] = ()
+    stopped: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -93,12 +100,20 @@ def status_line(report: RunReport) -> str:
         reasons = [reason for reason in report.reasons if reason != CROSS_ATTENTION]
         why = "; ".join(reasons) or "nothing was negligible at this threshold"
         return f"LiteAttention inactive: {why}"
-    lost = report.lost_mass_mean
-    measured = "not measured" if lost is None else f"{lost:.2%}"
     return (
         f"LiteAttention active: {1 - report.computed_fraction:.0%} of the tiles skipped, "
-        f"lost mass {measured}, {report.seconds:.1f} s ({report.backend} backend)"
+        f"lost mass {_measured(report)}, {report.seconds:.1f} s ({report.backend} backend)"
+        + (f"; {report.stopped}" if report.stopped else "")
     )
+
+
+def _measured(report: RunReport) -> str:
+    lost = report.lost_mass_mean
+    if lost is None:
+        return "not measured"
+    if not report.allowed:
+        return f"{lost:.2%}"
+    return f"{lost:.2%} of {sum(report.allowed) / len(report.allowed):.2%} allowed"
 
 
 def text_table(report: RunReport) -> str:
@@ -109,6 +124,7 @@ def text_table(report: RunReport) -> str:
         f"{report.tokens} tokens, {report.steps} steps"
         if report.calls
         else f"{report.steps} steps",
+        *report.notes,
     ]
     if report.calls:
         lines += ["", f"{'layer':<12} {'computed':>9} {'lost mass':>10}"]
@@ -135,12 +151,14 @@ def figures(report: RunReport) -> dict[str, Any]:
         "seconds": report.seconds,
         "computed_fraction": report.computed_fraction,
         "lost_mass_mean": report.lost_mass_mean,
+        "lost_mass_allowed": list(report.allowed),
         "per_layer": {k: _pair(v) for k, v in by(report.calls, "layer").items()},
         "per_step": [
             _pair(v) | {"step": k, "seconds": report.step_seconds.get(k)}
             for k, v in sorted(by(report.calls, "step").items())
         ],
         "reasons": report.reasons,
+        "notes": list(report.notes),
     }
 
 

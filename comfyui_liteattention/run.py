@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .attention import LayerState, Tally, attend
 from .backends.base import Backend
+from .budget import allowance
 from .order import VideoTokens
 from .pace import TIMED_LAYERS, Pace, timed
 from .report import CallStats, MapStats, RunReport, fraction, mean_lost
@@ -187,6 +188,8 @@ class Run:
                 calls=tuple(_resolve(call) for call in self._calls),
                 reasons=dict(self.reasons),
                 maps=tuple(self._maps()),
+                allowed=self._allowed(),
+                stopped=self._stopped,
             )
 
     def progress_text(self, step: int) -> str:
@@ -214,6 +217,14 @@ class Run:
     def _state(self, layer: str, stream: Stream, q: Tensor) -> LayerState:
         with self._lock:
             return self._states.setdefault(_Key(layer, stream, *q.shape[1:]), LayerState())
+
+    def _allowed(self) -> tuple[float, ...]:
+        """Lost mass that the budget allows at each step."""
+        if self.settings.budget is None:
+            return ()
+        steps = len(self.sigmas) - 1
+        budget, ramp = self.settings.budget, self.settings.ramp
+        return tuple(allowance(budget, ramp, step / steps) for step in range(steps))
 
     def _maps(self):
         """Final tile maps, one per layer and stream, heads and batch averaged."""

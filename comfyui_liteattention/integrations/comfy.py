@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -34,13 +35,18 @@ KEY = "liteattention"
 OVERRIDE = "optimized_attention_override"
 NEVER_ASKED = "the model did not pass any attention call on to LiteAttention"
 WrappersMP = comfy.patcher_extension.WrappersMP
+Show = Callable[[str], None]
 
 
 class Patch:
-    """What the patch node attaches to a model: the settings, and the report of the last run."""
+    """What the patch node attaches to a model: the settings, and the report of the last run.
 
-    def __init__(self, settings: Settings) -> None:
+    ``show`` gets a line of text for the user whenever there is something new to say.
+    """
+
+    def __init__(self, settings: Settings, show: Show | None = None) -> None:
         self.settings = settings
+        self.show = show or _nobody_looks
         self.last_report: RunReport | None = None
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,23 +56,27 @@ class Patch:
         backend = _backend(guider.model_patcher)
         if isinstance(backend, str) or not self.settings.skips:
             reason = backend if isinstance(backend, str) else "the threshold is at its safest"
-            log.info("LiteAttention inactive: %s", reason)
-            self.last_report = _inactive(self.settings, reason, len(sigmas) - 1)
+            self._end(_inactive(self.settings, reason, len(sigmas) - 1))
             return executor(*args, **kwargs)
         run = Run(self.settings, backend, sigmas.tolist())
         notes: list[str] = []
-        _install(guider.model_options.setdefault("transformer_options", {}), run, notes)
+        options = guider.model_options.setdefault("transformer_options", {})
+        _install(options, run, notes, self.show)
         try:
             return executor(*args, **kwargs)
         finally:
-            self.last_report = _annotate(run.finish(), notes)
-            log.info(status_line(self.last_report))
+            self._end(_annotate(run.finish(), notes))
+
+    def _end(self, report: RunReport) -> None:
+        self.last_report = report
+        log.info(status_line(report))
+        self.show(status_line(report))
 
 
-def apply_patch(model: Any, settings: Settings) -> Any:
+def apply_patch(model: Any, settings: Settings, show: Show | None = None) -> Any:
     """A clone of a MODEL that runs with LiteAttention; an earlier patch is replaced."""
     model = remove_patch(model)
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, Patch(settings).outer_sample)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, Patch(settings, show).outer_sample)
     return model
 
 
@@ -107,16 +117,21 @@ class Forward:
         return f"{block}{number}"
 
 
-def _install(options: dict[str, Any], run: Run, notes: list[str]) -> None:
+def _nobody_looks(text: str) -> None: ...
+
+
+def _install(
+    options: dict[str, Any], run: Run, notes: list[str], show: Show = _nobody_looks
+) -> None:
     """Put the hooks of one run into the transformer options of that run; ``notes`` collects what
     its report should say."""
     options[OVERRIDE] = _make_override(run, options.get(OVERRIDE))
     comfy.patcher_extension.add_wrapper_with_key(
-        WrappersMP.APPLY_MODEL, KEY, _make_apply_model(run, notes), options
+        WrappersMP.APPLY_MODEL, KEY, _make_apply_model(run, notes, show), options
     )
 
 
-def _make_apply_model(run: Run, notes: list[str]) -> Callable[..., Any]:
+def _make_apply_model(run: Run, notes: list[str], show: Show) -> Callable[..., Any]:
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
         x = args[0]
@@ -132,6 +147,8 @@ def _make_apply_model(run: Run, notes: list[str]) -> Callable[..., Any]:
         finally:
             run.time_step(progress.step, time.perf_counter() - started)
             options.pop(KEY, None)
+            if show is not _nobody_looks:
+                show(run.progress_text(progress.step))
 
     return apply_model
 
@@ -161,7 +178,15 @@ def _make_override(run: Run, previous: Callable[..., Tensor] | None) -> Callable
         **kwargs: Any,
     ) -> Tensor:
         options = kwargs.get("transformer_options") or {}
-        out = None
+        passed = dict(
+            kwargs,
+            mask=mask,
+            attn_precision=attn_precision,
+            skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape,
+        )
+        inner = func if previous is None else partial(previous, func)
+        dense = partial(inner, q, k, v, heads, **passed)
         if skip_reshape:
             split = (q, k, v)
         else:
@@ -171,26 +196,17 @@ def _make_override(run: Run, previous: Callable[..., Tensor] | None) -> Callable
             forward = options[KEY]
             reason = dense_reason(*split, len(forward.streams), run.settings, run.backend)
             reason = reason or forward.form.misfit(split[0].shape[2])
-        if reason is None:
-            scale = kwargs.get("scale") or split[0].shape[-1] ** -0.5
-            layer = forward.next_layer(options)
-            out = run.attend(
-                layer, forward.streams, forward.progress, *split, scale, forward.form.video
-            )
-        elif run.decline(reason) and reason != CROSS_ATTENTION:
-            log.info("LiteAttention: calls stay dense: %s", reason)
-        if out is not None:
-            return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
-        passed = dict(
-            kwargs,
-            mask=mask,
-            attn_precision=attn_precision,
-            skip_reshape=skip_reshape,
-            skip_output_reshape=skip_output_reshape,
-        )
-        if previous is not None:
-            return previous(func, q, k, v, heads, **passed)
-        return func(q, k, v, heads, **passed)
+        if reason is not None:
+            if run.decline(reason) and reason != CROSS_ATTENTION:
+                log.info("LiteAttention: calls stay dense: %s", reason)
+            return dense()
+        scale = kwargs.get("scale") or split[0].shape[-1] ** -0.5
+        layer = forward.next_layer(options)
+        progress, video = forward.progress, forward.form.video
+        out = run.attend(layer, forward.streams, progress, *split, scale, video, dense)
+        if out is None:
+            return dense()
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     return override
 
@@ -212,7 +228,7 @@ def _ineligible(options: dict[str, Any], mask: Tensor | None, kwargs: dict[str, 
 def _annotate(report: RunReport, notes: Sequence[str]) -> RunReport:
     """The report with what only the host knows."""
     reasons = report.reasons if report.calls or report.reasons else {NEVER_ASKED: 1}
-    return replace(report, settings="; ".join([report.settings, *notes]), reasons=reasons)
+    return replace(report, notes=tuple(notes), reasons=reasons)
 
 
 def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:

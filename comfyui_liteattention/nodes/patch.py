@@ -9,6 +9,7 @@ from ..presets import DEFAULT, PRESETS
 from ..presets import preset as settings_of
 from ..settings import Settings
 from .schema import CATEGORY, Control, schema
+from .status import status_of
 
 
 class LiteAttentionPatch(io.ComfyNode):
@@ -45,10 +46,12 @@ class LiteAttentionPatch(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with LiteAttention.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
         cls, model: io.Model.Type, preset: str, control: Settings | None = None
     ) -> io.NodeOutput:
-        return io.NodeOutput(apply_patch(model, control or settings_of(preset)))
+        show = status_of(cls.hidden.unique_id)
+        return io.NodeOutput(apply_patch(model, control or settings_of(preset), show))

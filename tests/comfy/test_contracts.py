@@ -52,7 +52,11 @@ def setup(comfy):
     from comfyui_liteattention.settings import Settings
 
     form = Form(frozenset({200}), None)
-    run = Run(Settings(min_tokens=0), backend_for(torch.device("cpu")), [1.0, 0.5, 0.0])
+    run = Run(
+        Settings(min_tokens=0, never_slower=False),
+        backend_for(torch.device("cpu")),
+        [1.0, 0.5, 0.0],
+    )
 
     def options(**extra):
         return {KEY: Forward(run.locate(1.0), ["cond"], form), **extra}

@@ -8,7 +8,7 @@ from demo.comfy_server import REPOSITORY, WEIGHTS
 from demo.model import TEXT_TABLE
 from demo.text import embed_prompts, load_table
 
-SETTINGS = Settings(threshold=-1.0, min_tokens=0)
+SETTINGS = Settings(threshold=-1.0, min_tokens=0, never_slower=False)
 OVERRIDE = "optimized_attention_override"
 
 
@@ -195,7 +195,7 @@ def test_a_cancelled_run_leaves_no_state(comfy, patched, generate):
 def test_two_patched_models_do_not_disturb_each_other(plain, patched, generate):
     from comfyui_liteattention.integrations.comfy import apply_patch
 
-    other = apply_patch(plain, Settings(threshold=-6.0, min_tokens=0))
+    other = apply_patch(plain, Settings(threshold=-6.0, min_tokens=0, never_slower=False))
     alone = generate(patched)
     generate(other, seed=8)
     assert torch.equal(generate(patched), alone)

@@ -21,6 +21,8 @@ from demo.comfy_server import REPOSITORY, comfyui_path
 
 TILE = 16
 SIGMAS = [1.0, 0.7, 0.4, 0.0]
+BOLD = {"threshold": -1.0, "criterion": "gap", "ramp": 0, "audit": 0, "min_tokens": 0}
+BOLD["never_slower"] = False
 NEWER = parse("0.33")  # the oldest newer version that this was run with
 OVERRIDE = "optimized_attention_override"
 
@@ -378,7 +380,9 @@ def generate(model, case, backend=None, batches=(("a",),)):
     its notes. ``batches`` are the model calls of a step, each with its conditionings."""
     from comfyui_liteattention.integrations.comfy import _install
 
-    settings = Settings(threshold=-1.0, criterion="gap", ramp=0, audit=0, min_tokens=0)
+    settings = Settings(
+        threshold=-1.0, criterion="gap", ramp=0, audit=0, min_tokens=0, never_slower=False
+    )
     run = Run(settings, backend or Recorder(-50.0), SIGMAS)
     options, seen, notes = {}, [], []
     if backend is not None:
@@ -495,7 +499,9 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
     from comfyui_liteattention.integrations import comfy as integration
 
     case = next(case for case in CASES if case.name == name)
-    settings = Settings(threshold=-1.0, criterion="gap", ramp=0, audit=0, min_tokens=0)
+    settings = Settings(
+        threshold=-1.0, criterion="gap", ramp=0, audit=0, min_tokens=0, never_slower=False
+    )
     monkeypatch.setattr(integration, "_backend", lambda patcher: Recorder(-50.0))
     cpu = torch.device("cpu")
     patcher = comfy.model_patcher.ModelPatcher(build(case), cpu, cpu)
