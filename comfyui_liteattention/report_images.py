@@ -76,10 +76,13 @@ def step_chart(report: RunReport, theme: Theme) -> Tensor:
     computed = [100 * fraction(calls) for calls in groups.values()]
     lost = [_percent(mean_lost(calls)) for calls in groups.values()]
     worst = [_percent(_worst_layer(calls)) for calls in groups.values()]
+    allowed = [100 * report.allowed[step] for step in steps if step < len(report.allowed)]
     seconds = [report.step_seconds.get(step) for step in steps]
 
     mean = report.lost_mass_mean
-    measured = "not measured" if mean is None else f"{mean:.2%} on average"
+    measured = "not measured" if mean is None else f"mean {mean:.2%}"
+    if report.allowed:
+        measured += f" of {sum(report.allowed) / len(report.allowed):.2%}"
     rows: list[tuple[str, str, Callable[[Box], None]]] = []
     canvas = _page(theme, "Step by step", f"{report.tokens:,} tokens, {report.backend} backend")
     rows.append(
@@ -91,9 +94,9 @@ def step_chart(report: RunReport, theme: Theme) -> Tensor:
     )
     rows.append(
         (
-            "lost mass, %   (thin: the worst layer)",
+            "lost mass, %   (thin: worst layer" + (", grey: allowed)" if allowed else ")"),
             measured,
-            lambda box: _curves(canvas, box, lost, worst, theme.second),
+            lambda box: _curves(canvas, box, lost, worst, allowed, theme.second),
         )
     )
     if any(second is not None for second in seconds):
@@ -205,11 +208,13 @@ def _curves(
     box: Box,
     mean: Sequence[float | None],
     worst: Sequence[float | None],
+    allowed: Sequence[float],
     colour: Colour,
 ) -> None:
-    """Mean and worst lost mass, in percent; steps without a measurement are left out."""
-    measured = [value for value in worst if value is not None]
-    top = _scale(canvas, box, max(measured, default=0.0) or 1.0)
+    """Mean and worst lost mass and what is allowed, in percent; steps without a measurement are
+    left out."""
+    known = [value for value in (*worst, *allowed) if value is not None]
+    top = _scale(canvas, box, max(known, default=0.0) or 1.0)
     left, upper, right, bottom = box
     width = (right - left) / len(mean)
 
@@ -220,6 +225,7 @@ def _curves(
             if value is not None
         ]
 
+    canvas.line(points(allowed), canvas.theme.faint, 2)
     canvas.line(points(worst), colour, 1)
     canvas.line(points(mean), colour, 3)
     for point in points(mean):

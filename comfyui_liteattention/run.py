@@ -219,12 +219,12 @@ class Run:
             return self._states.setdefault(_Key(layer, stream, *q.shape[1:]), LayerState())
 
     def _allowed(self) -> tuple[float, ...]:
-        """Lost mass that the budget allows at each step."""
+        """Lost mass that the budget allows in the middle of each step."""
         if self.settings.budget is None:
             return ()
         steps = len(self.sigmas) - 1
         budget, ramp = self.settings.budget, self.settings.ramp
-        return tuple(allowance(budget, ramp, step / steps) for step in range(steps))
+        return tuple(allowance(budget, ramp, (step + 0.5) / steps) for step in range(steps))
 
     def _maps(self):
         """Final tile maps, one per layer and stream, heads and batch averaged."""
