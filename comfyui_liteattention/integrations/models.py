@@ -214,13 +214,6 @@ FAMILIES: dict[tuple[str, str], Describe] = {
 }
 
 
-def video_tokens(grid: Grid | None, length: int) -> VideoTokens | None:
-    """Where the video lies in a sequence of ``length`` tokens; None where that is not known."""
-    if grid is None or VideoTokens(grid).stop != length:
-        return None
-    return VideoTokens(grid)
-
-
 def _sequence(grid: Grid, before: int = 0, after: int = 0) -> Form:
     """The video's tokens with others before and after them."""
     video = VideoTokens(grid, before)
