@@ -345,3 +345,35 @@ def test_a_mask_goes_to_the_users_own_attention(comfy):
     got = override(func, q, q, q, 2, mask=torch.ones(128, 128), transformer_options=options)
     assert got == "untouched"
     assert list(run.finish().reasons) == ["a mask (regional prompt or padding)"]
+
+
+def test_a_run_switches_itself_off_where_the_users_attention_is_faster(
+    plain, generate, monkeypatch
+):
+    """The user's own attention is asked in place of ours only where it is timed."""
+    from comfyui_liteattention import run as run_module
+    from comfyui_liteattention.integrations.comfy import apply_patch
+
+    seconds, shown = [3.0, 1.0] * 4, []
+
+    def timed(function, device):
+        return function(), seconds.pop(0)
+
+    monkeypatch.setattr(run_module, "timed", timed)
+    model = apply_patch(plain, Settings(min_tokens=0), shown.append)
+    out = generate(model)
+    assert seconds == []
+    assert "your own attention is faster" in report(model).stopped
+    assert {call.step for call in report(model).calls} == {0}
+    torch.testing.assert_close(out, generate(plain), rtol=1e-3, atol=1e-3)
+    assert shown[0].startswith("step 1/4: 0% of the tiles skipped")
+    assert "faster" in shown[-1]
+
+
+def test_the_line_on_the_node(plain, generate):
+    from comfyui_liteattention.integrations.comfy import apply_patch
+
+    shown = []
+    generate(apply_patch(plain, SETTINGS, shown.append))
+    assert [line.split(":")[0] for line in shown[:-1]] == [f"step {i}/4" for i in (1, 2, 3, 4)]
+    assert shown[-1].startswith("LiteAttention active: ")
