@@ -70,13 +70,11 @@ def main() -> None:
 
 def all_points() -> list[Point]:
     """Rivals, ours, and ours with one thing changed."""
-    points = [
-        rival("upstream", f"threshold {t}", UpstreamSemantics, t) for t in (-8, -5, -3, -1.5, -0.5)
-    ]
+    points = [rival("upstream", f"threshold {t}", UpstreamSemantics, t) for t in (-4, -2, -1, -0.3)]
     points += [rival("sol_attn", f"tau {t}", SolAttention, t) for t in (-1.5, -0.9, -0.5, 0, 0.5)]
     points += [
         rival("sol_attn, 20 % dense start", f"tau {t}", SolAttention, t, 0.2)
-        for t in (-1.5, -0.9, -0.5, 0, 0.5)
+        for t in (-0.9, 0, 0.5)
     ]
     points += [rival("window", f"{w} tiles", Window, w) for w in (40, 28, 16)]
     default = Settings()
@@ -84,11 +82,11 @@ def all_points() -> list[Point]:
     for name, changed in {
         "ours, raster order": replace(default, order="raster"),
         "ours, no ramp": replace(default, ramp=0.0),
-        "ours, ramp 1": replace(default, ramp=1.0),
+        "ours, ramp 2": replace(default, ramp=2.0),
         "ours, audit 16": replace(default, audit=16),
         "ours, 20 % dense start": replace(default, warmup=0.2),
     }.items():
-        points += [ours(name, replace(changed, budget=b)) for b in (0.01, 0.05)]
+        points += [ours(name, replace(changed, budget=b)) for b in (0.01, 0.1)]
     points += [ours("ours, threshold", replace(default, threshold=t)) for t in THRESHOLDS]
     points += [
         ours("ours, gap threshold", replace(default, criterion="gap", threshold=t))
