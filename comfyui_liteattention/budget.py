@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .tiles import PART
+
 #: Aim below the budget by this factor: measurements are samples.
 MARGIN = 0.8
 #: Measured loss over its bound, before anything was measured; counts as PRIOR_WEIGHT measurements.
@@ -91,11 +93,13 @@ def threshold_for(score: Tensor, droppable: Tensor, allowed: Tensor) -> Tensor:
 
     ``score [B, H, Tq, Tk]`` log2; ``droppable`` of the same shape, bool.
     """
-    bins = (score / BIN).floor().clamp(-BINS, -1).add(BINS).long()
     # Integers add up to the same sum in any order, so that a card repeats its choices to the bit.
-    mass = torch.where(droppable, score.exp2() * UNIT, 0).long()
     per_bin = torch.zeros(BINS, dtype=torch.int64, device=score.device)
-    per_bin.scatter_add_(0, bins.flatten(), mass.flatten())
+    for part, may_go in zip(
+        score.flatten().split(PART), droppable.flatten().split(PART), strict=True
+    ):
+        bins = (part / BIN).floor().clamp(-BINS, -1).add(BINS).long()
+        per_bin.scatter_add_(0, bins, torch.where(may_go, part.exp2() * UNIT, 0).long())
     rows = score.shape[0] * score.shape[1] * score.shape[2]
     fits = (per_bin.cumsum(0) <= allowed.double() * (rows * UNIT)).sum()
     # Everything below the first bin that doesn't fit.

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
+#: Tiles that are listed at once.
+PART = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,21 @@ class TileLists:
 
 def pack(mask: Tensor) -> Tensor:
     """``mask [..., Tk]`` bool -> bits ``[..., ceil(Tk/32)]`` int32."""
-    tk = mask.shape[-1]
-    words = -(-tk // WORD_BITS)
-    padded = torch.nn.functional.pad(mask, (0, words * WORD_BITS - tk))
-    bits = padded.reshape(*mask.shape[:-1], words, WORD_BITS).to(torch.int64)
-    shifts = torch.arange(WORD_BITS, device=mask.device)
-    unsigned = (bits << shifts).sum(-1)
-    # int64 -> int32 wraps the top bit into the sign, which is what a 32-bit word holds.
-    return unsigned.to(torch.int32)
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % WORD_BITS)).to(torch.uint8)
+    octets = (padded.unflatten(-1, (-1, 8)) * _bits(mask.device)).sum(-1, dtype=torch.uint8)
+    return octets.view(torch.int32)
 
 
 def unpack(live: Tensor, tk: int) -> Tensor:
     """Bits ``[..., W]`` int32 -> ``mask [..., tk]`` bool."""
-    shifts = torch.arange(WORD_BITS, device=live.device, dtype=torch.int32)
-    bits = (live.unsqueeze(-1) >> shifts) & 1
-    return bits.flatten(-2)[..., :tk].bool()
+    octets = live.view(torch.uint8).unsqueeze(-1)
+    return (octets & _bits(live.device)).ne(0).flatten(-2)[..., :tk]
+
+
+def _bits(device: torch.device) -> Tensor:
+    """The values of the bits of a byte. (Bytes of a word are little end first on all machines that
+    torch runs on; whole maps are large, so that they are never widened.)"""
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
 
 
 def all_live(b: int, h: int, tq: int, tk: int, device: torch.device | str = "cpu") -> Tensor:
@@ -79,16 +81,28 @@ def make_lists(mask: Tensor, alternate: bool = False) -> TileLists:
     With ``alternate`` they are visited in descending order, unless every tile of the map is live:
     then the lists stay what a dense call does, bit for bit.
     """
-    tiles = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-    upto = mask.cumsum(-1, dtype=torch.int32)  # live tiles up to and including this one
-    count = upto[..., -1].contiguous()
-    place = upto - 1
-    if alternate:
-        place = torch.where(mask.all(), place, count.unsqueeze(-1) - upto)
-    # Dead tiles go behind the live ones, where nobody reads them.
-    place = torch.where(mask, place, count.unsqueeze(-1) + tiles - upto)
-    index = torch.empty_like(place).scatter_(-1, place.long(), tiles.expand(mask.shape))
+    count = mask.sum(-1, dtype=torch.int32)
+    index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
+    backwards = ~mask.all() if alternate else None
+    # In parts: places are 64-bit while they are used, which for all heads at once is a lot.
+    rows, out = mask.flatten(0, -2), index.flatten(0, -2)
+    step = max(1, PART // mask.shape[-1])
+    for part, into in zip(rows.split(step), out.split(step), strict=True):
+        _list_rows(part, backwards, into)
     return TileLists(count, index)
+
+
+def _list_rows(mask: Tensor, backwards: Tensor | None, index: Tensor) -> None:
+    """Fill ``index [R, Tk]`` with the numbers of the set places of ``mask [R, Tk]``, then of the
+    others; the former in descending order where ``backwards [] bool`` holds."""
+    tiles = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    upto = mask.cumsum(-1, dtype=torch.int32)  # set places up to and including this one
+    count = upto[:, -1:]
+    place = upto - 1
+    if backwards is not None:
+        place = torch.where(backwards, count - upto, place)
+    place = torch.where(mask, place, count + tiles - upto)
+    index.scatter_(-1, place.long(), tiles.expand(mask.shape))
 
 
 def tiles_touching(tokens: Tensor, rows: int) -> Tensor:

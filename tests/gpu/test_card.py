@@ -16,6 +16,10 @@ from comfyui_liteattention.backends.cuda import CudaBackend
 from comfyui_liteattention.backends.cuda_variants import HEAD_DIMS, TILE
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.backends.triton import TritonBackend
+from comfyui_liteattention.order import VideoTokens
+from comfyui_liteattention.run import Run
+from comfyui_liteattention.schedule import Progress
+from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import make_lists
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card")
@@ -151,6 +155,38 @@ def test_under_torch_compile(backend):
     compiled = torch.compile(lambda *x: backend.forward(*x, 0.1, lists, "mass"))
     got, want = compiled(q, k, v), backend.forward(q, k, v, 0.1, lists, "mass")
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def whole_run(backend, device, dtype):
+    """Ten steps of two layers with text before the video; the report and the last rows of text,
+    ours and dense."""
+    steps, text, grid, d = 10, 70, (4, 16, 16), 64
+    run = Run(Settings(budget=0.05, audit=8, min_tokens=0), backend, range(steps, -1, -1))
+    video = VideoTokens(grid, text)
+    generator = torch.Generator().manual_seed(0)
+    place = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), -1)
+    angle = place.reshape(-1, 3, 1) * torch.linspace(0.1, 0.4, d // 6 + 1)
+    near = torch.cat([angle.cos(), angle.sin()], -1).flatten(1)[:, :d]
+    near = torch.nn.functional.pad(near, (0, 0, text, 0))
+    q, k, v = torch.randn(3, 1, 4, text + 1024, d, generator=generator)
+    q, k, v = (x.to(device, dtype) for x in (q + 3 * near, k + 3 * near, v))
+    for step in range(steps):
+        for layer in ("first", "second"):
+            progress = Progress(step, (step + 1) / steps)
+            out = run.attend(layer, ["positive"], progress, q, k, v, d**-0.5, video)
+            assert out is not None and out.device == q.device and out.dtype == dtype
+    dense = scaled_dot_product_attention(q, k, v)
+    return run.finish(), out[:, :, :text], dense[:, :, :text]
+
+
+def test_a_whole_run_holds_its_budget(backend):
+    report, ours, dense = whole_run(backend, "cuda", torch.bfloat16)
+    assert report.computed_fraction < 0.9
+    assert 0 < report.lost_mass_mean < 0.05
+    assert relative_error(ours, dense) < 0.02
+    again = whole_run(backend, "cuda", torch.bfloat16)
+    assert torch.equal(again[1], ours)
+    assert again[0].computed_fraction == report.computed_fraction
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
