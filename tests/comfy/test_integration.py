@@ -354,7 +354,7 @@ def test_a_run_switches_itself_off_where_the_users_attention_is_faster(
     from comfyui_liteattention import run as run_module
     from comfyui_liteattention.integrations.comfy import apply_patch
 
-    seconds, shown = [3.0, 1.0] * 4, []
+    seconds, shown = [3.0, 1.0] * 3, []
 
     def timed(function, device):
         return function(), seconds.pop(0)
