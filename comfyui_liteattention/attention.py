@@ -21,11 +21,13 @@ class Tally(NamedTuple):
 
     ``computed`` [] int64: tiles computed, the audit's included; ``total``: tiles of the matrix;
     ``lost`` [] float32: mean lost mass of the audited rows, None where nothing was audited.
+    ``bound`` [] float32: what the ledger expected at most then, None where there is no ledger.
     """
 
     computed: Tensor
     total: int
     lost: Tensor | None
+    bound: Tensor | None = None
 
 
 @dataclass
@@ -34,13 +36,15 @@ class LayerState:
 
     ``live [B, H, Tq, ceil(Tk/32)]`` int32, one bit a tile, updated in place; None until a call has
     marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once. ``ledger``: see
-    budget.py, None where there is none to hold.
+    budget.py, None where there is none to hold. ``ratios [PHASES]``: what a profile knows of this
+    layer, see :func:`budget.learn`.
     """
 
     live: Tensor | None = None
     pinned: Tensor | None = None
     ledger: Ledger | None = None
     calls: int = 0
+    ratios: tuple[float, ...] | None = None
 
 
 def attend(
@@ -83,7 +87,9 @@ def attend(
         lost = _audit(result, rows, backend, q, k, v, scale)
         computed = computed + b * h * len(audited) * tk
 
+    bound = None
     if lost is not None and state.ledger is not None:
+        bound = state.ledger.bound
         state.ledger = budget.enter_audit(state.ledger, lost)
     if result.score is not None:
         if state.pinned is None:
@@ -92,7 +98,7 @@ def attend(
         state.live = pack(kept) if state.live is None else state.live.copy_(pack(kept))
     state.calls += 1
     out = result.out if arrangement is None else result.out.index_select(2, arrangement.place)
-    return out, Tally(computed, b * h * tq * tk, lost)
+    return out, Tally(computed, b * h * tq * tk, lost, bound)
 
 
 def _mark(
@@ -105,11 +111,12 @@ def _mark(
         return policy.next_live(live, score, threshold, state.pinned)
     aim = budget.target(settings.budget, settings.ramp, position)
     ledger = state.ledger or budget.open_ledger(score.device)
+    start = state.ratios[budget.phase(position)] if state.ratios else budget.PRIOR
     before = torch.ones_like(score, dtype=torch.bool) if live is None else live
-    limit = budget.threshold_for(score, before & ~state.pinned, budget.room(ledger, aim))
+    limit = budget.threshold_for(score, before & ~state.pinned, budget.room(ledger, aim, start))
     kept = policy.next_live(live, score, limit, state.pinned)
     ledger = budget.enter_dropped(ledger, score, before & ~kept)
-    fresh = budget.overspent(ledger, aim)
+    fresh = budget.overspent(ledger, aim, start)
     state.ledger = ledger._replace(bound=ledger.bound.masked_fill(fresh, 0))
     return kept | fresh
 

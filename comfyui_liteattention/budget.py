@@ -7,6 +7,9 @@ allowed loss into a threshold. Pure functions; tensors stay on their device, not
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +22,10 @@ MARGIN = 0.8
 #: Measured loss over its bound, before anything was measured; counts as PRIOR_WEIGHT measurements.
 PRIOR = 0.3
 PRIOR_WEIGHT = 1.0
+#: Parts of a run for which a layer's ratio is learned on its own.
+PHASES = 5
+#: No learned ratio is taken for less or more than this: a few samples may see next to nothing.
+RATIOS = (2.0**-7, 8.0)
 #: Weight of older measurements at each new one.
 DECAY = 0.8
 #: A layer whose loss comes to this many times its aim starts over with all tiles.
@@ -58,11 +65,11 @@ def enter_audit(ledger: Ledger, lost: Tensor) -> Ledger:
     )
 
 
-def lost_per_bound(ledger: Ledger) -> Tensor:
-    """True loss over its bound, ``[]``, as far as known."""
+def lost_per_bound(ledger: Ledger, start: float = PRIOR) -> Tensor:
+    """True loss over its bound, ``[]``, as far as known; ``start`` before anything was measured."""
     mean_bound = ledger.expected / ledger.audits.clamp(min=1)
     prior = PRIOR_WEIGHT * mean_bound
-    return (ledger.measured + PRIOR * prior + 1e-12) / (ledger.expected + prior + 1e-12 / PRIOR)
+    return (ledger.measured + start * prior + 1e-12) / (ledger.expected + prior + 1e-12 / start)
 
 
 def allowance(budget: float, ramp: float, position: float) -> float:
@@ -76,15 +83,15 @@ def target(budget: float, ramp: float, position: float) -> float:
     return MARGIN * allowance(budget, ramp, position)
 
 
-def room(ledger: Ledger, aim: float) -> Tensor:
+def room(ledger: Ledger, aim: float, start: float = PRIOR) -> Tensor:
     """How much more bound may be dropped ``[]`` so that the loss comes to ``aim``."""
-    return (aim / lost_per_bound(ledger) - ledger.bound).clamp(min=0)
+    return (aim / lost_per_bound(ledger, start) - ledger.bound).clamp(min=0)
 
 
-def overspent(ledger: Ledger, aim: float) -> Tensor:
+def overspent(ledger: Ledger, aim: float, start: float = PRIOR) -> Tensor:
     """Whether so much more than ``aim`` is lost that waiting won't do, ``[]`` bool: what was
     negligible when it was dropped has become important since."""
-    return lost_per_bound(ledger) * ledger.bound > TOO_MUCH * aim
+    return lost_per_bound(ledger, start) * ledger.bound > TOO_MUCH * aim
 
 
 def threshold_for(score: Tensor, droppable: Tensor, allowed: Tensor) -> Tensor:
@@ -110,3 +117,49 @@ def enter_dropped(ledger: Ledger, score: Tensor, dropped: Tensor) -> Ledger:
     """Note the tiles ``[B, H, Tq, Tk]`` bool that this call marked."""
     rows = score.shape[0] * score.shape[1] * score.shape[2]
     return ledger._replace(bound=ledger.bound + torch.where(dropped, score.exp2(), 0).sum() / rows)
+
+
+class Audit(NamedTuple):
+    """One audited call: the part of the run done with it (0..1], and two means over rows."""
+
+    layer: str
+    position: float
+    lost: float
+    bound: float
+
+
+def phase(position: float) -> int:
+    """The part of the run, 0 to ``PHASES`` - 1, in which ``position`` (0..1] lies."""
+    return min(max(math.ceil(position * PHASES - 1e-6) - 1, 0), PHASES - 1)
+
+
+def learn(audits: Iterable[Audit]) -> dict[str, tuple[float, ...]]:
+    """Loss over bound of each layer in each phase, ``[PHASES]``, over all conditionings.
+
+    Few measurements count beside ``PRIOR``, as in a ledger. A phase without any, as the first one
+    of a short run, takes the ratio of the next phase that has some, else of the one before.
+    """
+    sums: dict[str, list[list[float]]] = defaultdict(lambda: [[0.0] * 3 for _ in range(PHASES)])
+    for audit in audits:
+        if audit.bound > 0:
+            entry = sums[audit.layer][phase(audit.position)]
+            for i, value in enumerate((audit.lost, audit.bound, 1.0)):
+                entry[i] += value
+    return {layer: _filled([_ratio(*entry) for entry in phases]) for layer, phases in sums.items()}
+
+
+def _ratio(lost: float, bound: float, audits: float) -> float | None:
+    if not audits:
+        return None
+    prior = PRIOR_WEIGHT * bound / audits
+    return min(max((lost + PRIOR * prior) / (bound + prior), RATIOS[0]), RATIOS[1])
+
+
+def _filled(ratios: list[float | None]) -> tuple[float, ...]:
+    """Every phase with a ratio: its own, the next known one, or the last one."""
+    filled: list[float] = []
+    known = next(ratio for ratio in reversed(ratios) if ratio is not None)
+    for ratio in reversed(ratios):
+        known = known if ratio is None else ratio
+        filled.insert(0, known)
+    return tuple(filled)

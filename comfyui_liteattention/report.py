@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from .eligibility import CROSS_ATTENTION
+
+if TYPE_CHECKING:
+    from .profile import Profile
 
 
 class CallStats(NamedTuple):
@@ -38,7 +41,8 @@ class RunReport:
     """What remains of a run.
 
     ``allowed``: lost mass that the budget allows at each step, empty without one. ``stopped``: why
-    the run went on densely from some point. ``notes``: what the host has to say.
+    the run went on densely from some point. ``notes``: what else people should know. ``learned``:
+    what a run with a budget can pass on to later ones.
     """
 
     settings: str
@@ -52,6 +56,7 @@ class RunReport:
     allowed: tuple[float, ...] = ()
     stopped: str | None = None
     notes: tuple[str, ...] = ()
+    learned: Profile | None = None
 
     @property
     def active(self) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,13 +15,16 @@ from torch import Tensor
 
 from .attention import LayerState, Tally, attend
 from .backends.base import Backend
-from .budget import allowance
+from .budget import Audit, allowance
 from .order import VideoTokens
 from .pace import TIMED_LAYERS, Pace, timed
+from .profile import Fingerprint, Profile, fingerprint, make
 from .report import CallStats, MapStats, RunReport, fraction, mean_lost
 from .schedule import Progress, locate
 from .settings import Settings, describe
 from .tiles import unpack
+
+log = logging.getLogger(__name__)
 
 Stream = Hashable
 NOT_FINITE = "the result was not finite (NaN or infinity): this layer stays dense for the run"
@@ -30,6 +35,7 @@ OUT_OF_MEMORY = "not enough memory for LiteAttention on this device: switched of
 
 class _Call(NamedTuple):
     step: int
+    position: float
     layer: str
     stream: Stream
     tokens: int
@@ -61,6 +67,9 @@ class Run:
         self._stopped: str | None = None
         self._calls: list[_Call] = []
         self._layers: dict[str, int] = {}
+        self._profile = settings.profile
+        self._model: Fingerprint | None = None
+        self._notes: tuple[str, ...] = ()
         self._seconds: defaultdict[int, float] = defaultdict(float)
         self._lock = threading.Lock()
         self._pace = Pace(len(self.sigmas) - 1)
@@ -103,7 +112,7 @@ class Run:
         if self._stopped or layer in self._failed:
             self.decline(self._stopped or NOT_FINITE)
             return None
-        index = self._layers.setdefault(layer, len(self._layers))
+        index = self._enter(layer, streams[0], q)
         if index in self.settings.dense_layers:
             self.decline(DENSE_LAYER)
             return None
@@ -152,7 +161,7 @@ class Run:
             state, self.backend, q, k, v, scale, self.settings, progress.position, video
         )
         with self._lock:
-            self._calls.append(_Call(progress.step, layer, stream, q.shape[2], tally))
+            self._calls.append(_Call(*progress, layer, stream, q.shape[2], tally))
         return out
 
     def _watch(self, step: int) -> bool:
@@ -179,7 +188,7 @@ class Run:
     def report(self) -> RunReport:
         """What the run has done so far."""
         with self._lock:
-            return RunReport(
+            report = RunReport(
                 settings=describe(self.settings),
                 backend=self.backend.name,
                 steps=max(len(self.sigmas) - 1, 0),
@@ -190,7 +199,9 @@ class Run:
                 maps=tuple(self._maps()),
                 allowed=self._allowed(),
                 stopped=self._stopped,
+                notes=self._notes,
             )
+            return replace(report, learned=self._learned(report))
 
     def progress_text(self, step: int) -> str:
         """One line about the step that just ended, for people who are waiting."""
@@ -216,7 +227,38 @@ class Run:
 
     def _state(self, layer: str, stream: Stream, q: Tensor) -> LayerState:
         with self._lock:
-            return self._states.setdefault(_Key(layer, stream, *q.shape[1:]), LayerState())
+            ratios = self._profile.ratios_of(layer) if self._profile else None
+            key = _Key(layer, stream, *q.shape[1:])
+            return self._states.setdefault(key, LayerState(ratios=ratios))
+
+    def _enter(self, layer: str, stream: Stream, q: Tensor) -> int:
+        """Number of a layer, in the order of execution. Sees to it that the profile, if there is
+        one, fits the model: the number of its layers is known when one of them comes again."""
+        with self._lock:
+            index = self._layers.setdefault(layer, len(self._layers))
+            heads, head_dim = (q.shape[1], q.shape[3]) if self._model is None else self._model[1:3]
+            tile = self.backend.tile_shape(head_dim)
+            self._model = fingerprint(len(self._layers), heads, head_dim, tile)
+            complete = _Key(layer, stream, *q.shape[1:]) in self._states
+            reason = self._profile.misfit(self._model, complete) if self._profile else None
+            if reason is not None:
+                log.warning("LiteAttention: %s", reason)
+                self._profile = None
+                self._notes += (reason,)
+                for state in self._states.values():
+                    state.ratios = None
+        return index
+
+    def _learned(self, report: RunReport) -> Profile | None:
+        """What later runs can use."""
+        if self.settings.budget is None or self._model is None:
+            return None
+        audits = (
+            Audit(call.layer, call.position, float(call.tally.lost), float(call.tally.bound))
+            for call in self._calls
+            if call.tally.lost is not None and call.tally.bound is not None
+        )
+        return make(audits, report, self._model, self.settings.budget, self.settings.ramp)
 
     def _allowed(self) -> tuple[float, ...]:
         """Lost mass that the budget allows in the middle of each step."""
@@ -237,7 +279,7 @@ class Run:
 
 
 def _resolve(call: _Call) -> CallStats:
-    computed, total, lost = call.tally
+    computed, total, lost, _ = call.tally
     return CallStats(
         step=call.step,
         layer=call.layer,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from .backends.base import Criterion
 from .order import TokenOrder, TokenRanges
+
+if TYPE_CHECKING:
+    from .profile import Profile
 
 #: A threshold at or below this never skips a tile.
 SAFEST = -40.0
@@ -51,6 +54,8 @@ class Settings:
         Shorter sequences stay dense.
     never_slower
         Switch off for a run in which the attention that would be used otherwise is faster.
+    profile
+        What earlier runs learned about this model (profile.py), for a budget.
     """
 
     budget: float | None = None
@@ -65,6 +70,7 @@ class Settings:
     audit: int = 64
     min_tokens: int = 2048
     never_slower: bool = True
+    profile: Profile | None = None
 
     def __post_init__(self) -> None:
         for name, problem in _problems(self):
@@ -108,6 +114,11 @@ def _problems(s: Settings):
             yield "criterion", "a budget is lost mass and needs criterion='mass'"
         if s.audit == 0:
             yield "audit", "a budget needs the audit, which measures the loss; try 64"
+    elif s.profile is not None:
+        yield (
+            "profile",
+            "is for a budget, and there is none; try budget=0.01",
+        )
     if not (isinstance(s.threshold, (int, float)) and s.threshold < 0):
         yield "threshold", "must be negative (log2 units; more negative is safer, try -4)"
     if s.criterion not in get_args(Criterion):

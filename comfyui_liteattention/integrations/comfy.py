@@ -228,7 +228,7 @@ def _ineligible(options: dict[str, Any], mask: Tensor | None, kwargs: dict[str, 
 def _annotate(report: RunReport, notes: Sequence[str]) -> RunReport:
     """The report with what only the host knows."""
     reasons = report.reasons if report.calls or report.reasons else {NEVER_ASKED: 1}
-    return replace(report, notes=tuple(notes), reasons=reasons)
+    return replace(report, notes=(*notes, *report.notes), reasons=reasons)
 
 
 def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:

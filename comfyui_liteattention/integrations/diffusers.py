@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -14,6 +15,8 @@ from typing import Any
 from torch import nn
 
 from .. import presets
+from ..profile import Profile
+from ..profile_file import load
 from ..settings import Settings
 from .diffusers_session import Session, session_on
 
@@ -26,16 +29,20 @@ def enable(
     preset: str | None = None,
     threshold: float | None = None,
     budget: float | None = None,
+    profile: Profile | str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Session:
     """Let the self-attention of a pipeline, or of one transformer, skip negligible tiles.
 
     Give at most one of ``preset`` ("Safe", "Balanced", "Fast"; Balanced if there is nothing),
     ``threshold`` (log2, negative) and ``budget``: the fraction of the attention, 0..1, that may be
-    lost; it is measured while the run goes on, and held. Other fields of :class:`Settings` by name.
-    What was enabled here before is replaced.
+    lost; it is measured while the run goes on, and held. ``profile``: what earlier runs learned, a
+    file or ``owner/repo@commit[:file]`` on the hub (profile_file.py). Other fields of
+    :class:`Settings` by name. What was enabled here before is replaced.
     """
     transformers = _transformers(target)
+    if profile is not None:
+        settings["profile"] = profile if isinstance(profile, Profile) else load(profile)
     chosen = _settings(preset, threshold, budget, settings)
     disable(target)
     return Session(target, transformers, chosen)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..profile import join
 from ..report import RunReport
 from ..run import Run
 from ..schedule import Progress
@@ -154,7 +155,7 @@ def _merge(reports: Sequence[RunReport]) -> RunReport:
         seconds.update(report.step_seconds)  # type: ignore[arg-type]
         reasons.update(report.reasons)
     calls = tuple(call for report in reports for call in report.calls)
-    return replace(
+    merged = replace(
         reports[0],
         steps=reports[0].steps or max(seconds, default=-1) + 1,
         seconds=max(report.seconds for report in reports),
@@ -162,4 +163,7 @@ def _merge(reports: Sequence[RunReport]) -> RunReport:
         calls=calls,
         reasons=dict(reasons),
         maps=tuple(tile_map for report in reports for tile_map in report.maps),
+        notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
     )
+    learned = [report.learned for report in reports if report.learned is not None]
+    return replace(merged, learned=join(learned, merged))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,8 @@ from torch import nn
 
 from ..backends import backend_for
 from ..order import TokenRanges
+from ..profile import learned_in
+from ..profile_file import save
 from ..report import RunReport, status_line, text_table
 from ..run import Run
 from ..settings import Settings, describe
@@ -69,6 +72,11 @@ class Session:
         elif self._hooks:
             lines.insert(0, f"LiteAttention enabled, no run yet; {describe(self.settings)}")
         return "\n".join(lines)
+
+    def save_profile(self, path: str | os.PathLike[str]) -> None:
+        """Save what the last run learned, for ``enable(..., profile=path)``; ValueError says why
+        there is nothing."""
+        save(learned_in(self.report()), path)
 
     def reset(self) -> None:
         """End the run: the next call of a transformer starts a new one. Pipelines do it alone."""
