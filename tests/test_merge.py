@@ -1,5 +1,7 @@
 """Attention to chunks of the keys, merged, is attention to all of them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,9 +29,7 @@ def test_merged_chunks_are_the_whole(cuts, scale):
     """Also with scores so large that their exponentials overflow."""
     q, k, v = problem(17, scale=scale)
     edges = [0, *sorted(cuts), 17]
-    chunks = [
-        attention(q, k[:, :, a:b], v[:, :, a:b]) for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    chunks = [attention(q, k[:, :, a:b], v[:, :, a:b]) for a, b in pairwise(edges)]
     out, lse = chunks[0]
     for chunk in chunks[1:]:
         out, lse = merge(out, lse, *chunk)

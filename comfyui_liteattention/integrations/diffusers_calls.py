@@ -14,12 +14,18 @@ from ..eligibility import CROSS_ATTENTION, dense_reason
 from ..order import VideoTokens
 from ..run import Run
 from ..schedule import Progress
+
+# First: it says which diffusers is needed where this one is too old.
+from .diffusers_routes import Extra  # isort: split
+
 from .diffusers_masks import Padding, tail_padding
-from .diffusers_routes import Extra
+from .diffusers_parallel import GRADIENTS, arrange_piece
 
 log = logging.getLogger(__name__)
 
 MASK = "an attention mask"
+MIXED = "several processes share a sequence that is not video alone"
+PINNED = "ring attention with tokens that are never skipped (use Ulysses)"
 
 
 class Place(NamedTuple):
@@ -54,7 +60,9 @@ class TransformerCall:
     ) -> Tensor | None:
         """See :class:`.diffusers_routes.Call`."""
         reason = extra.reason or self._ineligible(q)
-        reason = reason or dense_reason(q, k, v, 1, self._run.settings, self._run.backend)
+        # Of a sequence that processes share there may be only some of the queries.
+        whole = k if extra.across else q
+        reason = reason or dense_reason(whole, k, v, 1, self._run.settings, self._run.backend)
         padding = None
         if reason is None and extra.mask is not None:
             padding = _padding(extra.mask, q)
@@ -65,6 +73,8 @@ class TransformerCall:
         name = self._place.prefix + layer.rpartition(".")[0]
         stream = f"{self._place.stream} row {extra.row}" if extra.row else self._place.stream
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if extra.across:
+            return self._across(name, stream, q, k, v, scale, extra)
         if padding is None:
             return self._attend(name, stream, q, k, v, scale, extra.dense)
         if len(set(padding.kept)) == 1:
@@ -104,11 +114,34 @@ class TransformerCall:
         if isinstance(video, str):
             self.decline(reason_if_short or video)
             return None
-        # A pipeline may stop guiding in the middle of a run: the batch halves, and starts afresh.
-        batch = q.shape[0]
-        stream = stream if batch == 1 else f"{stream} x{batch}"
-        progress = self._place.progress
-        return self._run.attend(name, [stream], progress, q, k, v, scale, video, dense)
+        streams, progress = [_stream(stream, q.shape[0])], self._place.progress
+        return self._run.attend(name, streams, progress, q, k, v, scale, video, dense)
+
+    def _across(
+        self, name: str, stream: str, q: Tensor, k: Tensor, v: Tensor, scale: float, extra: Extra
+    ) -> Tensor | None:
+        """Attention of all tokens, or of the piece ``q [B, H, Lq, D]``, to all tokens of a sequence
+        that processes share. Pieces of text and video come in turns there, if there is text."""
+        length = k.shape[2]
+        video = self._video(length)
+        if video is not None and (isinstance(video, str) or video.stop - video.start < length):
+            self.decline(video if isinstance(video, str) else MIXED)
+            return None
+        if q.shape[2] == length:
+            return self._attend(name, stream, q, k, v, scale, extra.dense)
+        settings = self._run.settings
+        if settings.dense_keys or settings.dense_queries:
+            self.decline(PINNED)
+            return None
+        streams, progress = [_stream(stream, q.shape[0])], self._place.progress
+        if video is None or settings.order == "raster":
+            return self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
+        tile = self._run.backend.tile_shape(q.shape[3])
+        rows = arrange_piece(video.grid, extra.first, q.shape[2], tile, q.device)
+        keys = arrange_piece(video.grid, 0, length, tile, q.device).order
+        q, k, v = q[:, :, rows.order], k[:, :, keys], v[:, :, keys]
+        out = self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
+        return None if out is None else out[:, :, rows.place]
 
     def _padded(
         self,
@@ -134,10 +167,15 @@ class TransformerCall:
 
     def _ineligible(self, q: Tensor) -> str | None:
         if self._training:
-            return "gradients are enabled (training; otherwise use torch.no_grad())"
+            return GRADIENTS
         if q.device != self._place.device:
             return "the transformer is spread over several devices"
         return None
+
+
+def _stream(name: str, batch: int) -> str:
+    """A pipeline may stop guiding in the middle of a run: the batch halves, and starts afresh."""
+    return name if batch == 1 else f"{name} x{batch}"
 
 
 def _padding(mask: object, q: Tensor) -> Padding | None:

@@ -28,6 +28,8 @@ except ImportError as error:
         f"LiteAttention: diffusers 0.42 or newer is needed (pip install -U diffusers): {error}"
     ) from error
 
+from .diffusers_parallel import attend_across, declined
+
 NAME = "liteattention"
 ELSEWHERE = "this model attends through the attention backend that is set for all models"
 
@@ -37,13 +39,17 @@ class Extra(NamedTuple):
 
     ``mask`` as PyTorch's attention takes it, or None. ``reason`` rules the call out. ``row``
     counts the calls of attention in one call of a module: some models attend one row of the batch
-    after the other. ``dense`` does the call as it would have been done without us.
+    after the other. ``dense`` does the call as it would have been done without us. ``across``:
+    the sequence was put together from several processes; of the queries there may be only those
+    from the token ``first`` on.
     """
 
     mask: Any = None
     reason: str | None = None
     row: int = 0
     dense: Callable[[], Tensor] | None = None
+    across: bool = False
+    first: int = 0
 
 
 class Call(Protocol):
@@ -52,7 +58,7 @@ class Call(Protocol):
     def attend(
         self, layer: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, extra: Extra
     ) -> Tensor | None:
-        """Attention of ``q, k, v [B, H, L, D]``; None: do it densely."""
+        """Attention of ``q [B, H, Lq, D]``, ``k, v [B, H, L, D]``; None: do it densely."""
         ...
 
     def decline(self, reason: str) -> None:
@@ -157,10 +163,10 @@ def _attend(
     enable_gqa: bool = False,
     _parallel_config: Any = None,
 ) -> Tensor:
-    """The backend: ``query, key, value [B, L, H, D]`` -> ``[B, L, H, D]``."""
+    """The backend: ``query, key, value [B, L, H, D]`` -> ``[B, L, H, D]``; with a
+    ``_parallel_config`` a piece of the sequence, of several processes' each."""
     site = _site.get()
-    reason = _ineligible(dropout_p, is_causal, enable_gqa, _parallel_config)
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    reason = _ineligible(dropout_p, is_causal, enable_gqa)
     dense = partial(
         dispatch_attention_fn,
         query,
@@ -174,12 +180,37 @@ def _attend(
         backend=site.backend,
         parallel_config=_parallel_config,
     )
-    extra = Extra(attn_mask, reason, dense=dense)
-    out = site.call.attend(site.layer, q, k, v, scale, extra)
+    if _parallel_config is None:
+        return _answer(site, query, key, value, scale, dense, Extra(attn_mask, reason))
+    reason = reason or declined(_parallel_config, query, key, value, attn_mask)
+    if reason is not None:
+        site.call.decline(reason)
+        return dense()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
+        # What is declined here, after the exchange, needs no more of it.
+        dense = partial(dispatch_attention_fn, q, k, v, scale=scale, backend=site.backend)
+        return _answer(site, q, k, v, scale, dense, Extra(across=True, first=first))
+
+    return attend_across(_parallel_config, query, key, value, attend)
+
+
+def _answer(
+    site: _Site,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    dense: Callable[[], Tensor],
+    extra: Extra,
+) -> Tensor:
+    """Attention of ``query, key, value [B, L, H, D]`` in this process alone: ours, or dense."""
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    out = site.call.attend(site.layer, q, k, v, scale, extra._replace(dense=dense))
     return dense() if out is None else out.transpose(1, 2)
 
 
-def _ineligible(dropout: float, causal: bool, gqa: bool, parallel: Any = None) -> str | None:
+def _ineligible(dropout: float, causal: bool, gqa: bool) -> str | None:
     """Why the arguments of attention rule a call out, or None."""
     if causal:
         return "causal attention"
@@ -187,8 +218,6 @@ def _ineligible(dropout: float, causal: bool, gqa: bool, parallel: Any = None) -
         return "dropout (training)"
     if gqa:
         return "grouped or uneven heads (q, k and v have different shapes)"
-    if parallel is not None:
-        return "context parallelism"
     return None
 
 
@@ -203,9 +232,10 @@ LITE = _backend_name()
 
 
 def register_backend() -> None:
-    _AttentionBackendRegistry.register(LITE)(_attend)
+    _AttentionBackendRegistry.register(LITE, supports_context_parallel=True)(_attend)
 
 
 def unregister_backend() -> None:
     for table in ("_backends", "_constraints", "_supported_arg_names"):
         getattr(_AttentionBackendRegistry, table).pop(LITE, None)
+    _AttentionBackendRegistry._supports_context_parallel.discard(LITE.value)

@@ -1,0 +1,84 @@
+"""diffusers: attention when several processes hold a piece of the sequence each.
+
+``Ulysses`` exchanges pieces of the sequence for heads: diffusers' own template does that, and asks
+for the attention of all tokens for a few of the heads. ``Ring`` leaves the queries where they are;
+diffusers gathers all keys and values in every process and then visits them chunk by chunk. Here
+they are gathered as well and visited at once: only with all keys in one call is a tile's share of
+the whole row's softmax sum known, which is what thresholds and budgets speak of.
+
+Everything is exchanged before anything is decided. So processes may decide differently (each
+measures its own heads or rows) and never wait for one that has gone another way.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers.models import attention_dispatch
+from torch import Tensor
+
+from ..order import Arrangement, Grid, compact_order
+from ..tiles import TileShape
+
+GRADIENTS = "gradients are enabled (training; otherwise use torch.no_grad())"
+TEMPLATE = "_templated_context_parallel_attention"
+
+
+class Attend(Protocol):
+    """Attention without any communication: ``q [B, Lq, H, D]``, ``k, v [B, L, H, D]`` ->
+    ``[B, Lq, H, D]``. The queries are those of the ``Lq`` tokens from ``first`` on."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor: ...
+
+
+def declined(config: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> str | None:
+    """Why a call is left to diffusers altogether, or None: the same answer in every process."""
+    parallel = config.context_parallel_config
+    if torch.is_grad_enabled():
+        return GRADIENTS
+    if mask is not None:
+        return "an attention mask, with context parallelism"
+    if not q.shape == k.shape == v.shape:
+        return "queries and keys of different shapes, with context parallelism"
+    if parallel.ring_degree > 1 and parallel.ulysses_degree > 1:
+        return "Ulysses and ring together (use one of them)"
+    if parallel.ring_anything:
+        return "ring_anything (use ulysses_anything, or ring with a sequence that divides evenly)"
+    if parallel.ring_degree == 1 and not hasattr(attention_dispatch, TEMPLATE):
+        return "this version of diffusers exchanges the heads in a way that is not known"
+    return None
+
+
+def attend_across(config: Any, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+    """Attention of this process's piece ``q, k, v [B, S, H, D]`` of the sequence to all of it."""
+    if config.context_parallel_config.ring_degree > 1:
+        return _ring(config.context_parallel_config, q, k, v, attend)
+
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attend(q, k, v)
+
+    template = getattr(attention_dispatch, TEMPLATE)
+    return template(q, k, v, forward_op=forward, backward_op=None, _parallel_config=config)
+
+
+def _ring(parallel: Any, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+    mine = torch.stack((k, v))
+    pieces = [torch.empty_like(mine) for _ in range(parallel.ring_degree)]
+    dist.all_gather(pieces, mine, group=parallel._ring_mesh.get_group())
+    keys, values = torch.cat(pieces, dim=2)
+    return attend(q, keys, values, first=parallel._ring_local_rank * q.shape[1])
+
+
+@lru_cache(maxsize=8)  # every layer of every step asks for the same two
+def arrange_piece(
+    grid: Grid, first: int, count: int, tile: TileShape, device: torch.device
+) -> Arrangement:
+    """``count`` tokens of a video from ``first`` on, in compact pieces of a tile each."""
+    places = np.stack(np.unravel_index(np.arange(first, first + count), grid), axis=1)
+    sizes = (max(tile.q, tile.k), min(tile.q, tile.k))
+    order = torch.from_numpy(compact_order(places, sizes))
+    return Arrangement(order.to(device), order.argsort().to(device))

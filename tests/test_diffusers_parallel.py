@@ -1,0 +1,377 @@
+"""A pipeline whose transformer is spread over two processes (gloo, on the CPU).
+
+This file is also the program of each of the two: it samples every case and writes down what came
+out, so that the processes start only once.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import (
+    ContextParallelConfig,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+import comfyui_liteattention as lite
+from comfyui_liteattention.run import Run
+
+WORLD = 2
+#: Seconds until processes that wait for each other are given up.
+PATIENCE = 240
+
+BOLD = {"threshold": -2.0, "min_tokens": 0, "audit": 16, "never_slower": False}
+FULL = BOLD | {"warmup": 1.0}
+BUDGET = {"budget": 0.003, "min_tokens": 0, "audit": 4, "never_slower": False}
+#: What is sampled in each mode, by name.
+CHOICES = {"full": FULL, "bold": BOLD, "raster": BOLD | {"order": "raster", "audit": 0}, "budget": BUDGET}
+MODES = {
+    "ulysses": {"ulysses_degree": WORLD},
+    "anything": {"ulysses_degree": WORLD, "ulysses_anything": True},
+    "ring": {"ring_degree": WORLD},
+}
+#: Of the 12 + 10 + 10 channels of a head that turn with frame, row and column, slow ones: with
+#: these alone, tokens matter the less the farther away they are.
+LOCAL = [2, 3, 14, 15, 24, 25]
+
+
+def make_pipe(heads=2):
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=heads,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    ).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            for norm in (block.attn1.norm_q, block.attn1.norm_k):
+                norm.weight.zero_().view(heads, -1)[:, LOCAL] = 6.0
+            for linear in (block.attn1.to_q, block.attn1.to_k):
+                linear.bias.fill_(2.0)
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = WanPipeline(**parts, transformer=model, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe):
+    """A video of 8 latent frames of 12 x 12 tokens: 18 tiles of 64."""
+    generator = torch.Generator().manual_seed(0)
+    text, negative = torch.randn(2, 1, 6, 16, generator=generator)
+    return pipe(
+        prompt_embeds=text,
+        negative_prompt_embeds=negative,
+        height=192,
+        width=192,
+        num_frames=29,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="latent",
+        generator=generator,
+    ).frames
+
+
+def hooks(model):
+    registries = [m._diffusers_hook for m in model.modules() if hasattr(m, "_diffusers_hook")]
+    names = [name for registry in registries for name in registry.hooks]
+    return [*names, *model._forward_hooks, *model._forward_pre_hooks]
+
+
+def figures(session):
+    """What a process knows of its last run."""
+    report = session.report()
+    skipped = [call for call in report.calls if call.computed < call.total]
+    return {
+        "computed": sum(call.computed for call in report.calls),
+        "total": sum(call.total for call in report.calls),
+        "skipped": len(skipped),
+        "lost": report.lost_mass_mean,
+        "reasons": report.reasons,
+    }
+
+
+def sample_with(pipe, choices):
+    with lite.enabled(pipe, **choices) as session:
+        return {"out": sample(pipe), **figures(session)}
+
+
+# --- what each of the two processes does ---------------------------------------------------------
+
+
+def split(pipe, **config):
+    """Spread the transformer over the processes."""
+    # diffusers counts the devices, and finds none on a machine without cards.
+    count, torch.accelerator.device_count = torch.accelerator.device_count, lambda: 1
+    pipe.transformer.enable_parallelism(config=ContextParallelConfig(**config))
+    torch.accelerator.device_count = count
+    return pipe
+
+
+def work(rank):
+    """All cases of one process, by name."""
+    found = {}
+    for mode, config in MODES.items():
+        pipe = split(make_pipe(), **config)
+        before = hooks(pipe.transformer)
+        if mode != "ring":  # PyTorch's own attention gives diffusers' ring no log-sum-exp
+            found[mode, "plain"] = {"out": sample(pipe)}
+        for name, choices in CHOICES.items():
+            found[mode, name] = sample_with(pipe, choices)
+        assert hooks(pipe.transformer) == before
+        assert not any(
+            "lite" in name for name in _AttentionBackendRegistry._supports_context_parallel
+        )
+        assert all(type(b) is AttentionBackendName for b in _AttentionBackendRegistry._backends)
+        if mode != "ring":
+            found[mode, "disabled"] = {"out": sample(pipe)}
+    # (An odd number of tokens can't be tried: gloo doesn't gather pieces of different lengths.)
+    found["anything", "odd"] = sample_with(split(make_pipe(3), **MODES["anything"]), BOLD)
+    for mode in ("ulysses", "ring"):
+        found[mode, "one dense"] = one_dense(rank, mode)
+        found[mode, "short"] = sample_with(split(make_pipe(), **MODES[mode]), {"threshold": -2.0})
+    found["ring", "pinned"] = sample_with(
+        split(make_pipe(), **MODES["ring"]), BOLD | {"dense_keys": ((0, 64),)}
+    )
+    found["ulysses", "timed"] = sample_with(
+        split(make_pipe(), **MODES["ulysses"]), BOLD | {"never_slower": True}
+    )
+    found["ulysses", "late"] = split_late()
+    found["ulysses", "gradients"] = gradients()
+    return found
+
+
+def one_dense(rank, mode):
+    """The first process goes on densely from the third step; the other doesn't know."""
+
+    class Slow(Run):
+        def _watch(self, step):
+            if rank == 0 and step == 2:
+                self._stop("too slow, just here")
+            return self._stopped is not None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("comfyui_liteattention.integrations.diffusers_session.Run", Slow)
+        return sample_with(split(make_pipe(), **MODES[mode]), BOLD)
+
+
+def split_late():
+    """Spread over the processes when LiteAttention is there already."""
+    pipe = make_pipe()
+    session = lite.enable(pipe, **BOLD)
+    split(pipe, **MODES["ulysses"])
+    return {"out": sample(pipe), **figures(session)}
+
+
+def gradients():
+    """A call in training, which is diffusers' own affair."""
+    model = split(make_pipe(), **MODES["ulysses"]).transformer
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(1, 4, 5, 16, 16, generator=generator)
+    text = torch.randn(1, 6, 16, generator=generator)
+    weight = model.blocks[0].attn1.to_v.weight
+    found = []
+    for on in (False, True):
+        if on:
+            session = lite.enable(model, **BOLD)
+        out = model(latent, torch.tensor([500.0]), text, return_dict=False)[0]
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), weight)))
+    return {"plain": found[0], "enabled": found[1], **figures(session)}
+
+
+if __name__ == "__main__":
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=(folder / "meeting").as_uri(),
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=PATIENCE / 2),
+    )
+    torch.save(work(rank), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# --- what came out -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the two processes found: one dictionary by (mode, case) of each."""
+    folder = tmp_path_factory.mktemp("processes")
+    root = str(Path(__file__).parent.parent)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    logs = [open(folder / f"{rank}.log", "wb") for rank in range(WORLD)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            stdout=logs[rank],
+            stderr=logs[rank],
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        end = time.monotonic() + PATIENCE
+        codes = [process.wait(timeout=end - time.monotonic()) for process in processes]
+    except subprocess.TimeoutExpired:
+        codes = ["hangs"]
+    finally:
+        for process, log in zip(processes, logs, strict=True):
+            process.kill()
+            process.wait()
+            log.close()
+    texts = [(folder / f"{rank}.log").read_text() for rank in range(WORLD)]
+    assert codes == [0] * WORLD, "\n".join(texts)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same in one process."""
+    pipe = make_pipe()
+    cases = {name: sample_with(pipe, choices) for name, choices in CHOICES.items()}
+    return cases | {"plain": {"out": sample(pipe)}}
+
+
+def error(a, b):
+    return float((a["out"] - b["out"]).abs().max() / b["out"].abs().max())
+
+
+ROUNDING = 1e-5
+#: The accuracy rule: skipping in several processes costs no more than this against one.
+RULE = 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CHOICES)
+def test_all_processes_have_the_same_video(found, mode, name):
+    first, second = (result[mode, name]["out"] for result in found)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_with_nothing_to_skip_it_is_the_plain_video(found, alone, mode):
+    for result in found:
+        full = result[mode, "full"]
+        assert error(full, alone["plain"]) < ROUNDING
+        assert full["computed"] == full["total"] > 0
+        assert "context" not in str(full["reasons"])
+        if mode != "ring":
+            assert error(full, result[mode, "plain"]) < ROUNDING
+
+
+@pytest.mark.parametrize("mode", ["ulysses", "anything"])
+@pytest.mark.parametrize("name", ["bold", "raster"])
+def test_two_processes_skip_what_one_skips(found, alone, mode, name):
+    """Each of them its own heads, with the same tiles."""
+    one = alone[name]
+    assert one["computed"] < 0.95 * one["total"]
+    for result in found:
+        assert error(result[mode, name], one) < ROUNDING
+        assert result[mode, name]["skipped"] > 0
+    for what in ("computed", "total"):
+        assert sum(result[mode, name][what] for result in found) == one[what]
+
+
+@pytest.mark.parametrize("name", ["bold", "raster"])
+def test_ring_skips_and_stays_within_the_rule(found, alone, name):
+    """Each process has its own rows: other tiles than one process has, at the same threshold."""
+    one = alone[name]
+    for result in found:
+        ring = result["ring", name]
+        assert ring["computed"] < 0.95 * ring["total"]
+        assert error(ring, one) < RULE
+        assert error(ring, alone["plain"]) < RULE
+    assert sum(result["ring", name]["total"] for result in found) == one["total"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_budget_is_held_in_every_process(found, alone, mode):
+    for result in found:
+        case = result[mode, "budget"]
+        assert case["skipped"] > 0
+        assert 0 < case["lost"] <= BUDGET["budget"]
+        assert error(case, alone["plain"]) < RULE
+
+
+def test_heads_that_do_not_divide_evenly(found):
+    alone = sample_with(make_pipe(3), BOLD)
+    for result in found:
+        assert error(result["anything", "odd"], alone) < ROUNDING
+        assert result["anything", "odd"]["skipped"] > 0
+    assert sum(r["anything", "odd"]["computed"] for r in found) == alone["computed"]
+
+
+@pytest.mark.parametrize("mode", ["ulysses", "ring"])
+def test_one_process_may_go_dense_alone(found, alone, mode):
+    first, second = (result[mode, "one dense"] for result in found)
+    assert torch.equal(first["out"], second["out"])
+    assert "too slow, just here" in first["reasons"]
+    assert "too slow, just here" not in second["reasons"]
+    assert first["total"] < second["total"] and second["skipped"] > 0
+    assert error(first, alone["plain"]) < RULE
+
+
+def test_timing_and_late_parallelism(found, alone):
+    for result in found:
+        assert error(result["ulysses", "timed"], alone["plain"]) < RULE
+        assert error(result["ulysses", "late"], alone["bold"]) < ROUNDING
+        assert result["ulysses", "late"]["skipped"] > 0
+
+
+@pytest.mark.parametrize("mode", ["ulysses", "ring"])
+def test_what_is_declined_is_dense(found, alone, mode):
+    for result in found:
+        short = result[mode, "short"]
+        assert "short sequence" in str(short["reasons"]) and not short["total"]
+        assert error(short, alone["plain"]) < ROUNDING
+
+
+def test_ring_leaves_pinned_tokens_to_ulysses(found, alone):
+    for result in found:
+        assert "ring attention" in str(result["ring", "pinned"]["reasons"])
+        assert error(result["ring", "pinned"], alone["plain"]) < ROUNDING
+
+
+def test_training_is_left_to_diffusers(found):
+    for result in found:
+        case = result["ulysses", "gradients"]
+        assert "gradients" in str(case["reasons"])
+        for plain, enabled in zip(case["plain"], case["enabled"], strict=True):
+            assert torch.equal(plain, enabled)
+
+
+@pytest.mark.parametrize("mode", ["ulysses", "anything"])
+def test_disable_leaves_nothing(found, mode):
+    for result in found:
+        assert torch.equal(result[mode, "disabled"]["out"], result[mode, "plain"]["out"])
