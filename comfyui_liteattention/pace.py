@@ -33,12 +33,15 @@ class Pace:
     @property
     def doubtful(self) -> bool:
         """Whether the computed fraction has to be watched."""
-        return self._ratio > 1 and self._steps > 0
+        return self.ratio > 1 and self._steps > 0
 
     @property
-    def _ratio(self) -> float:
-        """The most favourable one: other work on the machine disturbs single measurements. The
-        first call doesn't count once there are others: it also loads and prepares things."""
+    def ratio(self) -> float:
+        """Our time over the user's own for a full call, 0 before one was timed.
+
+        The most favourable one: other work on the machine disturbs single measurements. The first
+        call doesn't count once there are others: it also loads and prepares things.
+        """
         return min(self._ratios[1:] or self._ratios, default=0.0)
 
     def compare(self, ours: float, dense: float) -> None:
@@ -48,10 +51,10 @@ class Pace:
     def end_step(self, fraction: float) -> None:
         """Note the computed fraction of one step."""
         self._fractions.append(fraction)
-        if too_slow(self._ratio, self._fractions, self._steps):
+        if too_slow(self.ratio, self._fractions, self._steps):
             self.reason = (
                 "your own attention is faster here: a full call takes "
-                f"{self._ratio:.2f} times as long with LiteAttention, which still computes "
+                f"{self.ratio:.2f} times as long with LiteAttention, which still computes "
                 f"{fraction:.0%} of the tiles; switched off for the rest of this run"
             )
 

@@ -40,6 +40,7 @@ class MapStats(NamedTuple):
 class RunReport:
     """What remains of a run.
 
+    ``ratio``: our time over the user's own for a full attention call, None if it wasn't timed.
     ``allowed``: lost mass that the budget allows at each step, empty without one. ``stopped``: why
     the run went on densely from some point. ``notes``: what else people should know. ``learned``:
     what a run with a budget can pass on to later ones.
@@ -55,6 +56,7 @@ class RunReport:
     maps: tuple[MapStats, ...]
     allowed: tuple[float, ...] = ()
     stopped: str | None = None
+    ratio: float | None = None
     notes: tuple[str, ...] = ()
     learned: Profile | None = None
 
@@ -71,6 +73,12 @@ class RunReport:
     def computed_fraction(self) -> float:
         """Tiles computed over all tiles, 0..1 (audits counted); 1.0 where nothing ran."""
         return fraction(self.calls)
+
+    @property
+    def attention_speedup(self) -> float | None:
+        """How many times faster than the user's own the calls were that skipped, as far as one can
+        tell from full calls timed both ways and from the computed fraction."""
+        return None if self.ratio is None else 1 / (self.ratio * self.computed_fraction)
 
     @property
     def lost_mass_mean(self) -> float | None:
@@ -107,9 +115,14 @@ def status_line(report: RunReport) -> str:
         return f"LiteAttention inactive: {why}"
     return (
         f"LiteAttention active: {1 - report.computed_fraction:.0%} of the tiles skipped, "
-        f"lost mass {_measured(report)}, {report.seconds:.1f} s ({report.backend} backend)"
-        + (f"; {report.stopped}" if report.stopped else "")
+        f"lost mass {_measured(report)}, {_speedup(report)}{report.seconds:.1f} s "
+        f"({report.backend} backend)" + (f"; {report.stopped}" if report.stopped else "")
     )
+
+
+def _speedup(report: RunReport) -> str:
+    speedup = report.attention_speedup
+    return "" if speedup is None else f"attention about {speedup:.2f}x as fast, "
 
 
 def _measured(report: RunReport) -> str:
@@ -156,6 +169,7 @@ def figures(report: RunReport) -> dict[str, Any]:
         "seconds": report.seconds,
         "computed_fraction": report.computed_fraction,
         "lost_mass_mean": report.lost_mass_mean,
+        "attention_speedup": report.attention_speedup,
         "lost_mass_allowed": list(report.allowed),
         "per_layer": {k: _pair(v) for k, v in by(report.calls, "layer").items()},
         "per_step": [

@@ -199,6 +199,7 @@ class Run:
                 maps=tuple(self._maps()),
                 allowed=self._allowed(),
                 stopped=self._stopped,
+                ratio=self._pace.ratio or None,
                 notes=self._notes,
             )
             return replace(report, learned=self._learned(report))

@@ -213,6 +213,9 @@ def test_a_faster_run_is_left_alone(clock):
         run.attend("0", ["x"], run.locate(s), q, k, v, SCALE, dense=v.clone) for s in SIGMAS[:-1]
     ]
     assert all(out is not None for out in outs)
+    report = run.finish()
+    assert report.attention_speedup == pytest.approx(1.2 / report.computed_fraction)
+    assert "x as fast" in status_line(report)
 
 
 @pytest.mark.parametrize(
