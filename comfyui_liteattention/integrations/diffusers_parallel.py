@@ -66,11 +66,15 @@ def attend_across(config: Any, q: Tensor, k: Tensor, v: Tensor, attend: Attend) 
 
 
 def _ring(parallel: Any, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
-    mine = torch.stack((k, v))
-    pieces = [torch.empty_like(mine) for _ in range(parallel.ring_degree)]
-    dist.all_gather(pieces, mine, group=parallel._ring_mesh.get_group())
-    keys, values = torch.cat(pieces, dim=2)
+    keys, values = _gather(torch.stack((k, v)), parallel._ring_mesh.get_group())
     return attend(q, keys, values, first=parallel._ring_local_rank * q.shape[1])
+
+
+def _gather(mine: Tensor, group: Any) -> Tensor:
+    """All processes' pieces ``[2, B, S, H, D]``, one after the other: ``[2, B, L, H, D]``."""
+    pieces = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(pieces, mine, group=group)
+    return torch.cat(pieces, dim=2)
 
 
 @lru_cache(maxsize=8)  # every layer of every step asks for the same two
