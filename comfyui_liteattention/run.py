@@ -272,10 +272,9 @@ class Run:
     def _maps(self):
         """Final tile maps, one per layer and stream, heads and batch averaged."""
         for key, state in self._states.items():
-            if state.live is None:
+            if state.live is None or state.pinned is None:
                 continue
-            tk = self.backend.tile_shape(key.head_dim).grid(key.length, key.length)[1]
-            live = unpack(state.live, tk).float().mean((0, 1)).cpu()
+            live = unpack(state.live, state.pinned.shape[1]).float().mean((0, 1)).cpu()
             yield MapStats(key.layer, str(key.stream), key.length, live)
 
 
