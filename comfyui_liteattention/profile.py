@@ -7,8 +7,9 @@ tells for which model it was made and how. Files of them: profile_file.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -89,14 +90,15 @@ def make(
     audits: Iterable[Audit], report: RunReport, model: Fingerprint, budget: float, ramp: float
 ) -> Profile | None:
     """The profile of a run, from its audits and its report; None if it learned nothing."""
-    learned: Mapping[str, Sequence[float]] = learn(a for a in audits if math.isfinite(a.lost))
+    # A run never fails for what it learned: leave out what no file could hold.
+    sound = (a for a in audits if math.isfinite(a.lost) and _is_name(a.layer))
+    learned = dict(islice(learn(sound).items(), MAX_LAYERS))
     if not learned:
         return None
     # As float32, as in the file.
     ratios = torch.tensor(list(learned.values()), dtype=torch.float32).tolist()
-    return Profile(
-        tuple(learned), tuple(map(tuple, ratios)), model, budget, ramp, **_achieved(report)
-    )
+    rows = tuple(map(tuple, ratios))
+    return Profile(tuple(learned), rows, model, float(budget), float(ramp), **_achieved(report))
 
 
 def join(profiles: Sequence[Profile], report: RunReport) -> Profile | None:
@@ -125,7 +127,7 @@ def _achieved(report: RunReport) -> dict[str, Any]:
     lost = report.lost_mass_mean
     return {
         "tokens": report.tokens,
-        "steps": report.steps,
+        "steps": int(report.steps),
         "backend": report.backend,
         # Audits can bring it above 1.
         "computed_fraction": min(report.computed_fraction, 1.0),
