@@ -70,7 +70,9 @@ def main() -> None:
 
 def all_points() -> list[Point]:
     """Rivals, ours, and ours with one thing changed."""
-    points = [rival("upstream", f"threshold {t}", UpstreamSemantics, t) for t in (-4, -2, -1, -0.3)]
+    points = [
+        rival("upstream", f"threshold {t}", UpstreamSemantics, t) for t in (-7, -4, -2, -1, -0.3)
+    ]
     points += [rival("sol_attn", f"tau {t}", SolAttention, t) for t in (-1.5, -0.9, -0.5, 0, 0.5)]
     points += [
         rival("sol_attn, 20 % dense start", f"tau {t}", SolAttention, t, 0.2)
