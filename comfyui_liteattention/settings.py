@@ -84,12 +84,10 @@ class Settings:
 
 def describe(settings: Settings) -> str:
     """The settings that differ from the defaults, as ``name=value, ...``; for logs and reports."""
-    changed = [
-        f"{f.name}={getattr(settings, f.name)}"
-        for f in fields(settings)
-        if f.name == "threshold" or getattr(settings, f.name) != f.default
-    ]
-    return ", ".join(changed)
+    main = "threshold" if settings.budget is None else "budget"
+    shown = [f.name for f in fields(settings) if getattr(settings, f.name) != f.default]
+    names = [main, *(name for name in shown if name not in ("threshold", "budget"))]
+    return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
