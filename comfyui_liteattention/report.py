@@ -120,6 +120,16 @@ def status_line(report: RunReport) -> str:
     )
 
 
+def node_line(report: RunReport) -> str:
+    """The same in few words, for the node that says LiteAttention already."""
+    if not report.active:
+        return status_line(report).removeprefix("LiteAttention ")
+    parts = [f"{1 - report.computed_fraction:.0%} skipped", f"lost {_measured(report)}"]
+    if report.attention_speedup is not None:
+        parts.append(f"attention {report.attention_speedup:.2f}x")
+    return "active: " + ", ".join(parts) + (f"; {report.stopped}" if report.stopped else "")
+
+
 def _speedup(report: RunReport) -> str:
     speedup = report.attention_speedup
     return "" if speedup is None else f"attention about {speedup:.2f}x as fast, "

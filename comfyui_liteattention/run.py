@@ -210,12 +210,11 @@ class Run:
             calls = [_resolve(call) for call in self._calls if call.step == step]
         if self._stopped is not None or not calls:
             why = self._stopped or next(iter(self.reasons), "nothing to skip yet")
-            return f"LiteAttention inactive: {why}"
+            return f"inactive: {why}"
         lost = mean_lost(calls)
         return (
             f"step {step + 1}/{max(len(self.sigmas) - 1, 1)}: "
-            f"{1 - fraction(calls):.0%} of the tiles skipped"
-            + ("" if lost is None else f", {lost:.2%} lost")
+            f"{1 - fraction(calls):.0%} skipped" + ("" if lost is None else f", {lost:.2%} lost")
         )
 
     def finish(self) -> RunReport:

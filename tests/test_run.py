@@ -236,7 +236,7 @@ def test_the_line_about_a_step():
     run = Run(Settings(threshold=-4.0, min_tokens=0, audit=16), BACKEND, SIGMAS)
     assert "inactive" in run.progress_text(0)
     sample(run)
-    assert run.progress_text(0) == "step 1/5: 0% of the tiles skipped, 0.00% lost"
+    assert run.progress_text(0) == "step 1/5: 0% skipped, 0.00% lost"
     text = run.progress_text(4)
     assert text.startswith("step 5/5: ")
     assert float(text.split()[2].rstrip("%")) > 20

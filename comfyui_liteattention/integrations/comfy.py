@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..backends import Backend, backend_for
 from ..eligibility import CROSS_ATTENTION, dense_reason
-from ..report import RunReport, status_line
+from ..report import RunReport, node_line, status_line
 from ..run import Run
 from ..schedule import Progress
 from ..settings import Settings, describe
@@ -70,7 +70,7 @@ class Patch:
     def _end(self, report: RunReport) -> None:
         self.last_report = report
         log.info(status_line(report))
-        self.show(status_line(report))
+        self.show(node_line(report))
 
 
 def apply_patch(model: Any, settings: Settings, show: Show | None = None) -> Any:

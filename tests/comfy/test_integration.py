@@ -366,7 +366,7 @@ def test_a_run_switches_itself_off_where_the_users_attention_is_faster(
     assert "your own attention is faster" in report(model).stopped
     assert {call.step for call in report(model).calls} == {0}
     torch.testing.assert_close(out, generate(plain), rtol=1e-3, atol=1e-3)
-    assert shown[0].startswith("step 1/4: 0% of the tiles skipped")
+    assert shown[0].startswith("step 1/4: 0% skipped")
     assert "faster" in shown[-1]
 
 
@@ -376,4 +376,4 @@ def test_the_line_on_the_node(plain, generate):
     shown = []
     generate(apply_patch(plain, SETTINGS, shown.append))
     assert [line.split(":")[0] for line in shown[:-1]] == [f"step {i}/4" for i in (1, 2, 3, 4)]
-    assert shown[-1].startswith("LiteAttention active: ")
+    assert shown[-1].startswith("active: ")

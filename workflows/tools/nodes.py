@@ -16,7 +16,7 @@ def patch_node(of: str = "") -> Node:
         inputs=(("model", "MODEL"), ("control", "LITEATTENTION_CONTROL")),
         outputs=(("MODEL", "MODEL"),),
         widgets=["Balanced"],
-        height=82,
+        height=160,  # room for the text that it shows while it runs
     )
 
 
