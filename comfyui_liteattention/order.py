@@ -58,12 +58,29 @@ def arrange(
     for start, end in apart:
         is_video[start:end] = False
     first, rest = np.flatnonzero(~is_video), np.flatnonzero(is_video)
-    sizes = (max(tile.q, tile.k), min(tile.q, tile.k))
-    filling = -len(first) % sizes[0]  # video tokens that complete the tile in which others end
+    filling = -len(first) % max(tile.q, tile.k)  # video that completes the tile where others end
     first, rest = np.append(first, rest[:filling]), rest[filling:]
-    places = np.stack(np.unravel_index(rest - video.start, video.grid), axis=1)
-    order = torch.from_numpy(np.append(first, rest[compact_order(places, sizes)]))
-    return Arrangement(order.to(device), order.argsort().to(device))
+    pieces = _pieces(rest - video.start, video.grid, tile)
+    return _arrangement(np.append(first, rest[pieces]), device)
+
+
+@lru_cache(maxsize=8)
+def arrange_part(
+    grid: Grid, first: int, count: int, tile: TileShape, device: torch.device
+) -> Arrangement:
+    """``count`` tokens of a video, from its token ``first`` on, in compact pieces of a tile each."""
+    return _arrangement(_pieces(np.arange(first, first + count), grid, tile), device)
+
+
+def _pieces(tokens: np.ndarray, grid: Grid, tile: TileShape) -> np.ndarray:
+    """The order in which ``tokens [N]`` of a video form compact pieces of a tile each."""
+    places = np.stack(np.unravel_index(tokens, grid), axis=1)
+    return compact_order(places, (max(tile.q, tile.k), min(tile.q, tile.k)))
+
+
+def _arrangement(order: np.ndarray, device: torch.device) -> Arrangement:
+    there = torch.from_numpy(order)
+    return Arrangement(there.to(device), there.argsort().to(device))
 
 
 def compact_order(places: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:

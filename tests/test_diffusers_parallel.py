@@ -28,9 +28,9 @@ import comfyui_liteattention as lite
 from comfyui_liteattention import Settings
 from comfyui_liteattention.backends import backend_for
 from comfyui_liteattention.integrations.diffusers_calls import MIXED, Place, TransformerCall
-from comfyui_liteattention.integrations.diffusers_parallel import arrange_piece, declined
+from comfyui_liteattention.integrations.diffusers_parallel import declined
 from comfyui_liteattention.integrations.diffusers_routes import Extra
-from comfyui_liteattention.order import VideoTokens, arrange
+from comfyui_liteattention.order import VideoTokens, arrange, arrange_part
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.schedule import Progress
 from comfyui_liteattention.tiles import TileShape
@@ -475,8 +475,8 @@ def test_another_diffusers_is_left_alone(monkeypatch):
 def test_pieces_are_compact():
     grid, tile, device = (4, 12, 12), TileShape(64, 64), torch.device("cpu")
     whole = arrange(576, VideoTokens(grid), (), tile, device)
-    assert torch.equal(arrange_piece(grid, 0, 576, tile, device).order, whole.order)
-    second = arrange_piece(grid, 200, 300, tile, device)
+    assert torch.equal(arrange_part(grid, 0, 576, tile, device).order, whole.order)
+    second = arrange_part(grid, 200, 300, tile, device)
     assert torch.equal(second.order.sort().values, torch.arange(300))
     assert torch.equal(second.order[second.place], torch.arange(300))
     tokens = second.order[:64] + 200

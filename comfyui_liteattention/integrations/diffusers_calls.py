@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..eligibility import CROSS_ATTENTION, dense_reason
-from ..order import VideoTokens
+from ..order import VideoTokens, arrange_part
 from ..run import Run
 from ..schedule import Progress
 
@@ -19,7 +19,7 @@ from ..schedule import Progress
 from .diffusers_routes import Extra  # isort: split
 
 from .diffusers_masks import Padding, tail_padding
-from .diffusers_parallel import GRADIENTS, arrange_piece
+from .diffusers_parallel import GRADIENTS
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +137,8 @@ class TransformerCall:
         if video is None or settings.order == "raster":
             return self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
         tile = self._run.backend.tile_shape(q.shape[3])
-        rows = arrange_piece(video.grid, extra.first, q.shape[2], tile, q.device)
-        keys = arrange_piece(video.grid, 0, length, tile, q.device).order
+        rows = arrange_part(video.grid, extra.first, q.shape[2], tile, q.device)
+        keys = arrange_part(video.grid, 0, length, tile, q.device).order
         q, k, v = q[:, :, rows.order], k[:, :, keys], v[:, :, keys]
         out = self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
         return None if out is None else out[:, :, rows.place]

@@ -12,17 +12,12 @@ measures its own heads or rows) and never wait for one that has gone another way
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers.models import attention_dispatch
 from torch import Tensor
-
-from ..order import Arrangement, Grid, compact_order
-from ..tiles import TileShape
 
 GRADIENTS = "gradients are enabled (training; otherwise use torch.no_grad())"
 TEMPLATE = "_templated_context_parallel_attention"
@@ -75,14 +70,3 @@ def _gather(mine: Tensor, group: Any) -> Tensor:
     pieces = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(pieces, mine, group=group)
     return torch.cat(pieces, dim=2)
-
-
-@lru_cache(maxsize=8)  # every layer of every step asks for the same two
-def arrange_piece(
-    grid: Grid, first: int, count: int, tile: TileShape, device: torch.device
-) -> Arrangement:
-    """``count`` tokens of a video from ``first`` on, in compact pieces of a tile each."""
-    places = np.stack(np.unravel_index(np.arange(first, first + count), grid), axis=1)
-    sizes = (max(tile.q, tile.k), min(tile.q, tile.k))
-    order = torch.from_numpy(compact_order(places, sizes))
-    return Arrangement(order.to(device), order.argsort().to(device))
