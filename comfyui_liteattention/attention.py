@@ -11,6 +11,7 @@ from torch import Tensor
 from . import budget, policy
 from .backends.base import Attended, Backend
 from .budget import Ledger
+from .learning import phase
 from .order import Arrangement, VideoTokens, arrange
 from .settings import Settings
 from .tiles import TileShape, make_lists, pack, unpack
@@ -37,7 +38,7 @@ class LayerState:
     ``live [B, H, Tq, ceil(Tk/32)]`` int32, one bit a tile, updated in place; None until a call has
     marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once. ``ledger``: see
     budget.py, None where there is none to hold. ``ratios [PHASES]``: what a profile knows of this
-    layer, see :func:`budget.learn`.
+    layer, see :func:`learning.learn`.
     """
 
     live: Tensor | None = None
@@ -111,7 +112,7 @@ def _mark(
         return policy.next_live(live, score, threshold, state.pinned)
     aim = budget.target(settings.budget, settings.ramp, position)
     ledger = state.ledger or budget.open_ledger(score.device)
-    start = state.ratios[budget.phase(position)] if state.ratios else budget.PRIOR
+    start = state.ratios[phase(position)] if state.ratios else budget.PRIOR
     before = torch.ones_like(score, dtype=torch.bool) if live is None else live
     limit = budget.threshold_for(score, before & ~state.pinned, budget.room(ledger, aim, start))
     kept = policy.next_live(live, score, limit, state.pinned)

@@ -7,9 +7,6 @@ allowed loss into a threshold. Pure functions; tensors stay on their device, not
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -22,10 +19,6 @@ MARGIN = 0.8
 #: Measured loss over its bound, before anything was measured; counts as PRIOR_WEIGHT measurements.
 PRIOR = 0.3
 PRIOR_WEIGHT = 1.0
-#: Parts of a run for which a layer's ratio is learned on its own.
-PHASES = 5
-#: No learned ratio is taken for less or more than this: a few samples may see next to nothing.
-RATIOS = (2.0**-7, 8.0)
 #: Weight of older measurements at each new one.
 DECAY = 0.8
 #: A layer whose loss comes to this many times its aim starts over with all tiles.
@@ -107,59 +100,17 @@ def threshold_for(score: Tensor, droppable: Tensor, allowed: Tensor) -> Tensor:
     ):
         bins = (part / BIN).floor().clamp(-BINS, -1).add(BINS).long()
         per_bin.scatter_add_(0, bins, torch.where(may_go, part.exp2() * UNIT, 0).long())
-    rows = score.shape[0] * score.shape[1] * score.shape[2]
-    fits = (per_bin.cumsum(0) <= allowed.double() * (rows * UNIT)).sum()
+    fits = (per_bin.cumsum(0) <= allowed.double() * (_query_tiles(score) * UNIT)).sum()
     # Everything below the first bin that doesn't fit.
     return torch.nextafter((fits - BINS) * BIN, torch.tensor(-torch.inf, device=score.device))
 
 
 def enter_dropped(ledger: Ledger, score: Tensor, dropped: Tensor) -> Ledger:
     """Note the tiles ``[B, H, Tq, Tk]`` bool that this call marked."""
-    rows = score.shape[0] * score.shape[1] * score.shape[2]
-    return ledger._replace(bound=ledger.bound + torch.where(dropped, score.exp2(), 0).sum() / rows)
+    bound = torch.where(dropped, score.exp2(), 0).sum() / _query_tiles(score)
+    return ledger._replace(bound=ledger.bound + bound)
 
 
-class Audit(NamedTuple):
-    """One audited call: the part of the run done with it (0..1], and two means over rows."""
-
-    layer: str
-    position: float
-    lost: float
-    bound: float
-
-
-def phase(position: float) -> int:
-    """The part of the run, 0 to ``PHASES`` - 1, in which ``position`` (0..1] lies."""
-    return min(max(math.ceil(position * PHASES - 1e-6) - 1, 0), PHASES - 1)
-
-
-def learn(audits: Iterable[Audit]) -> dict[str, tuple[float, ...]]:
-    """Loss over bound of each layer in each phase, ``[PHASES]``, over all conditionings.
-
-    Few measurements count beside ``PRIOR``, as in a ledger. A phase without any, as the first one
-    of a short run, takes the ratio of the next phase that has some, else of the one before.
-    """
-    sums: dict[str, list[list[float]]] = defaultdict(lambda: [[0.0] * 3 for _ in range(PHASES)])
-    for audit in audits:
-        if audit.bound > 0:
-            entry = sums[audit.layer][phase(audit.position)]
-            for i, value in enumerate((audit.lost, audit.bound, 1.0)):
-                entry[i] += value
-    return {layer: _filled([_ratio(*entry) for entry in phases]) for layer, phases in sums.items()}
-
-
-def _ratio(lost: float, bound: float, audits: float) -> float | None:
-    if not audits:
-        return None
-    prior = PRIOR_WEIGHT * bound / audits
-    return min(max((lost + PRIOR * prior) / (bound + prior), RATIOS[0]), RATIOS[1])
-
-
-def _filled(ratios: list[float | None]) -> tuple[float, ...]:
-    """Every phase with a ratio: its own, the next known one, or the last one."""
-    filled: list[float] = []
-    known = next(ratio for ratio in reversed(ratios) if ratio is not None)
-    for ratio in reversed(ratios):
-        known = known if ratio is None else ratio
-        filled.insert(0, known)
-    return tuple(filled)
+def _query_tiles(score: Tensor) -> int:
+    """Query tiles of all samples and heads."""
+    return score[..., 0].numel()

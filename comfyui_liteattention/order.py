@@ -68,7 +68,7 @@ def arrange(
 def arrange_part(
     grid: Grid, first: int, count: int, tile: TileShape, device: torch.device
 ) -> Arrangement:
-    """``count`` tokens of a video, from its token ``first`` on, in compact pieces of a tile each."""
+    """``count`` tokens of a video from its token ``first`` on, in compact pieces of a tile each."""
     return _arrangement(_pieces(np.arange(first, first + count), grid, tile), device)
 
 

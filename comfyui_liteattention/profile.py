@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .budget import PHASES, RATIOS, Audit, learn
+from .learning import PHASES, RATIOS, Audit, learn
 from .tiles import TileShape
 
 if TYPE_CHECKING:

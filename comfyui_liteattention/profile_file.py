@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .budget import PHASES
+from .learning import PHASES
 from .profile import MAX_LAYERS, Fingerprint, Profile
 
 FORMAT = 1

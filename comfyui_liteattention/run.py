@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .attention import LayerState, Tally, attend
 from .backends.base import Backend
-from .budget import Audit, allowance
+from .budget import allowance
+from .learning import Audit
 from .order import VideoTokens
 from .pace import TIMED_LAYERS, Pace, timed
 from .profile import Fingerprint, Profile, fingerprint, make

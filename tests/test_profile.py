@@ -13,7 +13,8 @@ import torch
 
 from comfyui_liteattention import budget, policy, profile_file
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.budget import PHASES, PRIOR, RATIOS, Audit, learn, phase
+from comfyui_liteattention.budget import PRIOR
+from comfyui_liteattention.learning import PHASES, RATIOS, Audit, learn, phase
 from comfyui_liteattention.profile import Fingerprint, Profile, join, learned_in, make
 from comfyui_liteattention.profile_file import FORMAT, METADATA, load, parse_hub, save
 from comfyui_liteattention.report import text_table
