@@ -81,6 +81,11 @@ class RunReport:
         return None if self.ratio is None else 1 / (self.ratio * self.computed_fraction)
 
     @property
+    def lost_mass_allowed(self) -> float | None:
+        """Mean lost mass that the budget allows over the run; None without a budget."""
+        return sum(self.allowed) / len(self.allowed) if self.allowed else None
+
+    @property
     def lost_mass_mean(self) -> float | None:
         """Mean measured lost mass over all audited calls; dense calls lose nothing."""
         return mean_lost(self.calls)
@@ -139,9 +144,8 @@ def _measured(report: RunReport) -> str:
     lost = report.lost_mass_mean
     if lost is None:
         return "not measured"
-    if not report.allowed:
-        return f"{lost:.2%}"
-    return f"{lost:.2%} of {sum(report.allowed) / len(report.allowed):.2%} allowed"
+    allowed = report.lost_mass_allowed
+    return f"{lost:.2%}" if allowed is None else f"{lost:.2%} of {allowed:.2%} allowed"
 
 
 def text_table(report: RunReport) -> str:
@@ -180,7 +184,7 @@ def figures(report: RunReport) -> dict[str, Any]:
         "computed_fraction": report.computed_fraction,
         "lost_mass_mean": report.lost_mass_mean,
         "attention_speedup": report.attention_speedup,
-        "lost_mass_allowed": list(report.allowed),
+        "lost_mass_allowed": report.lost_mass_allowed,
         "per_layer": {k: _pair(v) for k, v in by(report.calls, "layer").items()},
         "per_step": [
             _pair(v) | {"step": k, "seconds": report.step_seconds.get(k)}

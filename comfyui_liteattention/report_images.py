@@ -81,8 +81,8 @@ def step_chart(report: RunReport, theme: Theme) -> Tensor:
 
     mean = report.lost_mass_mean
     measured = "not measured" if mean is None else f"mean {mean:.2%}"
-    if report.allowed:
-        measured += f" of {sum(report.allowed) / len(report.allowed):.2%}"
+    if report.lost_mass_allowed is not None:
+        measured += f" of {report.lost_mass_allowed:.2%}"
     rows: list[tuple[str, str, Callable[[Box], None]]] = []
     canvas = _page(theme, "Step by step", f"{report.tokens:,} tokens, {report.backend} backend")
     rows.append(

@@ -46,7 +46,7 @@ class Patch:
 
     def __init__(self, settings: Settings, show: Show | None = None) -> None:
         self.settings = settings
-        self.show = show or _nobody_looks
+        self.show = show
         self.last_report: RunReport | None = None
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +70,8 @@ class Patch:
     def _end(self, report: RunReport) -> None:
         self.last_report = report
         log.info(status_line(report))
-        self.show(node_line(report))
+        if self.show is not None:
+            self.show(node_line(report))
 
 
 def apply_patch(model: Any, settings: Settings, show: Show | None = None) -> Any:
@@ -117,12 +118,7 @@ class Forward:
         return f"{block}{number}"
 
 
-def _nobody_looks(text: str) -> None: ...
-
-
-def _install(
-    options: dict[str, Any], run: Run, notes: list[str], show: Show = _nobody_looks
-) -> None:
+def _install(options: dict[str, Any], run: Run, notes: list[str], show: Show | None = None) -> None:
     """Put the hooks of one run into the transformer options of that run; ``notes`` collects what
     its report should say."""
     options[OVERRIDE] = _make_override(run, options.get(OVERRIDE))
@@ -131,7 +127,7 @@ def _install(
     )
 
 
-def _make_apply_model(run: Run, notes: list[str], show: Show) -> Callable[..., Any]:
+def _make_apply_model(run: Run, notes: list[str], show: Show | None) -> Callable[..., Any]:
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
         x = args[0]
@@ -147,7 +143,7 @@ def _make_apply_model(run: Run, notes: list[str], show: Show) -> Callable[..., A
         finally:
             run.time_step(progress.step, time.perf_counter() - started)
             options.pop(KEY, None)
-            if show is not _nobody_looks:
+            if show is not None:
                 show(run.progress_text(progress.step))
 
     return apply_model

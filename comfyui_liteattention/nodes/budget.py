@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..presets import DEFAULT, PRESETS
-from .schema import CATEGORY, Control, schema
+from .schema import CATEGORY, control_output, schema
 from .where import make_settings, problem, where_inputs
 
 
@@ -45,12 +45,7 @@ class LiteAttentionBudget(io.ComfyNode):
                 ),
                 *where_inputs(),
             ],
-            outputs=[
-                Control.Output(
-                    display_name="control",
-                    tooltip="Connect it to the control input of a LiteAttention node.",
-                )
-            ],
+            outputs=[control_output()],
         )
 
     @classmethod

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..presets import DEFAULT, preset
 from ..settings import Settings
 from .files import DEFAULT_NAME, check_name, load_named, source_path
-from .schema import CATEGORY, Control, schema
+from .schema import CATEGORY, Control, control_output, schema
 
 
 class LiteAttentionLoadProfile(io.ComfyNode):
@@ -36,12 +36,7 @@ class LiteAttentionLoadProfile(io.ComfyNode):
                     f"node. Without: the preset {DEFAULT}.",
                 ),
             ],
-            outputs=[
-                Control.Output(
-                    display_name="control",
-                    tooltip="Connect it to the control input of a LiteAttention node.",
-                )
-            ],
+            outputs=[control_output()],
         )
 
     @classmethod

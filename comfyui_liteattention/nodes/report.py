@@ -8,7 +8,7 @@ from ..canvas import THEMES
 from ..integrations.comfy import patch_of
 from ..report import figures, text_table
 from ..report_images import pictures
-from .schema import CATEGORY, schema
+from .schema import CATEGORY, after_sampling, latent_output, schema
 
 
 class LiteAttentionReport(io.ComfyNode):
@@ -22,13 +22,7 @@ class LiteAttentionReport(io.ComfyNode):
             search_aliases=["attention map", "sparsity report", "skipped tiles"],
             is_output_node=True,
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The model that came out of the LiteAttention node."
-                ),
-                io.Latent.Input(
-                    "latent",
-                    tooltip="The sampler's output: makes the report wait for it. Passed on.",
-                ),
+                *after_sampling(),
                 io.Combo.Input(
                     "theme",
                     options=list(THEMES),
@@ -38,7 +32,7 @@ class LiteAttentionReport(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output(display_name="latent", tooltip="The latent, unchanged."),
+                latent_output(),
                 io.Image.Output(
                     display_name="map",
                     tooltip="Tile maps, one per layer: what was still computed at the end of the "

@@ -10,7 +10,7 @@ from ..integrations.comfy import patch_of
 from ..profile import learned_in
 from ..profile_file import save
 from .files import DEFAULT_NAME, check_name, check_replaceable, output_path
-from .schema import CATEGORY, schema
+from .schema import CATEGORY, after_sampling, latent_output, schema
 from .status import status_of
 
 log = logging.getLogger(__name__)
@@ -28,13 +28,7 @@ class LiteAttentionSaveProfile(io.ComfyNode):
             search_aliases=["save profile", "attention profile", "calibration"],
             is_output_node=True,
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The model that came out of the LiteAttention node."
-                ),
-                io.Latent.Input(
-                    "latent",
-                    tooltip="The sampler's output: makes this node wait for it. Passed on.",
-                ),
+                *after_sampling(),
                 io.String.Input(
                     "file_name",
                     default=DEFAULT_NAME,
@@ -42,7 +36,7 @@ class LiteAttentionSaveProfile(io.ComfyNode):
                     "name is replaced.",
                 ),
             ],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="The latent, unchanged.")],
+            outputs=[latent_output()],
             hidden=[io.Hidden.unique_id],
         )
 

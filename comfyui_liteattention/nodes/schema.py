@@ -11,6 +11,28 @@ CATEGORY = "model/LiteAttention"
 Control = io.Custom("LITEATTENTION_CONTROL")
 
 
+def control_output() -> io.Output:
+    """What the nodes that choose settings give."""
+    return Control.Output(
+        display_name="control",
+        tooltip="Connect it to the control input of a LiteAttention node.",
+    )
+
+
+def after_sampling() -> list[io.Input]:
+    """The inputs of a node that tells of a run: the latent makes it wait for the run."""
+    return [
+        io.Model.Input("model", tooltip="The model that came out of the LiteAttention node."),
+        io.Latent.Input(
+            "latent", tooltip="The sampler's output: makes this node wait for it. Passed on."
+        ),
+    ]
+
+
+def latent_output() -> io.Output:
+    return io.Latent.Output(display_name="latent", tooltip="The latent, unchanged.")
+
+
 def schema(**declared: Any) -> io.Schema:
     """An ``io.Schema``, without the fields that this version of ComfyUI does not know yet."""
     known = {f.name for f in fields(io.Schema)}

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..settings import SAFEST
-from .schema import CATEGORY, Control, schema
+from .schema import CATEGORY, control_output, schema
 from .where import DEFAULTS, make_settings, problem, where_inputs
 
 
@@ -50,12 +50,7 @@ class LiteAttentionThreshold(io.ComfyNode):
                 ),
                 *where_inputs(),
             ],
-            outputs=[
-                Control.Output(
-                    display_name="control",
-                    tooltip="Connect it to the control input of a LiteAttention node.",
-                )
-            ],
+            outputs=[control_output()],
         )
 
     @classmethod

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from comfy_api.latest import io
 
+from ..order import TokenOrder
 from ..settings import Settings, parse_layers
 
 DEFAULTS = Settings()
@@ -47,7 +48,7 @@ def where_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "order",
-            options=["compact", "raster"],
+            options=list(get_args(TokenOrder)),
             default=DEFAULTS.order,
             optional=True,
             tooltip="compact: every tile is a small block of the video (recommended). raster: "
