@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from comfyui_liteattention.backends.cpu import CpuBackend
+from comfyui_liteattention.merge import merge
 from comfyui_liteattention.tiles import make_lists
 
 LOG2E = math.log2(math.e)
@@ -129,8 +130,8 @@ class SolAttention:
         lse_tail = torch.logsumexp(tail, -1, keepdim=True) + math.log(TILE)
         out_tail = torch.softmax(tail, -1).nan_to_num() @ values / TILE
         lse_tail, out_tail = (t.repeat_interleave(TILE, 2) for t in (lse_tail, out_tail))
-        share = torch.sigmoid(lse.unsqueeze(-1) - lse_tail)
-        return Chosen((share * out.float() + (1 - share) * out_tail).to(q.dtype), routed)
+        merged, _ = merge(out, lse, out_tail, lse_tail.squeeze(-1))
+        return Chosen(merged.to(q.dtype), routed)
 
 
 @dataclass

@@ -31,10 +31,15 @@ def test_the_threshold_spends_what_is_allowed_and_no_more(seed, allowed):
 
 
 def test_scores_of_tiles_that_were_not_visited_cost_nothing():
-    score = torch.full((1, 1, 2, 4), -math.inf)
-    limit = budget.threshold_for(score, torch.zeros_like(score, dtype=torch.bool), torch.zeros([]))
-    assert limit <= 0
-    assert not limit.isnan()
+    score = torch.linspace(-12, -0.1, 24).view(1, 1, 3, 8)
+    everywhere = torch.ones_like(score, dtype=torch.bool)
+    allowed = torch.tensor(0.02)
+    limit = budget.threshold_for(score, everywhere, allowed)
+    assert -12 < limit < -0.1
+    unvisited = torch.full((1, 1, 3, 5), -math.inf)
+    wider = torch.cat([score, unvisited], -1)
+    visited = torch.cat([everywhere, torch.zeros_like(unvisited, dtype=torch.bool)], -1)
+    assert budget.threshold_for(wider, visited, allowed) == limit
 
 
 def test_the_mean_of_the_target_over_a_run_is_the_budget_with_its_margin():
