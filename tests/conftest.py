@@ -6,6 +6,7 @@ Without a GPU it should, so our kernel is imported here, before anything else im
 import importlib.util
 import os
 
+import pytest
 import torch
 
 SWITCH = "TRITON_INTERPRET"
@@ -15,3 +16,12 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     from comfyui_liteattention.backends import triton_kernel  # noqa: F401
 
     del os.environ[SWITCH]  # the rest of the suite, and processes that it starts, don't want it
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny tensors: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

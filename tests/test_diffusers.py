@@ -10,74 +10,19 @@ from diffusers import (
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     LTXPipeline,
-    LTXVideoTransformer3DModel,
     WanPipeline,
-    WanTransformer3DModel,
 )
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from tiny_wan import hooks_left, make_ltx, make_wan
 
 import comfyui_liteattention as lite
 from comfyui_liteattention import SAFEST
-from comfyui_liteattention.integrations.diffusers_families import less_noisy
-from comfyui_liteattention.integrations.diffusers_runs import (
-    Moment,
-    Trajectory,
-    name_stream,
-)
 from comfyui_liteattention.presets import DEFAULT, PRESETS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = 320  # 5 latent frames of 8 x 8 tokens: a tile of 64 is a frame
 BOLD = {"threshold": -1.0, "ramp": 0.0, "min_tokens": 0, "audit": 0, "never_slower": False}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def sharpen(model, channels=slice(None), gain=4.0, bias=2.0):
-    """Make queries and keys alike but for their position, so that far tokens don't matter.
-
-    ``channels`` of each head to do this in; the others are zero.
-    """
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if name.endswith("attn1"):
-                heads = module.heads
-                for norm in (module.norm_q, module.norm_k):
-                    norm.weight.zero_().view(heads, -1)[:, channels] = gain
-                for linear in (module.to_q, module.to_k):
-                    linear.bias.fill_(bias)
-    return model.eval()
-
-
-#: Of the 12 + 10 + 10 channels of a head that turn with frame, row and column: those that turn by
-#: about 1/6 rad a token. Faster ones come round again within the video, so that far tokens look
-#: near; with a whole turn longer than the video, a tile that is compact in all three directions,
-#: as the default order makes them, sees less of the others the farther they are.
-LOCAL = [2, 3, 14, 15, 24, 25]
-
-
-def make_wan(seed=0):
-    torch.manual_seed(seed)
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=32,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-    )
-    return sharpen(model, LOCAL, gain=12.0)
 
 
 def make_pipe(seed=0, **parts):
@@ -131,16 +76,6 @@ def call(model, text, timestep, seed=0, context=None, **fields):
 
 def texts(count=2):
     return torch.randn(count, 1, 6, 16, generator=torch.Generator().manual_seed(5)).unbind()
-
-
-def hooks_left(model):
-    registries = [m._diffusers_hook for m in model.modules() if hasattr(m, "_diffusers_hook")]
-    return [
-        *model._forward_hooks,
-        *model._forward_pre_hooks,
-        *(name for registry in registries for name in registry.hooks),
-        *(name for name in vars(model) if "lite" in name),
-    ]
 
 
 def test_the_safest_threshold_is_plain_bit_for_bit(pipe):
@@ -435,18 +370,8 @@ def test_a_profile_is_saved_and_used(tmp_path):
 
 def test_ltx_video():
     """One call for both conditionings, no step in the cache context: the scheduler tells it."""
-    torch.manual_seed(0)
-    transformer = LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=32,
-        cross_attention_dim=64,
-        num_layers=2,
-        caption_channels=16,
-    )
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipe = LTXPipeline(scheduler, None, None, None, sharpen(transformer))
+    pipe = LTXPipeline(scheduler, None, None, None, make_ltx())
     pipe.set_progress_bar_config(disable=True)
 
     def sample(seed=0):
@@ -477,7 +402,7 @@ def test_ltx_video():
     assert torch.equal(sample(), fresh)
     lite.disable(pipe)
     assert torch.equal(sample(), plain)
-    assert hooks_left(transformer) == []
+    assert hooks_left(pipe.transformer) == []
 
 
 def test_other_models_are_declined_with_a_reason():
@@ -541,61 +466,6 @@ def test_choices(pipe):
     assert lite.enable(pipe, budget=0.25).settings.budget == 0.25
     with pytest.raises(TypeError, match="no transformer"):
         lite.enable(SimpleNamespace(components={"unet": torch.nn.Linear(1, 1)}))
-
-
-def follow(moments):
-    """Which of these calls start a new run, and the progress of each."""
-    trajectory, starts, progress = None, [], []
-    for index, now in enumerate(moments):
-        if trajectory is None or not trajectory.continues("transformer", now):
-            trajectory = Trajectory(now)
-            starts.append(index)
-        progress.append(trajectory.advance("transformer", now))
-    return starts, progress
-
-
-def test_a_second_order_sampler_stays_in_its_run():
-    heun = torch.tensor([1000.0, 700, 700, 300, 300])
-    starts, progress = follow(
-        [Moment("cond", None, None, t, heun, tuple(heun.tolist())) for t in heun.tolist()]
-    )
-    assert starts == [0] and progress[-1].position == 1
-    assert [p.position for p in progress] == sorted(p.position for p in progress)
-
-
-def test_a_new_schedule_is_a_new_run():
-    """Even where the second run starts at less noise than the first one failed at."""
-    first, second = torch.tensor([1000.0, 500]), torch.tensor([400.0, 200])
-    moments = [Moment("cond", None, None, 1000.0, first), Moment("cond", None, None, 400.0, second)]
-    assert follow(moments)[0] == [0, 1]
-
-
-def test_positions_from_noise_levels_alone_are_never_ahead():
-    for shift in (1, 3, 8):
-        u = [1 - step / 10 for step in range(10)]
-        levels = [1000 * shift * x / (1 + (shift - 1) * x) for x in u]
-        starts, progress = follow([Moment("cond", None, None, t, None) for t in levels])
-        assert starts == [0]
-        assert all(p.step == i and 0 < p.position <= (i + 1) / 10 for i, p in enumerate(progress))
-
-
-def test_repeats_and_steps_backwards_start_a_run():
-    def at(step, stream="cond"):
-        return Moment(stream, step, 4, 0.0, None)
-
-    assert follow([at(0), at(0, "uncond"), at(1), at(1, "uncond")])[0] == [0]
-    assert follow([at(0), at(0)])[0] == [0, 1]
-    assert follow([at(2), at(1)])[0] == [0, 1]
-
-
-def test_less_noisy_tokens():
-    assert less_noisy(torch.full((2, 4), 5.0)) == ()
-    assert less_noisy(torch.tensor([[0.0, 0, 5, 5, 1, 5]])) == ((0, 2), (4, 5))
-
-
-def test_texts_name_streams():
-    a, b = texts()
-    assert name_stream(a) == name_stream(a.clone()) != name_stream(b)
 
 
 def test_the_import_is_cheap():

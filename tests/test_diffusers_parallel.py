@@ -18,11 +18,10 @@ import torch.distributed as dist
 from diffusers import (
     ContextParallelConfig,
     FlowMatchEulerDiscreteScheduler,
-    LTXVideoTransformer3DModel,
     WanPipeline,
-    WanTransformer3DModel,
 )
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from tiny_wan import make_ltx, make_wan
 
 import comfyui_liteattention as lite
 from comfyui_liteattention import Settings
@@ -54,35 +53,12 @@ MODES = {
     "anything": {"ulysses_degree": WORLD, "ulysses_anything": True},
     "ring": {"ring_degree": WORLD},
 }
-#: Of the 12 + 10 + 10 channels of a head that turn with frame, row and column, slow ones: with
-#: these alone, tokens matter the less the farther away they are.
-LOCAL = [2, 3, 14, 15, 24, 25]
 
 
 def make_pipe(heads=2):
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=heads,
-        attention_head_dim=32,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-    ).eval()
-    with torch.no_grad():
-        for block in model.blocks:
-            for norm in (block.attn1.norm_q, block.attn1.norm_k):
-                norm.weight.zero_().view(heads, -1)[:, LOCAL] = 6.0
-            for linear in (block.attn1.to_q, block.attn1.to_k):
-                linear.bias.fill_(2.0)
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = WanPipeline(**parts, transformer=model, scheduler=scheduler)
+    pipe = WanPipeline(**parts, transformer=make_wan(0, heads, gain=6.0), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -102,26 +78,6 @@ def sample(pipe):
         output_type="latent",
         generator=generator,
     ).frames
-
-
-def make_ltx():
-    torch.manual_seed(0)
-    model = LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=32,
-        cross_attention_dim=64,
-        num_layers=2,
-        caption_channels=16,
-    ).eval()
-    with torch.no_grad():
-        for block in model.transformer_blocks:
-            for part in (block.attn1.norm_q.weight, block.attn1.norm_k.weight):
-                part.fill_(4.0)
-            for part in (block.attn1.to_q.bias, block.attn1.to_k.bias):
-                part.fill_(2.0)
-    return model
 
 
 @torch.no_grad()
@@ -271,8 +227,9 @@ if __name__ == "__main__":
 def found(tmp_path_factory):
     """What the two processes found: one dictionary by (mode, case) of each."""
     folder = tmp_path_factory.mktemp("processes")
-    root = str(Path(__file__).parent.parent)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here.parent, here / "tiny")))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     logs = [open(folder / f"{rank}.log", "wb") for rank in range(WORLD)]

@@ -8,17 +8,10 @@ from demo.comfy_server import REPOSITORY, WEIGHTS
 from demo.model import TEXT_TABLE
 from demo.text import embed_prompts, load_table
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = Settings(threshold=-1.0, min_tokens=0, never_slower=False)
 OVERRIDE = "optimized_attention_override"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,24 +6,26 @@ hand, and compared with what happened.
 """
 
 import importlib
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from packaging.version import parse
+from tiny_comfy import CASES, HUNYUAN_CASE, NEWER, noise, version
 
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.integrations.models import ModelCall, describe_call
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape
-from demo.comfy_server import REPOSITORY, comfyui_path
+from demo.comfy_server import REPOSITORY
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TILE = 16
 SIGMAS = [1.0, 0.7, 0.4, 0.0]
 BOLD = {"threshold": -1.0, "criterion": "gap", "ramp": 0, "audit": 0, "min_tokens": 0}
 BOLD["never_slower"] = False
-NEWER = parse("0.33")  # the oldest newer version that this was run with
 OVERRIDE = "optimized_attention_override"
 
 
@@ -39,321 +41,6 @@ class Recorder(ReferenceBackend):
         self.calls.append((q, lists))
         result = super().forward(q, k, v, scale, lists, criterion)
         return result._replace(score=torch.full_like(result.score, self.score))
-
-
-@dataclass
-class Case:
-    """A model, what it is called with, and what its video attention must look like.
-
-    ``config`` is the class in ``comfy.supported_models``; ``conds`` are shapes of further inputs.
-    ``before`` and ``after``: tokens beside the ``video`` in the sequence; ``joint``: text tokens
-    that older versions put behind it and newer ones in front. ``since``: first version known;
-    ``newer_*``: what the newer versions need besides.
-    """
-
-    name: str
-    config: str
-    unet: dict
-    latent: tuple
-    text: tuple
-    video: int
-    layers: int
-    before: int = 0
-    after: int = 0
-    conds: dict = field(default_factory=dict)
-    joint: int = 0
-    since: str = "0.3.75"
-    newer_unet: dict = field(default_factory=dict)
-    newer_conds: dict = field(default_factory=dict)
-
-    def inputs(self):
-        shapes = {"c_crossattn": self.text, **self.conds}
-        if version() >= NEWER:
-            shapes |= self.newer_conds
-        return {
-            name: _noise(value, i) if isinstance(value, tuple) else value
-            for i, (name, value) in enumerate(shapes.items())
-        }
-
-
-def version():
-    """The version of the ComfyUI under test."""
-    text = (comfyui_path() / "comfyui_version.py").read_text()
-    return parse(text.split('"')[1])
-
-
-def _noise(shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 100))
-
-
-WAN = dict(image_model="wan2.1", dim=128, num_heads=2, num_layers=3, ffn_dim=64, text_dim=32)
-WAN |= dict(freq_dim=32, in_dim=16, out_dim=16)
-LATENT = (1, 16, 3, 8, 16)
-CALL = dict(latent=LATENT, text=(1, 12, 32), video=96)  # 3 x 4 x 8 tokens
-
-
-def wan(name, config, model_type, layers=3, unet=None, **others):
-    return Case(
-        name, config, WAN | {"model_type": model_type} | (unet or {}), layers=layers, **others
-    )
-
-
-def wan_cases():
-    image = dict(c_concat=(1, 20, 3, 8, 16), clip_fea=(1, 257, 1280))
-    reference, frame = (1, 16, 8, 16), (1, 16, 1, 8, 16)
-    yield wan("Wan T2V", "WAN21_T2V", "t2v", **CALL)
-    yield wan("Wan I2V", "WAN21_I2V", "i2v", unet=dict(in_dim=36), conds=image, **CALL)
-    yield wan(
-        "Wan Fun with a reference",
-        "WAN21_T2V",
-        "t2v",
-        unet=dict(in_dim_ref_conv=16),
-        conds=dict(reference_latent=reference),
-        before=32,
-        **CALL,
-    )
-    yield wan(
-        "Wan with frames appended",
-        "WAN21_T2V",
-        "t2v",
-        conds=dict(time_dim_concat=(1, 16, 2, 8, 16)),
-        after=64,
-        **CALL,
-    )
-    yield wan(
-        "Wan with latents as context",
-        "WAN21_T2V",
-        "t2v",
-        conds=dict(context_latents=[_noise(frame, 1), _noise((1, 16, 1, 4, 6), 2)]),
-        after=32 + 6,
-        since="0.33",
-        **CALL,
-    )
-    yield wan(
-        "Wan 2.2 5B",
-        "WAN22_T2V",
-        "t2v",
-        unet=dict(in_dim=48, out_dim=48),
-        **(CALL | dict(latent=(1, 48, 3, 8, 16))),
-    )
-    yield wan(
-        "Wan VACE",
-        "WAN21_Vace",
-        "vace",
-        layers=4,
-        unet=dict(num_layers=2, vace_layers=2, vace_in_dim=96),
-        conds=dict(vace_context=(1, 1, 96, 3, 8, 16), vace_strength=[1.0]),
-        **CALL,
-    )
-    yield wan(
-        "Wan Camera",
-        "WAN21_Camera",
-        "camera",
-        unet=dict(in_dim=36),
-        conds=image | dict(camera_conditions=(1, 24, 3, 64, 128)),
-        **CALL,
-    )
-    yield wan(
-        "Wan Animate",
-        "WAN22_Animate",
-        "animate",
-        layers=5,
-        unet=dict(in_dim=36, num_layers=5, dim=256),
-        conds=image | dict(pose_latents=(1, 16, 2, 8, 16)),
-        **CALL,
-    )
-    yield wan(
-        "Wan HuMo",
-        "WAN21_HuMo",
-        "humo",
-        conds=dict(reference_latent=frame),
-        after=32,
-        **CALL,
-    )
-    yield wan(
-        "Wan S2V",
-        "WAN22_S2V",
-        "s2v",
-        unet=dict(audio_inject_layers=[0]),
-        conds=dict(reference_latent=frame, reference_motion=(1, 16, 19, 8, 16)),
-        after=32 + 4 * 8 + 2 * 4 + 4 * 1 * 2,
-        since="0.33",
-        **CALL,
-    )
-    yield wan(
-        "Wan SCAIL",
-        "WAN21_SCAIL",
-        "scail",
-        conds=dict(reference_latent=frame, pose_latents=(1, 16, 3, 4, 8)),
-        before=32,
-        after=3 * 2 * 4,
-        since="0.33",
-        **CALL,
-    )
-
-    dancer = dict(in_dim_ref_conv=16, audio_inject_layers=[0])
-    yield wan("Wan Dancer", "WAN22_WanDancer", "wandancer", unet=dancer, since="0.33", **CALL)
-
-
-HUNYUAN = dict(image_model="hunyuan_video", in_channels=16, out_channels=16, patch_size=[1, 2, 2])
-HUNYUAN |= dict(context_in_dim=32, hidden_size=128, num_heads=2, mlp_ratio=1.0, depth=2)
-HUNYUAN |= dict(depth_single_blocks=2, axes_dim=[16, 24, 24], theta=256, qkv_bias=True)
-HUNYUAN |= dict(vec_in_dim=32, guidance_embed=False, byt5=False, meanflow=False)
-HUNYUAN |= dict(use_cond_type_embedding=False, vision_in_dim=None)
-
-
-def hunyuan(name, config, text, unet=None, conds=None, reference=0, **others):
-    call = CALL | dict(layers=4, joint=text, before=reference) | others
-    call |= dict(conds=dict(y=(1, 32)) | (conds or {}), newer_unet=dict(meanflow_sum=False))
-    return Case(name, config, HUNYUAN | (unet or {}), **call)
-
-
-def hunyuan_cases():
-    yield hunyuan("HunyuanVideo", "HunyuanVideo", 12)
-    yield hunyuan(
-        "HunyuanVideo with a reference",
-        "HunyuanVideo",
-        12,
-        conds=dict(ref_latent=(1, 16, 1, 8, 16)),
-        reference=32,
-    )
-    small = dict(patch_size=[1, 1, 1], use_cond_type_embedding=True, byt5=True, vision_in_dim=24)
-    yield hunyuan(
-        "HunyuanVideo 1.5",
-        "HunyuanVideo15",
-        12 + 5 + 9,
-        unet=small | dict(vec_in_dim=None),
-        conds=dict(txt_byt5=(1, 5, 1472), clip_fea=(1, 9, 24)),
-        latent=(1, 16, 3, 4, 8),
-    )
-
-    yield hunyuan(
-        "HunyuanImage 2.1",
-        "HunyuanImage21",
-        12,
-        unet=dict(patch_size=[1, 1], axes_dim=[32, 32], vec_in_dim=None),
-        latent=(1, 16, 8, 12),
-    )
-
-
-LTX = dict(image_model="ltxv", in_channels=128, attention_head_dim=64, num_attention_heads=2)
-LTX |= dict(num_layers=3, cross_attention_dim=128, caption_channels=32)
-LTX_2 = LTX | dict(image_model="ltxav", audio_num_attention_heads=2, audio_attention_head_dim=32)
-LTX_2 |= dict(audio_cross_attention_dim=64)
-COSMOS = dict(image_model="cosmos", max_img_h=240, max_img_w=240, max_frames=128, in_channels=16)
-COSMOS |= dict(out_channels=16, patch_spatial=2, patch_temporal=1, model_channels=128, num_heads=2)
-COSMOS |= dict(num_blocks=3, crossattn_emb_channels=32, pos_emb_cls="rope3d")
-COSMOS |= dict(use_adaln_lora=True, adaln_lora_dim=16)
-COSMOS_1 = COSMOS | dict(block_x_format="THWBD", affline_emb_norm=True)
-COSMOS_1 |= dict(extra_per_block_abs_pos_emb=True, extra_per_block_abs_pos_emb_type="learnable")
-PREDICT2 = COSMOS | dict(image_model="cosmos_predict2", pos_emb_learnable=True)
-MOCHI = dict(image_model="mochi_preview", depth=3, patch_size=2, num_heads=2, hidden_size_x=128)
-MOCHI |= dict(hidden_size_y=64, mlp_ratio_x=96, mlp_ratio_y=1.0, learn_sigma=False, in_channels=12)
-MOCHI |= dict(qk_norm=True, qkv_bias=False, out_bias=True, attn_drop=0.0, use_t5=True)
-MOCHI |= dict(timestep_scale=1000.0, t5_feat_dim=32, t5_token_length=256)
-COG = dict(image_model="cogvideox", num_attention_heads=2, attention_head_dim=64, num_layers=3)
-COG |= dict(time_embed_dim=32, text_embed_dim=32, use_rotary_positional_embeddings=True)
-KANDINSKY = dict(image_model="kandinsky5", model_dim=128, ff_dim=64, num_visual_blocks=3)
-KANDINSKY |= dict(time_dim=32, in_text_dim=32, in_text_dim2=16, visual_embed_dim=132)
-FLUX = dict(image_model="flux", in_channels=16, out_channels=16, vec_in_dim=32, context_in_dim=32)
-FLUX |= dict(hidden_size=128, mlp_ratio=1.0, num_heads=2, depth=2, depth_single_blocks=2)
-FLUX |= dict(axes_dim=[16, 24, 24], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=False)
-QWEN = dict(image_model="qwen_image", in_channels=64, num_layers=3, attention_head_dim=64)
-QWEN |= dict(num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(16, 24, 24))
-
-
-def other_cases():
-    ltx = dict(layers=3, latent=(1, 128, 4, 4, 8), text=(1, 12, 32))
-    conds = dict(attention_mask=None)
-    yield Case("LTX-Video", "LTXV", LTX, video=128, conds=conds, **ltx)
-    conds = conds | dict(keyframe_idxs=(1, 3, 32), denoise_mask=(1, 1, 4, 4, 8))
-    newer = dict(keyframe_idxs=(1, 3, 32, 2), denoise_mask=torch.ones(1, 1, 4, 4, 8))
-    ltx |= dict(conds=conds, newer_conds=newer)
-    yield Case("LTX-Video with a guide frame", "LTXV", LTX, video=96, after=32, **ltx)
-    yield Case(
-        "LTX-2",
-        "LTXAV",
-        LTX_2,
-        layers=3,
-        video=128,
-        latent=(1, 1, 128 * 128 + 8 * 20 * 16),
-        text=(1, 12, 64),
-        conds=dict(attention_mask=None, latent_shapes=[(1, 128, 4, 4, 8), (1, 8, 20, 16)]),
-        since="0.33",
-    )
-    yield Case("Cosmos 1", "CosmosT2V", COSMOS_1, layers=3, **CALL)
-    yield Case("Cosmos Predict2", "CosmosT2IPredict2", PREDICT2, layers=3, **CALL)
-    yield Case(
-        "Mochi",
-        "GenmoMochi",
-        MOCHI,
-        layers=3,
-        after=7,
-        conds=dict(attention_mask=torch.ones(1, 12), num_tokens=7),
-        **(CALL | dict(latent=(1, 12, 3, 8, 16))),
-    )
-    yield Case("CogVideoX", "CogVideoX_T2V", COG, layers=3, before=12, since="0.33", **CALL)
-    yield Case(
-        "CogVideoX 1.5",
-        "CogVideoX_T2V",
-        COG | dict(patch_size_t=2),
-        layers=3,
-        before=12,
-        since="0.33",
-        **(CALL | dict(latent=(1, 16, 5, 8, 16))),
-    )
-    yield Case(
-        "Kandinsky 5",
-        "Kandinsky5",
-        KANDINSKY,
-        layers=3,
-        conds=dict(y=(1, 16), c_concat=(1, 17, 3, 8, 16)),
-        since="0.33",
-        **CALL,
-    )
-    image = dict(newer_unet=dict(txt_ids_dims=[]))
-    image |= dict(latent=(1, 16, 16, 24), text=(1, 12, 32), video=96)
-    references = [_noise((1, 16, 8, 8), 1), _noise((1, 16, 4, 6), 2)]
-    yield Case("Flux", "Flux", FLUX, layers=4, before=12, conds=dict(y=(1, 32)), **image)
-    yield Case(
-        "Flux Kontext",
-        "Flux",
-        FLUX,
-        layers=4,
-        before=12,
-        after=16 + 6,
-        conds=dict(y=(1, 32), ref_latents=references),
-        **image,
-    )
-    flux_2 = FLUX | dict(image_model="flux2", axes_dim=[16] * 4, vec_in_dim=None, mlp_ratio=3.0)
-    flux_2 |= dict(global_modulation=True, mlp_silu_act=True, ops_bias=False)
-    yield Case("Flux 2", "Flux2", flux_2, layers=4, before=12, **image)
-    image |= dict(latent=(1, 16, 1, 16, 24), newer_unet={})
-    references = [_noise((1, 16, 1, 8, 8), 1)]
-    yield Case("Qwen-Image", "QwenImage", QWEN, layers=3, before=12, **image)
-    yield Case(
-        "Qwen-Image-Edit",
-        "QwenImage",
-        QWEN,
-        layers=3,
-        before=12,
-        after=16,
-        conds=dict(ref_latents=references),
-        **image,
-    )
-
-
-CASES = [*wan_cases(), *hunyuan_cases(), *other_cases()]
-HUNYUAN_CASE = next(case for case in CASES if case.name == "HunyuanVideo")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -404,7 +91,7 @@ def generate(model, case, backend=None, batches=(("a",),)):
             step = dict(options, sigmas=now, sample_sigmas=torch.tensor(SIGMAS))
             step |= dict(cond_or_uncond=[0] * len(batch), uuids=list(batch))
             inputs = {k: _repeat(v, len(batch)) for k, v in case.inputs().items()}
-            x = _noise(case.latent, 1).repeat(len(batch), *[1] * (len(case.latent) - 1))
+            x = noise(case.latent, 1).repeat(len(batch), *[1] * (len(case.latent) - 1))
             with torch.inference_mode():
                 out = model.apply_model(
                     x, now.repeat(len(batch)), transformer_options=step, **inputs
@@ -507,15 +194,15 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
     patcher = comfy.model_patcher.ModelPatcher(build(case), cpu, cpu)
     patched = integration.apply_patch(patcher, settings)
     extra = {key: _tensors(value) for key, value in SAMPLED[name].items()}
-    positive, negative = ([[_noise(case.text, i), extra]] for i in range(2))
+    positive, negative = ([[noise(case.text, i), extra]] for i in range(2))
     latent = torch.zeros(case.latent)
     if "latent_shapes" in case.conds:  # video and sound
         from comfy.nested_tensor import NestedTensor
 
         latent = NestedTensor([torch.zeros(shape) for shape in case.conds["latent_shapes"]])
-    noise = comfy.sample.prepare_noise(latent, 1)
+    start = comfy.sample.prepare_noise(latent, 1)
     with torch.inference_mode():
-        comfy.sample.sample(patched, noise, 3, 3.0, "euler", "simple", positive, negative, latent)
+        comfy.sample.sample(patched, start, 3, 3.0, "euler", "simple", positive, negative, latent)
     report = integration.patch_of(patched).last_report
     assert report.active
     assert {c.tokens for c in report.calls} == {case.before + case.video + case.after + case.joint}
@@ -524,8 +211,8 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
 
 def _tensors(value):
     if isinstance(value, list):
-        return [_noise(shape, i) for i, shape in enumerate(value)]
-    return _noise(value, 1) if isinstance(value, tuple) else value
+        return [noise(shape, i) for i, shape in enumerate(value)]
+    return noise(value, 1) if isinstance(value, tuple) else value
 
 
 def test_an_unknown_video_model_runs_in_generic_mode(build, monkeypatch):

@@ -1,0 +1,61 @@
+"""Where in which run a call happens, told from the calls alone."""
+
+import torch
+
+from comfyui_liteattention.integrations.diffusers_families import less_noisy
+from comfyui_liteattention.integrations.diffusers_runs import Moment, Trajectory, name_stream
+
+
+def follow(moments):
+    """Which of these calls start a new run, and the progress of each."""
+    trajectory, starts, progress = None, [], []
+    for index, now in enumerate(moments):
+        if trajectory is None or not trajectory.continues("transformer", now):
+            trajectory = Trajectory(now)
+            starts.append(index)
+        progress.append(trajectory.advance("transformer", now))
+    return starts, progress
+
+
+def test_a_second_order_sampler_stays_in_its_run():
+    heun = torch.tensor([1000.0, 700, 700, 300, 300])
+    starts, progress = follow(
+        [Moment("cond", None, None, t, heun, tuple(heun.tolist())) for t in heun.tolist()]
+    )
+    assert starts == [0] and progress[-1].position == 1
+    assert [p.position for p in progress] == sorted(p.position for p in progress)
+
+
+def test_a_new_schedule_is_a_new_run():
+    """Even where the second run starts at less noise than the first one failed at."""
+    first, second = torch.tensor([1000.0, 500]), torch.tensor([400.0, 200])
+    moments = [Moment("cond", None, None, 1000.0, first), Moment("cond", None, None, 400.0, second)]
+    assert follow(moments)[0] == [0, 1]
+
+
+def test_positions_from_noise_levels_alone_are_never_ahead():
+    for shift in (1, 3, 8):
+        u = [1 - step / 10 for step in range(10)]
+        levels = [1000 * shift * x / (1 + (shift - 1) * x) for x in u]
+        starts, progress = follow([Moment("cond", None, None, t, None) for t in levels])
+        assert starts == [0]
+        assert all(p.step == i and 0 < p.position <= (i + 1) / 10 for i, p in enumerate(progress))
+
+
+def test_repeats_and_steps_backwards_start_a_run():
+    def at(step, stream="cond"):
+        return Moment(stream, step, 4, 0.0, None)
+
+    assert follow([at(0), at(0, "uncond"), at(1), at(1, "uncond")])[0] == [0]
+    assert follow([at(0), at(0)])[0] == [0, 1]
+    assert follow([at(2), at(1)])[0] == [0, 1]
+
+
+def test_less_noisy_tokens():
+    assert less_noisy(torch.full((2, 4), 5.0)) == ()
+    assert less_noisy(torch.tensor([[0.0, 0, 5, 5, 1, 5]])) == ((0, 2), (4, 5))
+
+
+def test_texts_name_streams():
+    a, b = torch.randn(2, 1, 6, 16, generator=torch.Generator().manual_seed(5))
+    assert name_stream(a) == name_stream(a.clone()) != name_stream(b)

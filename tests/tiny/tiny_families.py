@@ -1,0 +1,675 @@
+"""Tiny transformers of every family that diffusers has, of the real classes.
+
+Each is sampled for a few steps, by its real pipeline where that needs no encoders. Weights are
+random, but queries and keys are made alike, and the left half of the video looks different from the
+right half: so that halves need not see each other, and there is something to skip.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffusers as d
+import torch
+
+from comfyui_liteattention.integrations.diffusers_families import FAMILIES, self_attention
+
+GRID = (4, 8, 8)  # tokens: frames, rows, columns
+VIDEO = 4 * 8 * 8
+STEPS = 3
+RESET = "_reset_stateful_cache"
+
+
+class Made(NamedTuple):
+    """One tiny model. ``sample()`` gives the result of one run. ``dense``: tokens that must never
+    be skipped (text, given frames); ``streams``: names of the conditionings; ``kept``: tokens of
+    each stream that are not padding; ``given``: where dense tokens lie among those that the
+    model doesn't itself keep apart as text."""
+
+    target: Any
+    transformer: torch.nn.Module
+    sample: Callable[[], torch.Tensor]
+    dense: int
+    streams: set[str]
+    kept: set[int]
+    layers: int = 2
+    given: slice = slice(0, 0)
+
+
+def latent(channels, scale=(1, 2, 2), frames=GRID[0]):
+    """``[1, C, T, H, W]``: the left half of the picture is unlike the right half."""
+    generator = torch.Generator().manual_seed(7)
+    left, right = torch.randn(2, 1, channels, 1, 1, 1, generator=generator)
+    sizes = (frames * scale[0], GRID[1] * scale[1], GRID[2] * scale[2])
+    halves = torch.where(torch.arange(sizes[2]) < sizes[2] // 2, left, right)
+    noise = torch.randn(1, channels, *sizes, generator=generator)
+    return 3 * halves.expand(1, channels, *sizes) + 0.1 * noise
+
+
+def texts(*shape):
+    """Two prompts' states ``shape`` each."""
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(5)).unbind()
+
+
+def sharpen(model, gain=1.4):
+    """Make queries and keys alike, and far apart for unlike tokens."""
+    with torch.no_grad():
+        for name in self_attention(model, FAMILIES[type(model).__name__]):
+            module = model.get_submodule(name)
+            q, k = (getattr(module, n, None) or getattr(module, a) for n, a in PROJECTIONS)
+            k.load_state_dict(q.state_dict())
+            norms = [getattr(module, n, None) for n in NORMS]
+            for part in [n for n in norms if n is not None] or [q, k]:
+                part.weight.mul_(gain)
+        for parameter in model.parameters():
+            if not parameter.any():  # modulations that begin at zero would hide the attention
+                parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    return model.eval()
+
+
+PROJECTIONS = (("to_q", "to_query"), ("to_k", "to_key"))
+NORMS = ("norm_q", "norm_k", "query_norm", "key_norm")
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def loop(model, start, step):
+    """Sampling without a pipeline: ``step(latent, t)`` in [0, 1000] is the model's answer."""
+
+    @torch.no_grad()
+    def sample():
+        x = start.clone()
+        for t in (900.0, 600.0, 300.0):
+            x = x - 0.1 * step(x, torch.tensor([t]))
+        if hasattr(model, RESET):  # as a pipeline does at its end
+            getattr(model, RESET)()
+        return x
+
+    return sample
+
+
+def make_hunyuan(**config):
+    transformer = d.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=2,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(8, 12, 12),
+        **config,
+    )
+    return sharpen(transformer)
+
+
+def hunyuan_video():
+    """Text of 20 and 9 tokens, padded to 24."""
+    transformer = make_hunyuan()
+    scheduler = d.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    pipe = quiet(d.HunyuanVideoPipeline(None, None, transformer, None, scheduler, None, None))
+    text, negative = texts(1, 24, 16)
+    pooled, negative_pooled = texts(1, 8)
+
+    def sample():
+        return pipe(
+            prompt_embeds=text,
+            pooled_prompt_embeds=pooled,
+            prompt_attention_mask=(torch.arange(24) < 20)[None],
+            negative_prompt_embeds=negative,
+            negative_pooled_prompt_embeds=negative_pooled,
+            negative_prompt_attention_mask=(torch.arange(24) < 9)[None],
+            true_cfg_scale=2.0,
+            height=128,
+            width=128,
+            num_frames=13,
+            latents=latent(4),
+            num_inference_steps=STEPS,
+            output_type="latent",
+        ).frames
+
+    return Made(pipe, transformer, sample, 20, {"cond", "uncond"}, {VIDEO + 20, VIDEO + 9})
+
+
+def hunyuan_video_15():
+    """Of image, glyph and prompt tokens only some are there; the padding sees nothing at all."""
+    transformer = d.HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        patch_size=2,
+        text_embed_dim=16,
+        text_embed_2_dim=8,
+        rope_axes_dim=(8, 12, 12),
+    )
+    scheduler = d.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    guider = d.ClassifierFreeGuidance(guidance_scale=2.0)
+    vae = d.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
+    )
+    parts = (None, None, sharpen(transformer), vae, scheduler, None, None, guider)
+    pipe = quiet(d.HunyuanVideo15Pipeline(*parts))
+    (text, negative), (glyphs, no_glyphs) = texts(1, 12, 16), texts(1, 6, 8)
+
+    def sample():
+        return pipe(
+            prompt_embeds=text,
+            prompt_embeds_mask=(torch.arange(12) < 7)[None].long(),
+            prompt_embeds_2=glyphs,
+            prompt_embeds_mask_2=(torch.arange(6) < 2)[None].long(),
+            negative_prompt_embeds=negative,
+            negative_prompt_embeds_mask=(torch.arange(12) < 4)[None].long(),
+            negative_prompt_embeds_2=no_glyphs,
+            negative_prompt_embeds_mask_2=torch.zeros(1, 6).long(),
+            height=128,
+            width=128,
+            num_frames=13,
+            latents=latent(4),
+            num_inference_steps=STEPS,
+            output_type="latent",
+        ).frames
+
+    streams, kept = {"pred_cond", "pred_uncond"}, {VIDEO + 9, VIDEO + 4}
+    return Made(pipe, transformer, sample, 9, streams, kept)
+
+
+def cogvideox():
+    transformer = d.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=48,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=16,
+        sample_height=16,
+        sample_frames=13,
+        max_text_seq_length=10,
+        use_rotary_positional_embeddings=True,
+    )
+    scheduler = d.CogVideoXDDIMScheduler()
+    pipe = quiet(d.CogVideoXPipeline(None, None, None, sharpen(transformer), scheduler))
+    text, negative = texts(1, 10, 16)
+
+    def sample():
+        return pipe(
+            prompt_embeds=text,
+            negative_prompt_embeds=negative,
+            height=128,
+            width=128,
+            num_frames=13,
+            latents=latent(4).transpose(1, 2),
+            num_inference_steps=STEPS,
+            output_type="latent",
+        ).frames
+
+    return Made(pipe, transformer, sample, 10, {"cond_uncond x2"}, {VIDEO + 10})
+
+
+def mochi():
+    """Attends row by row of the batch; 8 and 5 tokens of text. Its timesteps rise."""
+    transformer = d.MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        max_sequence_length=12,
+    )
+    torch.nn.init.normal_(transformer.pos_frequencies, std=0.01)
+    scheduler = d.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    pipe = quiet(d.MochiPipeline(scheduler, None, None, None, sharpen(transformer)))
+    text, negative = texts(1, 12, 16)
+
+    def sample():
+        return pipe(
+            prompt_embeds=text,
+            prompt_attention_mask=(torch.arange(12) < 8)[None],
+            negative_prompt_embeds=negative,
+            negative_prompt_attention_mask=(torch.arange(12) < 5)[None],
+            height=128,
+            width=128,
+            num_frames=19,
+            latents=latent(4),
+            num_inference_steps=4,  # the pipeline's schedule needs an even number
+            output_type="latent",
+        ).frames
+
+    streams = {"cond_uncond", "cond_uncond row 1"}
+    return Made(pipe, transformer, sample, 8, streams, {VIDEO + 5, VIDEO + 8})
+
+
+def make_cosmos(channels):
+    transformer = d.CosmosTransformer3DModel(
+        in_channels=channels,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=2,
+        text_embed_dim=16,
+        adaln_lora_dim=4,
+        max_size=(8, 16, 16),
+    )
+    return sharpen(transformer)
+
+
+def cosmos():
+    transformer = make_cosmos(4)
+    (text, _), padding = texts(1, 6, 16), torch.zeros(1, 1, 16, 16)
+
+    def step(x, t):
+        return transformer(x, t / 1000, text, padding_mask=padding, return_dict=False)[0]
+
+    sample = loop(transformer, latent(4), step)
+    return Made(transformer, transformer, sample, 0, {"text"}, {VIDEO})
+
+
+def cosmos_from_video():
+    """The first frame is given, with a noise level of its own."""
+    transformer = make_cosmos(5)
+    (text, _), padding = texts(1, 6, 16), torch.zeros(1, 1, 16, 16)
+    mask = torch.zeros(1, 1, *latent(4).shape[2:])
+    mask[:, :, :1] = 1
+
+    def step(x, t):
+        levels = (t / 1000).view(1, 1, 1, 1, 1).repeat(1, 1, 4, 1, 1)
+        levels[:, :, :1] = 1e-4
+        options = {"condition_mask": mask, "padding_mask": padding, "return_dict": False}
+        return transformer(x, levels, text, **options)[0]
+
+    sample = loop(transformer, latent(4), step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO}, given=slice(64))
+
+
+def kandinsky_5():
+    transformer = d.Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=8,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=64,
+        ff_dim=64,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(8, 12, 12),
+        visual_cond=True,
+    )
+    (text, _), (pooled, _) = texts(1, 6, 16), texts(1, 8)
+    given = torch.zeros(1, *latent(4).shape[2:], 5)  # a picture's latent, and where it is one
+    given[:, :1, ..., -1] = 1
+
+    def step(x, t):
+        return transformer(
+            torch.cat([x, given], dim=-1),
+            text,
+            t,
+            pooled,
+            [torch.arange(n) for n in GRID],
+            torch.arange(6),
+            return_dict=False,
+        )
+
+    sample = loop(sharpen(transformer, 1.0), latent(4).movedim(1, -1), step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO}, given=slice(64))
+
+
+def make_skyreels(**config):
+    transformer = d.SkyReelsV2Transformer3DModel(**WAN, **config)
+    return sharpen(transformer)
+
+
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+}
+
+
+def skyreels_v2():
+    transformer = make_skyreels()
+    scheduler = d.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+    )
+    pipe = quiet(d.SkyReelsV2Pipeline(None, None, transformer, None, scheduler))
+    text, negative = texts(1, 6, 16)
+
+    def sample():
+        return pipe(
+            prompt_embeds=text,
+            negative_prompt_embeds=negative,
+            height=128,
+            width=128,
+            num_frames=13,
+            latents=latent(4),
+            num_inference_steps=STEPS,
+            output_type="latent",
+        ).frames
+
+    return Made(pipe, transformer, sample, 0, {"cond", "uncond"}, {VIDEO})
+
+
+def skyreels_v2_diffusion_forcing():
+    """A noise level per frame: the first of them is given."""
+    transformer = make_skyreels()
+    text, _ = texts(1, 6, 16)
+
+    def step(x, t):
+        levels = t.expand(1, 4).clone()
+        levels[:, 0] = 0
+        return transformer(x, levels, text, enable_diffusion_forcing=True, return_dict=False)[0]
+
+    sample = loop(transformer, latent(4), step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO}, given=slice(64))
+
+
+def allegro():
+    transformer = d.AllegroTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=48,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=96,
+        sample_width=16,
+        sample_height=16,
+        sample_frames=4,
+        caption_channels=16,
+    )
+    scheduler = d.EulerAncestralDiscreteScheduler()
+    pipe = quiet(d.AllegroPipeline(None, None, None, sharpen(transformer), scheduler))
+    text, negative = texts(1, 6, 16)
+    mask = torch.ones(1, 6)
+
+    def sample():
+        return pipe(
+            negative_prompt=None,
+            prompt_embeds=text,
+            prompt_attention_mask=mask,
+            negative_prompt_embeds=negative,
+            negative_prompt_attention_mask=mask,
+            height=128,
+            width=128,
+            num_frames=16,
+            latents=latent(4),
+            num_inference_steps=STEPS,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).frames
+
+    return Made(pipe, transformer, sample, 0, {"text x2"}, {VIDEO})
+
+
+def ltx_2():
+    """Video and audio; 20 tokens of reference are appended to the video. Audio stays dense."""
+    transformer = d.LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        cross_attention_dim=64,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=16,
+        audio_cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=16,
+    )
+    video = latent(4, (1, 1, 1)).flatten(2).transpose(1, 2)
+    start = torch.cat([video, video[:, :20]], dim=1)
+    (text, _), (audio, _) = texts(1, 6, 16), texts(1, 30, 4)
+    coords = transformer.rope.prepare_video_coords(1, *GRID, torch.device("cpu"), fps=24.0)
+    coords = torch.cat([coords, coords[:, :, :20]], dim=2)
+
+    def step(x, t):
+        return transformer(
+            x,
+            audio,
+            text,
+            text,
+            t,
+            num_frames=GRID[0],
+            height=GRID[1],
+            width=GRID[2],
+            fps=24.0,
+            audio_num_frames=30,
+            video_coords=coords,
+            return_dict=False,
+        )[0]
+
+    sample = loop(sharpen(transformer), start, step)
+    return Made(
+        transformer, transformer, sample, 20, {"text"}, {VIDEO + 20}, given=slice(-20, None)
+    )
+
+
+def wan_vace():
+    """Two pictures of reference before four frames of video."""
+    transformer = d.WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=12)
+    text, _ = texts(1, 6, 16)
+    control = latent(12, frames=6)
+    control[:, 4:, :2] = 0
+
+    def step(x, t):
+        return transformer(x, t, text, control_hidden_states=control, return_dict=False)[0]
+
+    sample = loop(sharpen(transformer), latent(4, frames=6), step)
+    return Made(
+        transformer, transformer, sample, 128, {"text"}, {VIDEO + 128}, layers=3, given=slice(128)
+    )
+
+
+def wan_animate():
+    """The picture of the character comes before four frames of video."""
+    transformer = d.WanAnimateTransformer3DModel(
+        **WAN | {"in_channels": 12},
+        latent_channels=4,
+        image_dim=8,
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=16,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
+    (text, _), (image, _) = texts(1, 6, 16), texts(1, 2, 8)
+    start = latent(12, frames=5)
+
+    def step(x, t):
+        out = transformer(
+            x,
+            t,
+            text,
+            image,
+            latent(4),
+            torch.zeros(1, 3, 13, 16, 16),
+            return_dict=False,
+        )[0]
+        return out.repeat(1, 3, 1, 1, 1)
+
+    sample = loop(sharpen(transformer), start, step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO + 64}, given=slice(64))
+
+
+def framepack():
+    """One clean frame and some of the history before the video; picture and text after it."""
+    transformer = d.HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        guidance_embeds=False,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(8, 12, 12),
+        has_image_proj=True,
+        image_proj_dim=8,
+        has_clean_x_embedder=True,
+    )
+    (text, _), (pooled, _), (image, _) = texts(1, 12, 16), texts(1, 8), texts(1, 4, 8)
+
+    def step(x, t):
+        return transformer(
+            x,
+            t,
+            text,
+            (torch.arange(12) < 7)[None],
+            pooled,
+            image,
+            torch.arange(4, 8),
+            latents_clean=latent(4, frames=1),
+            indices_latents_clean=torch.tensor([0]),
+            latents_history_2x=latent(4, frames=2),
+            indices_latents_history_2x=torch.tensor([1, 2]),
+            latents_history_4x=latent(4, frames=4),
+            indices_latents_history_4x=torch.tensor([0, 1, 2, 3]),
+            return_dict=False,
+        )[0]
+
+    sample = loop(sharpen(transformer), latent(4), step)
+    others = 64 + 16 + 4 + 4 + 7
+    return Made(
+        transformer, transformer, sample, others, {"text"}, {VIDEO + others}, given=slice(84)
+    )
+
+
+def motif_video():
+    transformer = d.MotifVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=1,
+        num_single_layers=1,
+        text_embed_dim=16,
+        rope_axes_dim=(8, 12, 12),
+    )
+    text, _ = texts(1, 12, 16)
+    mask = (torch.arange(12) < 7)[None]
+
+    def step(x, t):
+        return transformer(x, t, text, mask, return_dict=False)[0]
+
+    sample = loop(sharpen(transformer), latent(4), step)
+    return Made(transformer, transformer, sample, 7, {"text"}, {VIDEO + 7})
+
+
+def helios():
+    """One frame of history before the video."""
+    transformer = d.HeliosTransformer3DModel(**WAN, rope_dim=(8, 12, 12))
+    text, _ = texts(1, 6, 16)
+
+    def step(x, t):
+        return transformer(
+            x,
+            t,
+            text,
+            indices_hidden_states=torch.arange(1, 5)[None],
+            indices_latents_history_short=torch.zeros(1, 1),
+            latents_history_short=latent(4, frames=1),
+            return_dict=False,
+        )[0]
+
+    sample = loop(sharpen(transformer), latent(4), step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO + 64}, given=slice(64))
+
+
+def chrono_edit():
+    transformer = d.ChronoEditTransformer3DModel(**WAN)
+    text, _ = texts(1, 6, 16)
+
+    def step(x, t):
+        return transformer(x, t, text, return_dict=False)[0]
+
+    sample = loop(sharpen(transformer), latent(4), step)
+    return Made(transformer, transformer, sample, 0, {"text"}, {VIDEO})
+
+
+def consis_id():
+    transformer = d.ConsisIDTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=48,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=16,
+        sample_height=16,
+        sample_frames=13,
+        max_text_seq_length=10,
+    )
+    text, _ = texts(1, 10, 16)
+
+    def step(x, t):
+        return transformer(x, text, t, return_dict=False)[0]
+
+    sample = loop(sharpen(transformer), latent(4).transpose(1, 2), step)
+    return Made(transformer, transformer, sample, 10, {"text"}, {VIDEO + 10})
+
+
+def easy_animate():
+    transformer = d.EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=48,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_layers=2,
+        mmdit_layers=1,
+        time_embed_dim=8,
+        text_embed_dim=16,
+    )
+    text, _ = texts(1, 10, 16)
+
+    def step(x, t):
+        return transformer(x, t, encoder_hidden_states=text, return_dict=False)[0]
+
+    sample = loop(sharpen(transformer), latent(4), step)
+    return Made(transformer, transformer, sample, 10, {"text"}, {VIDEO + 10})
+
+
+MODELS = (
+    hunyuan_video,
+    hunyuan_video_15,
+    cogvideox,
+    mochi,
+    cosmos,
+    cosmos_from_video,
+    kandinsky_5,
+    skyreels_v2,
+    skyreels_v2_diffusion_forcing,
+    allegro,
+    ltx_2,
+    wan_vace,
+    wan_animate,
+    framepack,
+    motif_video,
+    helios,
+    chrono_edit,
+    consis_id,
+    easy_animate,
+)
