@@ -1,7 +1,7 @@
 """What a profile gains: ``python -m benchmarks.profiles``.
 
-A profile is made in one run of 20 steps on the demo model and then used for other prompts, seeds and
-numbers of steps, beside runs without it. The true loss is that of a dense shadow of every call.
+A profile is made in one run of 20 steps on the demo model and then used for other prompts, seeds
+and numbers of steps, beside runs without it. The true loss is that of a dense shadow of every call.
 """
 
 from __future__ import annotations

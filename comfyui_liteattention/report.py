@@ -72,7 +72,7 @@ class RunReport:
     @property
     def computed_fraction(self) -> float:
         """Tiles computed over all tiles of the calls that LiteAttention computed, 0..1, audits
-        counted; 1.0 where there were none. Calls that it left to the user's own attention don't count."""
+        counted; 1.0 where there were none. Calls left to the user's own attention don't count."""
         return fraction(self.calls)
 
     @property
