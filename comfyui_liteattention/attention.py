@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import budget, policy
+from . import budget, policy, tail
 from .backends.base import Attended, Backend
 from .budget import Ledger
 from .learning import phase
@@ -20,8 +20,8 @@ from .tiles import TileShape, make_lists, pack, unpack
 class Tally(NamedTuple):
     """What one call did. Tensors stay on the device, so that counting costs no synchronisation.
 
-    ``computed`` [] int64: tiles computed, the audit's included; ``total``: tiles of the matrix;
-    ``lost`` [] float32: mean lost mass of the audited rows, None where nothing was audited.
+    ``computed`` [] int64: tiles computed, those of the audit and of the tail included; ``total``:
+    tiles of the matrix; ``lost`` [] float32: mean lost mass of the audited rows, None where nothing was audited.
     ``bound`` [] float32: what the ledger expected at most then, None where there is no ledger.
     """
 
@@ -37,13 +37,14 @@ class LayerState:
 
     ``live [B, H, Tq, ceil(Tk/32)]`` int32, one bit a tile, updated in place; None until a call has
     marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once. ``ledger``: see
-    budget.py, None where there is none to hold. ``ratios [PHASES]``: what a profile knows of this
-    layer, see :func:`learning.learn`.
+    budget.py, None where there is none to hold. ``gain``: see tail.py. ``ratios [PHASES]``: what a
+    profile knows of this layer, see :func:`learning.learn`.
     """
 
     live: Tensor | None = None
     pinned: Tensor | None = None
     ledger: Ledger | None = None
+    gain: tail.Gain | None = None
     calls: int = 0
     ratios: tuple[float, ...] | None = None
 
@@ -82,11 +83,11 @@ def attend(
 
     lost = None
     computed = torch.tensor(b * h * tq * tk) if lists is None else lists.count.sum()
-    audited = policy.audited_tiles(state.calls, tq, settings.audit)
-    if lists is not None and audited:
-        rows = slice(audited.start * tile.q, audited.stop * tile.q)
-        lost = _audit(result, rows, backend, q, k, v, scale)
-        computed = computed + b * h * len(audited) * tk
+    if live is not None:
+        audited = policy.audited_tiles(state.calls, tq, settings.audit)
+        lost = _complete(state, backend, result, q, k, v, scale, live, audited, settings)
+        extra = len(audited) * tk + (tq * -(-tk // tile.k) if state.gain else 0)
+        computed = computed + b * h * extra
 
     bound = None
     if lost is not None and state.ledger is not None:
@@ -149,10 +150,33 @@ def _pinned(
     return policy.pinned_tiles(queries, keys, tile)
 
 
-def _audit(
-    result: Attended, rows: slice, backend: Backend, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> Tensor:
-    """Compute some query rows in full: their mean lost mass, and their exact output in place."""
-    full = backend.forward(q[:, :, rows], k, v, scale)
+def _complete(
+    state: LayerState,
+    backend: Backend,
+    result: Attended,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    live: Tensor,
+    audited: range,
+    settings: Settings,
+) -> Tensor | None:
+    """Give the result, in place, what the skipped tiles contribute, and the audited rows their
+    exact output. Returns the mean lost mass of these, None where there are none."""
+    tile = backend.tile_shape(q.shape[3])
+    rows = slice(audited.start * tile.q, audited.stop * tile.q)
+    full = backend.forward(q[:, :, rows], k, v, scale) if audited else None
+    if settings.tail:
+        pooled = tail.pool(k, v, tile.k)
+        if full is not None:
+            kept = Attended(result.out[:, :, rows].float(), result.lse[:, :, rows], None)
+            some = live[:, :, audited.start : audited.stop]
+            part = tail.skipped_part(q[:, :, rows], pooled, scale, some, tile.q)
+            state.gain = tail.calibrate(state.gain, kept, part, full)
+        if state.gain is not None:
+            tail.add(result, q, pooled, scale, live, tile, state.gain.factor)
+    if full is None:
+        return None
     result.out[:, :, rows] = full.out
     return policy.lost_mass(result.lse[:, :, rows], full.lse).mean()

@@ -50,6 +50,9 @@ class Settings:
     audit
         One in this many query tiles is also computed in full, another one at every call; the
         difference is the measured lost mass. 0 switches the audit off.
+    tail
+        Skipped tiles still contribute their mean (tail.py), as far as the audit finds that this
+        helps; without an audit they don't.
     min_tokens
         Shorter sequences stay dense.
     never_slower
@@ -61,13 +64,14 @@ class Settings:
     budget: float | None = None
     threshold: float = -0.3
     criterion: Criterion = "mass"
-    ramp: float = 1.0
+    ramp: float = 2.0
     warmup: float = 0.0
     dense_layers: tuple[int, ...] = ()
     dense_keys: TokenRanges = ()
     dense_queries: TokenRanges = ()
     order: TokenOrder = "compact"
     audit: int = 64
+    tail: bool = True
     min_tokens: int = 2048
     never_slower: bool = True
     profile: Profile | None = None

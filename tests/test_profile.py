@@ -158,7 +158,7 @@ def test_transformers_that_take_turns_make_one_profile(learned):
 
 
 def test_with_its_own_profile_the_first_marks_come_closer_to_their_aim(learned):
-    aim = budget.target(BUDGET, 1.0, 1 / 20)
+    aim = budget.target(BUDGET, Settings().ramp, 1 / 20)
     # What the second step loses is what the first one marked.
     without, informed = (
         sum(sample(20, profile, until=2)[1]) / len(SHARPNESS) for profile in (None, learned)
