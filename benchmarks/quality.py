@@ -31,7 +31,7 @@ CASES = (
     Case("white cross moving down-left and yellow circle moving left", 23),
 )
 GOALS = (35.0, 40.0)
-BUDGETS = (0.002, 0.01, 0.03, 0.1, 0.2)  # the presets, and beyond
+BUDGETS = (0.01, 0.03, 0.1, 0.2, 0.3)
 THRESHOLDS = (-1.5, -0.5, -0.05)
 
 
@@ -79,11 +79,12 @@ def all_points() -> list[Point]:
     for name, changed in {
         "ours, raster order": replace(default, order="raster"),
         "ours, no ramp": replace(default, ramp=0.0),
-        "ours, ramp 2": replace(default, ramp=2.0),
+        "ours, ramp 1": replace(default, ramp=1.0),
+        "ours, no tail": replace(default, tail=False),
         "ours, audit 16": replace(default, audit=16),
         "ours, 20 % dense start": replace(default, warmup=0.2),
     }.items():
-        points += [ours(name, replace(changed, budget=b)) for b in (0.01, 0.1)]
+        points += [ours(name, replace(changed, budget=b)) for b in (0.03, 0.1)]
     points += [ours("ours, threshold", replace(default, threshold=t)) for t in THRESHOLDS]
     points += [
         ours("ours, gap threshold", replace(default, criterion="gap", threshold=t))

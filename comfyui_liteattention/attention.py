@@ -21,7 +21,8 @@ class Tally(NamedTuple):
     """What one call did. Tensors stay on the device, so that counting costs no synchronisation.
 
     ``computed`` [] int64: tiles computed, those of the audit and of the tail included; ``total``:
-    tiles of the matrix; ``lost`` [] float32: mean lost mass of the audited rows, None where nothing was audited.
+    tiles of the matrix; ``lost`` [] float32: mean lost mass of the audited rows, None where nothing
+    was audited.
     ``bound`` [] float32: what the ledger expected at most then, None where there is no ledger.
     """
 

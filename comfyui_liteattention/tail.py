@@ -11,8 +11,8 @@ Kept part ``o`` with log-sum-exp ``L``, pooled part ``t`` with ``M``, factor ``c
     out = (o + c w t) / (1 + c w),   w = exp(M - L)
 
 and the full result is ``f = (o + W t') / (1 + W)``, ``W = exp(L_full - L) - 1``, for the true part
-``t'`` of the skipped tiles. So ``c`` solves, by least squares over the audited rows of a head with
-older audits fading, ``c w (t - o) = (1 + W) (f - o)``. Pure tensor code; nothing waits for a device.
+``t'`` of the skipped tiles. So ``c`` solves ``c w (t - o) = (1 + W) (f - o)``, by least squares
+over the audited rows of a head, older audits fading. Pure tensor code; nothing waits for a device.
 """
 
 from __future__ import annotations
