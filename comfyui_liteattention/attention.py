@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import budget, policy, tail
 from .backends.base import Attended, Backend
+from .backends.pooled import pool, skipped_part
 from .budget import Ledger
 from .learning import phase
 from .order import Arrangement, VideoTokens, arrange
@@ -169,14 +170,15 @@ def _complete(
     rows = slice(audited.start * tile.q, audited.stop * tile.q)
     full = backend.forward(q[:, :, rows], k, v, scale) if audited else None
     if settings.tail:
-        pooled = tail.pool(k, v, tile.k)
+        pooled = pool(k, v, tile.k)
         if full is not None:
             kept = Attended(result.out[:, :, rows].float(), result.lse[:, :, rows], None)
             some = live[:, :, audited.start : audited.stop]
-            part = tail.skipped_part(q[:, :, rows], pooled, scale, some, tile.q)
+            part = skipped_part(q[:, :, rows], pooled, scale, some, tile.q)
             state.gain = tail.calibrate(state.gain, kept, part, full)
         if state.gain is not None:
-            tail.add(result, q, pooled, scale, live, tile, state.gain.factor)
+            assert state.live is not None
+            backend.add_skipped(result, q, pooled, scale, state.live, state.gain.factor)
     if full is None:
         return None
     result.out[:, :, rows] = full.out

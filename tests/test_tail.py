@@ -7,6 +7,8 @@ import torch
 
 from comfyui_liteattention import tail
 from comfyui_liteattention.attention import LayerState, attend
+from comfyui_liteattention.backends import pooled as pooled_module
+from comfyui_liteattention.backends.pooled import add_skipped, pool, skipped_part
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape, make_lists, pack
@@ -53,7 +55,7 @@ def test_tiles_of_equal_keys_lose_nothing(length):
     q, k, v = tensors(1, length, spread=0.0)
     live = some_live(q, k)
     kept = backend().forward(q, k, v, SCALE, make_lists(live))
-    tail.add(kept, q, tail.pool(k, v, TILE.k), SCALE, live, TILE, torch.ones(1, 2))
+    add_skipped(kept, q, pool(k, v, TILE.k), SCALE, pack(live), torch.ones(1, 2), TILE)
     assert error(kept.out, exact(q, k, v)) < 1e-6
 
 
@@ -63,7 +65,7 @@ def test_without_skipped_tiles_nothing_changes_to_the_bit():
     live[0, 1, 2, 3] = False  # one row of tiles, of one head
     kept = backend().forward(q, k, v, SCALE, make_lists(live))
     before = kept.out.clone()
-    tail.add(kept, q, tail.pool(k, v, TILE.k), SCALE, live, TILE, torch.full((1, 2), 1.0))
+    add_skipped(kept, q, pool(k, v, TILE.k), SCALE, pack(live), torch.full((1, 2), 1.0), TILE)
     changed = (kept.out != before).any(-1)[0]
     assert not changed[0].any()
     assert not changed[1, : 2 * TILE.q].any() and not changed[1, 3 * TILE.q :].any()
@@ -73,7 +75,7 @@ def test_without_skipped_tiles_nothing_changes_to_the_bit():
 def test_the_part_of_the_skipped_tiles_is_attention_to_their_means():
     q, k, v = tensors(3)
     live = some_live(q, k)
-    part = tail.skipped_part(q, tail.pool(k, v, TILE.k), SCALE, live, TILE.q)
+    part = skipped_part(q, pool(k, v, TILE.k), SCALE, live, TILE.q)
     for head, row in [(0, 0), (0, 40), (1, 74)]:
         score, value = [], []
         for j in (~live[0, head, row // TILE.q]).nonzero().flatten().tolist():
@@ -89,7 +91,7 @@ def test_the_part_of_the_skipped_tiles_is_attention_to_their_means():
 def test_an_empty_part_is_nothing():
     q, k, v = tensors(4)
     live = torch.ones_like(some_live(q, k))
-    part = tail.skipped_part(q, tail.pool(k, v, TILE.k), SCALE, live, TILE.q)
+    part = skipped_part(q, pool(k, v, TILE.k), SCALE, live, TILE.q)
     assert (part.lse == -math.inf).all() and (part.out == 0).all()
     kept = backend().forward(q, k, v, SCALE)
     gain = tail.calibrate(None, kept, part, kept)
@@ -101,9 +103,9 @@ def test_the_factor_brings_rows_that_were_not_audited_closer_too(spread):
     q, k, v = tensors(5, length=640, spread=spread)
     live = some_live(q, k)
     kept = backend().forward(q, k, v, SCALE, make_lists(live))
-    pooled = tail.pool(k, v, TILE.k)
+    pooled = pool(k, v, TILE.k)
     audited = slice(0, 4 * TILE.q)
-    part = tail.skipped_part(q[:, :, audited], pooled, SCALE, live[:, :, :4], TILE.q)
+    part = skipped_part(q[:, :, audited], pooled, SCALE, live[:, :, :4], TILE.q)
     full = backend().forward(q[:, :, audited], k, v, SCALE)
     rows = kept._replace(out=kept.out[:, :, audited], lse=kept.lse[:, :, audited])
     gain = tail.calibrate(None, rows, part, full)
@@ -111,7 +113,7 @@ def test_the_factor_brings_rows_that_were_not_audited_closer_too(spread):
 
     def with_factor(factor):
         copy = kept._replace(out=kept.out.clone())
-        tail.add(copy, q, pooled, SCALE, live, TILE, factor)
+        add_skipped(copy, q, pooled, SCALE, pack(live), factor, TILE)
         return error(copy.out[:, :, 4 * TILE.q :], truth)
 
     # The mean of exponentials is more than the exponential of the mean.
@@ -127,12 +129,12 @@ def test_a_part_that_does_not_help_gets_no_weight():
     v = (v - v.mean(3, keepdim=True)).flatten(2, 3)
     live = some_live(q, k)
     kept = backend().forward(q, k, v, SCALE, make_lists(live))
-    pooled = tail.pool(k, v, TILE.k)
-    part = tail.skipped_part(q, pooled, SCALE, live, TILE.q)
+    pooled = pool(k, v, TILE.k)
+    part = skipped_part(q, pooled, SCALE, live, TILE.q)
     # What is missing is then only that the kept part weighs too much, and a mean of zero says that.
     factor = tail.calibrate(None, kept, part, backend().forward(q, k, v, SCALE)).factor
     before = error(kept.out, exact(q, k, v))
-    tail.add(kept, q, pooled, SCALE, live, TILE, factor)
+    add_skipped(kept, q, pooled, SCALE, pack(live), factor, TILE)
     assert error(kept.out, exact(q, k, v)) < before
 
 
@@ -141,7 +143,7 @@ def test_old_audits_fade():
     q, k, v = tensors(8, length=160, heads=1)
     live = some_live(q, k)
     kept = backend().forward(q, k, v, SCALE, make_lists(live))
-    part = tail.skipped_part(q, tail.pool(k, v, TILE.k), SCALE, live, TILE.q)
+    part = skipped_part(q, pool(k, v, TILE.k), SCALE, live, TILE.q)
     full = backend().forward(q, k, v, SCALE)
     fresh = tail.calibrate(None, kept, part, full).factor
     gain = old
@@ -156,11 +158,11 @@ def test_huge_scores_stay_finite(huge):
     q = q * huge
     live = some_live(q, k)
     kept = backend().forward(q, k, v, SCALE, make_lists(live))
-    pooled = tail.pool(k, v, TILE.k)
-    part = tail.skipped_part(q, pooled, SCALE, live, TILE.q)
+    pooled = pool(k, v, TILE.k)
+    part = skipped_part(q, pooled, SCALE, live, TILE.q)
     gain = tail.calibrate(None, kept, part, backend().forward(q, k, v, SCALE))
     assert torch.isfinite(gain.factor).all()
-    tail.add(kept, q, pooled, SCALE, live, TILE, gain.factor)
+    add_skipped(kept, q, pooled, SCALE, pack(live), gain.factor, TILE)
     assert torch.isfinite(kept.out).all()
 
 
@@ -170,7 +172,7 @@ def test_half_precision_rounds_as_attention_does(dtype):
     live = some_live(q, k)
     half = [x.to(dtype) for x in (q, k, v)]
     kept = ReferenceBackend(TILE, torch.float32).forward(*half, SCALE, make_lists(live))
-    tail.add(kept, half[0], tail.pool(*half[1:], TILE.k), SCALE, live, TILE, torch.ones(1, 2))
+    add_skipped(kept, half[0], pool(*half[1:], TILE.k), SCALE, pack(live), torch.ones(1, 2), TILE)
     dense = torch.nn.functional.scaled_dot_product_attention(*half, scale=SCALE)
     truth = exact(*half)
     assert kept.out.dtype == dtype
@@ -180,12 +182,12 @@ def test_half_precision_rounds_as_attention_does(dtype):
 def test_many_parts_are_one(monkeypatch):
     q, k, v = tensors(11)
     live = some_live(q, k)
-    pooled, factor = tail.pool(k, v, TILE.k), torch.full((1, 2), 1.5)
+    pooled, factor = pool(k, v, TILE.k), torch.full((1, 2), 1.5)
     results = []
-    for part in (tail.PART, 1):
-        monkeypatch.setattr(tail, "PART", part)
+    for part in (pooled_module.PART, 1):
+        monkeypatch.setattr(pooled_module, "PART", part)
         kept = backend().forward(q, k, v, SCALE, make_lists(live))
-        tail.add(kept, q, pooled, SCALE, live, TILE, factor)
+        add_skipped(kept, q, pooled, SCALE, pack(live), factor, TILE)
         results.append(kept.out)
     torch.testing.assert_close(*results)
 

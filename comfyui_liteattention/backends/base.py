@@ -6,11 +6,14 @@ computed, how much that tile mattered. What to do with the scores is ``policy.py
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..tiles import TileLists, TileShape
+
+if TYPE_CHECKING:
+    from .pooled import Pooled
 
 Criterion = Literal["mass", "gap"]
 
@@ -66,4 +69,10 @@ class Backend(Protocol):
         in ``lists``; None means all of them, bit for bit the same as lists that name them all.
         Every query tile has at least one tile to visit. ``out`` and ``lse`` don't depend on
         ``criterion``."""
+        ...
+
+    def add_skipped(
+        self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
+    ) -> None:
+        """Add the skipped tiles' means to a result: see :func:`.pooled.add_skipped`."""
         ...

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..tiles import TileLists, TileShape
 from .base import Attended, Criterion
+from .pooled import Pooled, add_skipped
 
 KERNELS = "_liteattention_cpu_kernels"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,6 +131,11 @@ class CpuBackend:
                 _run_all(pool, pack, heads, _runs(tk, threads))
                 _run_all(pool, attend, heads, _runs(tq, 4 * threads))
         return Attended(out, lse, score)
+
+    def add_skipped(
+        self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
+    ) -> None:
+        add_skipped(kept, q, pooled, scale, live, factor, self.tile)
 
 
 @lru_cache(maxsize=1)

@@ -20,6 +20,7 @@ from .base import Attended, Criterion
 from .cuda_driver import ArgumentBlock, Driver, DriverError, Kernel
 from .cuda_prebuilt import Prebuilt, PrebuiltError
 from .cuda_variants import ENTRY, PARAMETERS, TILE, TRAILING_POINTERS, Variant
+from .pooled import Pooled, add_skipped
 
 
 class Launcher:
@@ -119,6 +120,11 @@ class CudaBackend:
             out, lse, score = _attend(q, k, v, scale, count, index, criterion)
             return Attended(out, lse, None if criterion is None else score)
         return _forward(self._launcher, q, k, v, scale, lists, criterion)
+
+    def add_skipped(
+        self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
+    ) -> None:
+        add_skipped(kept, q, pooled, scale, live, factor, TILE)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..tiles import TileLists, TileShape
 from .base import Attended, Criterion
+from .pooled import Pooled, add_skipped
 
 LOG2E = math.log2(math.e)
 
@@ -67,6 +68,11 @@ class ReferenceBackend:
                 per_row = torch.logsumexp(tiles * math.log(2), -1) * LOG2E - log_sum.unsqueeze(-1)
             score[:, :, i] = per_row.amax(2).clamp(max=0).float()
         return Attended(out, lse, score if criterion else None)
+
+    def add_skipped(
+        self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
+    ) -> None:
+        add_skipped(kept, q, pooled, scale, live, factor, self.tile)
 
 
 def _visited_mask(lists: TileLists | None, shape: tuple[int, ...], device: torch.device) -> Tensor:

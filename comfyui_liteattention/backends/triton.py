@@ -15,6 +15,7 @@ from ..tiles import TileLists, TileShape
 from . import kernel_call, kernel_selftest
 from .base import Attended, Criterion
 from .cuda_variants import CONFIGS, TILE, Config
+from .pooled import Pooled, add_skipped
 
 #: AMD architecture prefix -> (tile, warps, stages), from compiled registers only.
 AMD = {
@@ -77,6 +78,11 @@ class TritonBackend:
                 num_stages=config.stages,
             )
         return call.finish()
+
+    def add_skipped(
+        self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
+    ) -> None:
+        add_skipped(kept, q, pooled, scale, live, factor, TILE)
 
 
 def _amd_setting() -> tuple[TileShape, Config] | None:

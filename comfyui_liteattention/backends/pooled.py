@@ -1,0 +1,88 @@
+"""Tiles as one key each: the mean of their keys, with the mean of their values.
+
+A skipped tile of ``n`` keys still contributes as its mean key taken ``n`` times. How much of that
+is believed is decided elsewhere (tail.py). This is the plain PyTorch form for any device; a backend
+with a kernel of its own does the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tiles import PART, TileShape, unpack
+from .base import Attended
+
+
+class Pooled(NamedTuple):
+    """Means over each key tile, ``keys, values [B, H, Tk, D]`` contiguous and in the dtype of the
+    keys, and the natural log of its number of keys, ``log_count [Tk]`` float32."""
+
+    keys: Tensor
+    values: Tensor
+    log_count: Tensor
+
+
+class Part(NamedTuple):
+    """Attention to a part of the keys: ``out [B, H, L, D]`` and natural ``lse [B, H, L]``, both
+    float32; the LSE is ``-inf`` and the output 0 where the part is empty."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def pool(k: Tensor, v: Tensor, rows: int) -> Pooled:
+    """Means of ``k, v [B, H, Lk, D]`` over tiles of ``rows`` keys; the last one may hold fewer."""
+    full, rest = divmod(k.shape[2], rows)
+    counts = torch.tensor([rows] * full + [rest] * (rest > 0), device=k.device)
+    return Pooled(_means(k, rows), _means(v, rows), counts.float().log())
+
+
+def _means(x: Tensor, rows: int) -> Tensor:
+    full = x.shape[2] // rows * rows
+    parts = [x[:, :, :full].unflatten(2, (-1, rows)).mean(3, dtype=torch.float32)]
+    if full < x.shape[2]:
+        parts.append(x[:, :, full:].mean(2, keepdim=True, dtype=torch.float32))
+    return torch.cat(parts, 2).to(x.dtype)
+
+
+def skipped_part(q: Tensor, pooled: Pooled, scale: float, live: Tensor, rows: int) -> Part:
+    """Attention of ``q [B, H, L, D]`` to the means of the tiles that are not in ``live
+    [B, H, ceil(L / rows), Tk]`` bool."""
+    kept = live.repeat_interleave(rows, 2)[:, :, : q.shape[2]]
+    score = (q.float() @ pooled.keys.float().mT) * scale + pooled.log_count
+    score = score.masked_fill(kept, -torch.inf)
+    lse = score.logsumexp(-1)
+    share = (score - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
+    return Part(share @ pooled.values.float(), lse)
+
+
+def add_skipped(
+    kept: Attended,
+    q: Tensor,
+    pooled: Pooled,
+    scale: float,
+    live: Tensor,
+    factor: Tensor,
+    tile: TileShape,
+) -> None:
+    """Add what the skipped tiles contribute to ``kept.out`` in place, ``factor [B, H]`` times.
+
+    ``live [B, H, Tq, ceil(Tk/32)]`` int32: bits of the tiles in ``kept``. With ``t`` and ``M`` the
+    output and LSE of the skipped part, ``out`` becomes ``out + g (t - out)``, ``g = sigmoid(M - LSE
+    + ln factor)``. Rows without a skipped tile stay what they are, bit for bit.
+    """
+    tk = pooled.keys.shape[2]
+    step = max(1, PART // (tile.q * tk))  # query tiles at once
+    for b, h in torch.cartesian_prod(*map(torch.arange, live.shape[:2])).tolist():
+        head = (slice(b, b + 1), slice(h, h + 1))
+        means = Pooled(pooled.keys[head], pooled.values[head], pooled.log_count)
+        for start in range(0, live.shape[2], step):
+            some = unpack(live[head][:, :, start : start + step], tk)
+            rows = slice(start * tile.q, (start + step) * tile.q)
+            out, lse = kept.out[head][:, :, rows], kept.lse[head][:, :, rows]
+            part = skipped_part(q[head][:, :, rows], means, scale, some, tile.q)
+            weight = torch.sigmoid(part.lse - lse + factor[head].log().unsqueeze(-1)).unsqueeze(-1)
+            out.copy_(torch.where(weight > 0, out + weight * (part.out - out), out))
