@@ -14,6 +14,10 @@ from ..tiles import TileLists, TileShape
 
 Criterion = Literal["mass", "gap"]
 
+#: How q and k are multiplied: in their own dtype, or in 8 bits (see triton_quantise), which is
+#: faster on cards whose tensor cores are the limit, and less precise.
+Qk = Literal["native", "int8"]
+
 
 class Attended(NamedTuple):
     """The result of one attention call over the visited tiles.

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..tiles import make_lists
-from .base import Attended, Backend
+from .base import Attended, Backend, Qk
+from .qk_int8 import Int8Reference
 from .reference import ReferenceBackend
 
 #: Largest relative error (Frobenius norm) of the output; plain attention stays below a third of it.
@@ -29,30 +30,43 @@ class Verdicts:
         self._testing = threading.Lock()
 
     def of(
-        self, backend: Backend, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        backend: Backend,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        qk: Qk = "native",
     ) -> str | None:
         """Why the backend isn't trusted with this, or None. The first call runs the test."""
         key = (str(device), head_dim, dtype)
         if key not in self._found:
             with self._testing:
                 if key not in self._found:
-                    self._found[key] = failure(backend, head_dim, dtype, device)
+                    self._found[key] = failure(backend, head_dim, dtype, device, qk)
         return self._found[key]
 
 
 def failure(
-    backend: Backend, head_dim: int, dtype: torch.dtype, device: torch.device
+    backend: Backend,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    qk: Qk = "native",
 ) -> str | None:
     """Why the backend isn't trusted with this, or None; never raises."""
     try:
-        return problem(backend, head_dim, dtype, device)
+        return problem(backend, head_dim, dtype, device, qk)
     # Whatever a driver or a compiler throws: the kernel isn't trusted, and the user sees why.
     except Exception as error:
         return f"self-test failed: {type(error).__name__}: {error}"
 
 
 def problem(
-    backend: Backend, head_dim: int, dtype: torch.dtype, device: torch.device
+    backend: Backend,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    qk: Qk = "native",
 ) -> str | None:
     """What is wrong with the backend's results for this head_dim and dtype, or None.
 
@@ -65,13 +79,15 @@ def problem(
         return rows.to(dtype).transpose(1, 2)
 
     q, k, v = tokens(_QUERIES), tokens(_KEYS), tokens(_KEYS)
+    k = k + tokens(1)  # keys have much in common, as in models
     tile = backend.tile_shape(head_dim)
     mask = torch.rand(1, _HEADS, *tile.grid(_QUERIES, _KEYS), generator=random) < 0.5
     mask[..., 1] = True  # every query tile visits something
     lists = make_lists(mask)
     on_card = lists.to(device)
     scale = head_dim**-0.5
-    reference = ReferenceBackend(tile)
+    # What 8 bits round away is the mode's, not a fault of the kernel: its truth rounds as well.
+    reference = Int8Reference(tile) if qk == "int8" else ReferenceBackend(tile)
     q_card, k_card, v_card = (x.to(device) for x in (q, k, v))
     for here, there in ((None, None), (lists, on_card)):
         for criterion in (None, "mass", "gap"):
