@@ -5,7 +5,10 @@
 
 A ratio is our time / theirs, below 1 is faster, the median over pairs of calls that took turns.
 TFLOPS count the tiles that were computed. "0 %" reads a list that names every tile and writes the
-mass scores, as while sampling; "dense" does neither. **Never run yet: no GPU was at hand.**
+mass scores, as while sampling; "dense" does neither. "-int8" multiplies q and k in 8 bits, and its
+times include what makes them so. At the end, milliseconds of what goes with the kernel: quantising
+alone, and the tile map (scores to bits to lists) with torch and with its own kernels.
+**Never run yet: no GPU was at hand.**
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
+from comfyui_liteattention import policy
+from comfyui_liteattention.backends import kernel_call
 from comfyui_liteattention.backends.base import Backend
 from comfyui_liteattention.backends.cuda import CudaBackend
 from comfyui_liteattention.backends.triton import TritonBackend
-from comfyui_liteattention.tiles import TileLists, make_lists
+from comfyui_liteattention.tiles import TileLists, make_lists, pack, unpack
 
 SKIPPED = (0.0, 0.25, 0.5, 0.75, 0.9)
 SDPA = {
@@ -38,7 +43,12 @@ SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-OURS = {"cuda": CudaBackend, "triton": TritonBackend}
+OURS: dict[str, Callable[[], CudaBackend | TritonBackend]] = {
+    "cuda": CudaBackend,
+    "cuda-int8": partial(CudaBackend, "int8"),
+    "triton": TritonBackend,
+    "triton-int8": partial(TritonBackend, "int8"),
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Call = Callable[[], object]
 
@@ -131,6 +141,42 @@ def measure(
     return rows
 
 
+def measure_companions(
+    tokens: int, head_dim: int, heads: int, dtype: str, repeats: int
+) -> list[dict[str, Any]]:
+    """Milliseconds of the smaller kernels, prebuilt, at half of the tiles live."""
+    shape = (1, tokens, heads, head_dim)
+    q, k = (
+        torch.randn(shape, device="cuda", dtype=DTYPES[dtype]).transpose(1, 2) for _ in range(2)
+    )
+    backend = CudaBackend("int8")
+    tq, tk = backend.tile_shape(head_dim).grid(tokens, tokens)
+    score = -20 * torch.rand(1, heads, tq, tk, device="cuda")
+    live = torch.rand(1, heads, tq, tk, device="cuda") < 0.5
+    bits, pinned = pack(live), torch.zeros(tq, tk, dtype=torch.bool, device="cuda")
+
+    def with_torch() -> TileLists:
+        kept = policy.next_live(unpack(bits, tk), score, -10.0, pinned)
+        return make_lists(unpack(pack(kept), tk), alternate=True)
+
+    calls: dict[str, Call] = {"tile map, torch": with_torch}
+    if (fused := backend.tile_map(q.device)) is not None:
+        calls["tile map, own kernels"] = lambda: fused.make_lists(
+            fused.next_live(bits, score, -10.0, pinned), tk, alternate=True
+        )
+    if backend.unsupported(q, k, k) is None:
+
+        def quantise() -> None:
+            call = kernel_call.prepare(q, k, k, 0.1, None, None, qk="int8")
+            for launch in call.launches[:-1]:
+                backend.launcher.launch(launch, q.device)
+
+        calls["quantise q and k"] = quantise
+    case = {"tokens": tokens, "head_dim": head_dim, "dtype": dtype}
+    times = milliseconds(calls, repeats)
+    return [case | {"companion": n, "ms": statistics.median(t)} for n, t in times.items()]
+
+
 def describe_card() -> dict[str, Any]:
     """What the numbers depend on."""
     card = torch.cuda.get_device_properties(0)
@@ -145,7 +191,7 @@ def describe_card() -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> str:
-    head = f"{row['backend']:7} {row['tokens']:>7} x {row['head_dim']:<4} {row['dtype']:9}"
+    head = f"{row['backend']:12} {row['tokens']:>7} x {row['head_dim']:<4} {row['dtype']:9}"
     if "unsupported" in row:
         return f"{head} {row['unsupported']}"
     ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratio"].items())
@@ -171,8 +217,15 @@ def main() -> None:
         rows += found
         for row in found:
             tqdm.write(show(row))
+    companions: list[dict[str, Any]] = []
+    for tokens, head_dim, dtype in product(args.tokens, args.head_dim, args.dtype):
+        companions += measure_companions(tokens, head_dim, args.heads, dtype, args.repeats)
+    for row in companions:
+        head = f"{row['companion']:22} {row['tokens']:>7} x {row['head_dim']:<4} {row['dtype']:9}"
+        print(f"{head} {row['ms']:8.2f} ms")
     if args.json:
         result = {"machine": describe_card(), "heads": args.heads, "rows": rows}
+        result["companions"] = companions
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from .budget import Ledger
 from .learning import phase
 from .order import Arrangement, VideoTokens, arrange
 from .settings import Settings
-from .tiles import TileShape, make_lists, pack, unpack
+from .tiles import TileLists, TileShape, all_live, make_lists, pack, unpack
 
 
 class Tally(NamedTuple):
@@ -80,7 +80,7 @@ def attend(
     # Scores against a running sum find only what lies behind the peak in visiting order, so every
     # other call visits the other way round, as upstream does.
     alternate = backend.running_scores and state.calls % 2 == 1
-    lists = None if live is None else make_lists(live, alternate)
+    lists = None if live is None else _lists(state, backend, live, alternate)
     result = backend.forward(q, k, v, scale, lists, settings.criterion if marks else None)
 
     lost = None
@@ -98,31 +98,59 @@ def attend(
     if result.score is not None:
         if state.pinned is None:
             state.pinned = _pinned(settings, video, lq, k.shape[2], tile, arrangement).to(q.device)
-        kept = _mark(state, live, result.score, settings, position)
-        state.live = pack(kept) if state.live is None else state.live.copy_(pack(kept))
+        kept = _mark(state, backend, live, result.score, settings, position)
+        state.live = kept if state.live is None else state.live.copy_(kept)
     state.calls += 1
     out = result.out if arrangement is None else result.out.index_select(2, arrangement.place)
     return out, Tally(computed, b * h * tq * tk, lost, bound)
 
 
+def _lists(state: LayerState, backend: Backend, live: Tensor, alternate: bool) -> TileLists:
+    """Lists of the live tiles; ``live [B, H, Tq, Tk]`` bool is what the bits in the state say."""
+    kernels = backend.tile_map(live.device)
+    if kernels is None or state.live is None:
+        return make_lists(live, alternate)
+    return kernels.make_lists(state.live, live.shape[-1], alternate)
+
+
 def _mark(
-    state: LayerState, live: Tensor | None, score: Tensor, settings: Settings, position: float
+    state: LayerState,
+    backend: Backend,
+    live: Tensor | None,
+    score: Tensor,
+    settings: Settings,
+    position: float,
 ) -> Tensor:
-    """The tiles ``[B, H, Tq, Tk]`` bool to compute at the next call."""
+    """The tiles to compute at the next call, bits ``[B, H, Tq, ceil(Tk/32)]`` int32."""
     assert state.pinned is not None
     if settings.budget is None:
         threshold = policy.threshold_at(settings, position, score.shape[-1])
-        return policy.next_live(live, score, threshold, state.pinned)
+        return _next_live(state, backend, live, score, threshold)
     aim = budget.target(settings.budget, settings.ramp, position)
     ledger = state.ledger or budget.open_ledger(score.device)
     start = state.ratios[phase(position)] if state.ratios else budget.PRIOR
     before = torch.ones_like(score, dtype=torch.bool) if live is None else live
     limit = budget.threshold_for(score, before & ~state.pinned, budget.room(ledger, aim, start))
-    kept = policy.next_live(live, score, limit, state.pinned)
-    ledger = budget.enter_dropped(ledger, score, before & ~kept)
+    kept = _next_live(state, backend, live, score, limit)
+    ledger = budget.enter_dropped(ledger, score, before & ~unpack(kept, score.shape[-1]))
     fresh = budget.overspent(ledger, aim, start)
     state.ledger = ledger._replace(bound=ledger.bound.masked_fill(fresh, 0))
-    return kept | fresh
+    return torch.where(fresh, all_live(1, 1, 1, score.shape[-1], score.device), kept)
+
+
+def _next_live(
+    state: LayerState,
+    backend: Backend,
+    live: Tensor | None,
+    score: Tensor,
+    threshold: float | Tensor,
+) -> Tensor:
+    """Bits of :func:`policy.next_live`."""
+    assert state.pinned is not None
+    kernels = backend.tile_map(score.device)
+    if kernels is None:
+        return pack(policy.next_live(live, score, threshold, state.pinned))
+    return kernels.next_live(state.live, score, threshold, state.pinned)
 
 
 def _arrangement(

@@ -11,6 +11,9 @@ import torch
 
 from .backends import Backend, backend_for
 
+#: What kernels for cards have in common so far.
+UNTRIED = "its kernels were built and tested without a GPU; no GPU has run them yet"
+
 PACKAGES = ("torch", "numba", "triton", "diffusers", "flash-attn", "sageattention")
 
 
@@ -35,6 +38,8 @@ def render(findings: dict[str, Any]) -> str:
         if device["backend"]:
             lines.append(f"  LiteAttention will be active: {device['backend']} backend, ")
             lines[-1] += "self-test passed"
+            if device["note"]:
+                lines.append(f"  Mind that {device['note']}")
         else:
             lines.append(
                 f"  LiteAttention stays inactive, attention runs as before: {device['reason']}"
@@ -44,14 +49,24 @@ def render(findings: dict[str, Any]) -> str:
 
 def _examine_device(device: torch.device) -> dict[str, Any]:
     found: Backend | str = backend_for(device)
-    active = not isinstance(found, str)
+    reason = found if isinstance(found, str) else _failed_test(found, device)
     return {
         "device": str(device),
         "name": _device_name(device),
-        "backend": found.name if not isinstance(found, str) else None,
-        "self_test": "passed" if active else None,
-        "reason": None if active else found,
+        "backend": None if isinstance(found, str) or reason else found.name,
+        "self_test": None if reason else "passed",
+        "reason": reason,
+        "note": UNTRIED if device.type == "cuda" else None,
     }
+
+
+def _failed_test(backend: Backend, device: torch.device) -> str | None:
+    """Why a card's kernels aren't trusted with what models use most, or None. (The CPU's was tested
+    when it was chosen.)"""
+    if device.type == "cpu":
+        return None
+    probe = torch.zeros(1, 1, 128, 128, dtype=torch.bfloat16, device=device)
+    return backend.unsupported(probe, probe, probe)
 
 
 def _devices() -> list[torch.device]:

@@ -25,23 +25,31 @@ import json
 import re
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from comfyui_liteattention.backends import cuda_variants as table
-from comfyui_liteattention.backends.cuda_variants import Variant
+from comfyui_liteattention.backends.cuda_prebuilt import parameters
+from comfyui_liteattention.backends.cuda_variants import Kernel
 
 PACKAGE = Path(sys.path[0]) / "comfyui_liteattention"
-SOURCE = PACKAGE / "backends" / "triton_kernel.py"
+SOURCES = tuple(
+    PACKAGE / "backends" / f"{module}.py"
+    for module in sorted({kernel.entry.module for kernel in table.KERNELS})
+)
 PREBUILT = PACKAGE / "backends" / "prebuilt"
+
+BLACKWELL_ASSEMBLER = "TRITON_PTXAS_BLACKWELL_PATH"
 
 
 class Built(NamedTuple):
     """One compiled kernel: machine code, PTX, and what the launcher must know."""
 
     arch: int
-    variant: Variant
+    kernel: Kernel
     cubin: bytes
     ptx: bytes
     shared: int
@@ -49,32 +57,34 @@ class Built(NamedTuple):
     ptxas: str
 
 
-def compile_variant(job: tuple[int, Variant]) -> Built:
+def compile_kernel(job: tuple[int, Kernel]) -> Built:
     """Triton source -> cubin for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from comfyui_liteattention.backends.triton_kernel import attend_tiles
+    from comfyui_liteattention.backends.triton import source
 
-    arch, variant = job
-    config = table.CONFIGS[arch][variant.head_dim]
+    arch, kernel = job
+    config = kernel.config(arch)
+    if config is None:
+        raise ValueError(f"the table has no {kernel.name} for sm_{arch}")
+    function = source(kernel.entry)
     signature, attributes = {}, {}
-    for place, (name, type_) in enumerate(table.PARAMETERS):
-        signature[name] = type_.replace("io", variant.dtype)
-        if type_.startswith("*"):
-            attributes[(place,)] = [["tt.divisibility", table.POINTER_ALIGNMENT]]
-        elif name.endswith(("_batch", "_head", "_row")):
-            attributes[(place,)] = [["tt.divisibility", table.STRIDE_ALIGNMENT]]
-    signature |= dict.fromkeys(variant.constants(), "constexpr")
-    if tuple(signature) != tuple(attend_tiles.arg_names):
-        raise RuntimeError("cuda_variants.PARAMETERS and the kernel's arguments differ")
-    constants = {(attend_tiles.arg_names.index(n),): v for n, v in variant.constants().items()}
+    for place, (name, type_) in enumerate(kernel.entry.parameters):
+        signature[name] = re.sub("io|qk", lambda found: kernel.types[found[0]], type_)
+        if (divisor := table.divisor(kernel, name, type_)) > 1:
+            attributes[(place,)] = [["tt.divisibility", divisor]]
+    constants = kernel.constants()
+    signature |= dict.fromkeys(constants, "constexpr")
+    if tuple(signature) != tuple(function.arg_names):
+        raise RuntimeError(f"cuda_variants and the arguments of {kernel.entry.name} differ")
+    places = {(function.arg_names.index(name),): value for name, value in constants.items()}
 
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, chosen_assembler(config):
         os.environ["TRITON_CACHE_DIR"] = cache
         compiled = triton.compile(
-            ASTSource(attend_tiles, signature, constants, attributes),
+            ASTSource(function, signature, places, attributes),
             target=GPUTarget("cuda", arch, 32),
             options={
                 "num_warps": config.warps,
@@ -82,19 +92,32 @@ def compile_variant(job: tuple[int, Variant]) -> Built:
                 "enable_fp_fusion": True,
             },
         )
+        ptxas = assembler_version(arch)
     info = compiled.metadata
-    _check_launchable(info)
-    ptx = compiled.asm["ptx"]
-    return Built(
-        arch, variant, compiled.asm["cubin"], ptx.encode(), info.shared, info.num_warps,
-        assembler_version(arch),
-    )  # fmt: skip
+    _check_launchable(info, kernel)
+    ptx = compiled.asm["ptx"].encode()
+    return Built(arch, kernel, compiled.asm["cubin"], ptx, info.shared, info.num_warps, ptxas)
 
 
-def _check_launchable(info: Any) -> None:
+@contextmanager
+def chosen_assembler(config: table.Config) -> Iterator[None]:
+    """Have triton use its older assembler for Blackwell, if the configuration says so."""
+    if not config.older_assembler:
+        yield
+        return
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    os.environ[BLACKWELL_ASSEMBLER] = get_ptxas(80).path
+    try:
+        yield
+    finally:
+        del os.environ[BLACKWELL_ASSEMBLER]
+
+
+def _check_launchable(info: Any, kernel: Kernel) -> None:
     """The loader knows one way to launch; a kernel that wants another is a build error."""
-    if info.name != table.ENTRY:
-        raise RuntimeError(f"entry point is {info.name}, the loader expects {table.ENTRY}")
+    if info.name != kernel.entry.name:
+        raise RuntimeError(f"entry point is {info.name}, the loader expects {kernel.entry.name}")
     for need in (
         *("global_scratch_size", "profile_scratch_size"),
         *("launch_cooperative_grid", "launch_pdl"),
@@ -113,8 +136,9 @@ def assembler_version(arch: int) -> str:
 
 
 def source_hash() -> str:
-    """sha256 of the kernel's source, whatever the line ends of the checkout."""
-    return hashlib.sha256(SOURCE.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+    """sha256 of the kernels' sources, whatever the line ends of the checkout."""
+    sources = b"".join(source.read_bytes() for source in SOURCES)
+    return hashlib.sha256(sources.replace(b"\r\n", b"\n")).hexdigest()
 
 
 def write_archive(path: Path, members: dict[str, bytes]) -> None:
@@ -129,15 +153,12 @@ def write_archive(path: Path, members: dict[str, bytes]) -> None:
 
 def describe(built: Built, code: bytes) -> dict[str, Any]:
     """A kernel's entry in the manifest."""
-    variant = built.variant
     return {
-        "head_dim": variant.head_dim,
-        "dtype": variant.dtype,
-        "lists": variant.lists,
-        "criterion": variant.criterion,
-        "tile": [table.TILE.q, table.TILE.k],
+        "entry": built.kernel.entry.name,
+        "constants": built.kernel.constants(),
         "warps": built.warps,
         "shared": built.shared,
+        "ptxas": built.ptxas,
         "bytes": len(code),
         "sha256": hashlib.sha256(code).hexdigest(),
     }
@@ -152,26 +173,24 @@ def write(built: list[Built], out: Path) -> None:
     old = json.loads(path.read_text()) if path.exists() else {}
     archives = old.get("archives", {}) if old.get("source_sha256") == source_hash() else {}
 
-    def add(name: str, arch: int, kernels: dict[Variant, tuple[Built, bytes]]) -> None:
-        suffix = ".ptx" if name == "ptx" else ".cubin"
-        write_archive(out / f"{name}.zip", {v.name + suffix: c for v, (_, c) in kernels.items()})
-        archives[name] = {
-            "arch": arch,
-            "ptxas": next(iter(kernels.values()))[0].ptxas,
-            "kernels": {v.name: describe(b, c) for v, (b, c) in sorted(kernels.items(), key=str)},
-        }
+    def add(name: str, arch: int, kernels: list[Built]) -> None:
+        suffix, code = (".ptx", "ptx") if name == "ptx" else (".cubin", "cubin")
+        codes = {b.kernel.name: getattr(b, code) for b in kernels}
+        write_archive(out / f"{name}.zip", {n + suffix: c for n, c in codes.items()})
+        described = {b.kernel.name: describe(b, codes[b.kernel.name]) for b in kernels}
+        archives[name] = {"arch": arch, "kernels": dict(sorted(described.items()))}
 
     for arch in sorted({b.arch for b in built}):
         ours = [b for b in built if b.arch == arch]
-        add(f"sm_{arch}", arch, {b.variant: (b, b.cubin) for b in ours})
+        add(f"sm_{arch}", arch, ours)
         if arch == table.PTX_ARCH:
-            add("ptx", arch, {b.variant: (b, b.ptx) for b in ours})
+            add("ptx", arch, ours)
     manifest = {
-        "format": 1,
+        "format": 2,
         "triton": triton.__version__,
         "source_sha256": source_hash(),
-        "entry": table.ENTRY,
-        "parameters": dict(table.PARAMETERS),
+        "tile": [table.TILE.q, table.TILE.k],
+        "parameters": parameters(),
         "archives": dict(sorted(archives.items())),
     }
     path.write_text(json.dumps(manifest, indent=1) + "\n", newline="\n")
@@ -181,19 +200,19 @@ def build(archs: list[int], only: str | None, jobs: int) -> list[Built]:
     """Compile the chosen variants, with a progress bar."""
     from tqdm import tqdm
 
-    variants = [v for v in table.VARIANTS if only in (None, v.name)]
-    if not variants:
-        sys.exit(f"no kernel is called {only}; there are {[v.name for v in table.VARIANTS]}")
-    work = [(arch, variant) for arch in archs for variant in variants]
+    kernels = [k for k in table.KERNELS if only in (None, k.name)]
+    work = [(arch, kernel) for arch in archs for kernel in kernels if kernel.config(arch)]
+    if not work:
+        sys.exit(f"no kernel is called {only}; there are {[k.name for k in table.KERNELS]}")
     bar = tqdm(total=len(work), unit="kernel", disable=None)
     built = []
     if jobs == 1:
         for job in work:
-            built.append(compile_variant(job))
+            built.append(compile_kernel(job))
             bar.update()
     else:
         with ProcessPoolExecutor(jobs) as pool:
-            for result in pool.map(compile_variant, work):
+            for result in pool.map(compile_kernel, work):
                 built.append(result)
                 bar.update()
     bar.close()
@@ -202,7 +221,7 @@ def build(archs: list[int], only: str | None, jobs: int) -> list[Built]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = sorted(table.CONFIGS)
+    known = sorted(table.ARCHS)
     parser.add_argument("--arch", type=int, action="append", choices=known, help="default: all")
     parser.add_argument("--only", metavar="NAME", help="one kernel; never into the package")
     parser.add_argument("--out", type=Path, default=PREBUILT, help="default: the package")

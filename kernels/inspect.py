@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from comfyui_liteattention.backends.cuda_prebuilt import FOLDER, Prebuilt
-from comfyui_liteattention.backends.cuda_variants import Variant
+from comfyui_liteattention.backends.cuda_variants import KERNELS
 
 #: Per multiprocessor: registers, and shared memory in bytes by compute capability.
 REGISTERS = 65536
@@ -35,8 +35,9 @@ WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 103: 64, 120: 48, 121: 48}
 SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100, 121: 100}
 SHARED_PER_BLOCK = 1024  # what the driver keeps of it in every block
 
-#: Opcodes of matrix instructions: Ampere to Ada and consumer Blackwell, Hopper, Blackwell.
-TENSOR = ("HMMA", "HGMMA", "UTCHMMA")
+#: Opcodes of matrix instructions: Ampere to Ada and consumer Blackwell, Hopper, Blackwell; the
+#: same for INT8.
+TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA")
 SPILLS = ("STL", "LDL")
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
@@ -132,14 +133,14 @@ def inspect(
     """``"sm_90/d128_bf16_lists_mass"`` -> what there is to say about it."""
     prebuilt = Prebuilt(folder)
     result: dict[str, dict[str, Any]] = {}
+    known = {kernel.name: kernel for kernel in KERNELS}
     for name, archive in prebuilt.manifest["archives"].items():
         if name == "ptx" or arch not in (None, archive["arch"]):
             continue
         for kernel, entry in archive["kernels"].items():
             if not re.search(match, kernel):
                 continue
-            variant = Variant(*(entry[k] for k in ("head_dim", "dtype", "lists", "criterion")))
-            cubin = prebuilt.read(name, variant).image
+            cubin = prebuilt.read(name, known[kernel]).image
             found = result[f"{name}/{kernel}"] = usage(archive["arch"], cubin, entry)
             if code:
                 found |= instructions(cubin)

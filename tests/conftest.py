@@ -13,7 +13,7 @@ SWITCH = "TRITON_INTERPRET"
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ[SWITCH] = "1"
-    from comfyui_liteattention.backends import triton_kernel  # noqa: F401
+    from comfyui_liteattention.backends import triton_kernel, triton_quantise, triton_tile_map  # noqa
 
     del os.environ[SWITCH]  # the rest of the suite, and processes that it starts, don't want it
 

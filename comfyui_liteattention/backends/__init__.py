@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 
 import torch
 
 from . import kernel_selftest
-from .base import Attended, Backend, Criterion
+from .base import Attended, Backend, Criterion, Qk
 
-__all__ = ["Attended", "Backend", "Criterion", "backend_for"]
+__all__ = ["Attended", "Backend", "Criterion", "Qk", "backend_for"]
 
 
 @lru_cache
-def backend_for(device: torch.device) -> Backend | str:
+def backend_for(device: torch.device, qk: Qk = "native") -> Backend | str:
     """The backend for a device, or the reason why there is none.
 
-    A kernel is trusted after its self-test: on the CPU here, on a card for each head_dim and dtype
-    when they are first used (``unsupported`` of that backend).
+    ``qk``: how a card multiplies queries and keys; where ``int8`` isn't there, and on the CPU, it
+    is ``native`` all the same. A kernel is trusted after its self-test: on the CPU here, on a card
+    for each head_dim and dtype when they are first used (``unsupported`` of that backend).
     """
-    return _cpu() if device.type == "cpu" else _card(device)
+    return _cpu() if device.type == "cpu" else _card(device, qk)
 
 
 def _cpu() -> Backend | str:
@@ -31,15 +33,19 @@ def _cpu() -> Backend | str:
     return reason or kernel_selftest.failure(backend, 64, torch.float32, probe.device) or backend
 
 
-def _card(device: torch.device) -> Backend | str:
-    """Prebuilt code first, then the same kernel through triton."""
+def _card(device: torch.device, qk: Qk) -> Backend | str:
+    """Prebuilt code first, then the same kernel through triton; both in native mode after that."""
     from .cuda import CudaBackend
+    from .fallback import Candidate, FirstTrusted
     from .triton import TritonBackend
 
+    candidates: list[Candidate] = []
     reasons = []
-    for backend in (CudaBackend(), TritonBackend()):
+    for mode, kind in product(dict.fromkeys((qk, "native")), (CudaBackend, TritonBackend)):
+        backend = kind(mode)
         reason = backend.unavailable(device)
         if reason is None:
-            return backend
-        reasons.append(f"{backend.name}: {reason}")
-    return "; ".join(reasons)
+            candidates.append(backend)
+        else:
+            reasons.append(f"{backend.name}: {reason}")
+    return FirstTrusted(candidates) if candidates else "; ".join(reasons)

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..tiles import TileLists, TileShape
 
 if TYPE_CHECKING:
     from .pooled import Pooled
+    from .tile_map import TileMap
 
 Criterion = Literal["mass", "gap"]
+
+#: How q and k are multiplied: in their own dtype, or in 8 bits (see triton_quantise), which is
+#: faster on cards whose tensor cores are the limit, and less precise.
+Qk = Literal["native", "int8"]
 
 
 class Attended(NamedTuple):
@@ -75,4 +81,8 @@ class Backend(Protocol):
         self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
     ) -> None:
         """Add the skipped tiles' means to a result: see :func:`.pooled.add_skipped`."""
+        ...
+
+    def tile_map(self, device: torch.device) -> TileMap | None:
+        """Kernels that keep the tile map on this device, if there are any: see tile_map.py."""
         ...

@@ -137,6 +137,9 @@ class CpuBackend:
     ) -> None:
         add_skipped(kept, q, pooled, scale, live, factor, self.tile)
 
+    def tile_map(self, device: torch.device) -> None:
+        return None
+
 
 @lru_cache(maxsize=1)
 def _load_kernels() -> Any:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..tiles import TileLists, TileShape
-from . import kernel_call, kernel_selftest
-from .base import Attended, Criterion
-from .cuda_driver import ArgumentBlock, Driver, DriverError, Kernel
+from . import kernel_call, kernel_selftest, tile_map
+from .base import Attended, Criterion, Qk
+from .cuda_driver import ArgumentBlock, Driver, DriverError, Loaded
 from .cuda_prebuilt import Prebuilt, PrebuiltError
-from .cuda_variants import ENTRY, PARAMETERS, TILE, TRAILING_POINTERS, Variant
-from .pooled import Pooled, add_skipped
+from .cuda_variants import DTYPES, HEAD_DIMS, KERNELS, TILE, TRAILING_POINTERS, Kernel, Variant
+from .pooled import Pooled
 
 
 class Launcher:
@@ -29,58 +29,67 @@ class Launcher:
     def __init__(self, prebuilt: Prebuilt | None = None, driver: Driver | None = None) -> None:
         self._prebuilt = prebuilt or Prebuilt()
         self._given_driver = driver
-        types = [type_ for _, type_ in PARAMETERS] + ["*"] * TRAILING_POINTERS
-        self._arguments = ArgumentBlock(types)
-        self._kernels: dict[tuple[int, Variant], Kernel] = {}
+        self._arguments = {
+            entry.name: ArgumentBlock([t for _, t in entry.parameters] + ["*"] * TRAILING_POINTERS)
+            for entry in {kernel.entry for kernel in KERNELS}
+        }
+        self._kernels: dict[tuple[int, Kernel], Loaded] = {}
         self._loading = threading.Lock()
 
     @functools.cached_property
     def _driver(self) -> Driver:
         return self._given_driver or Driver()
 
-    def missing(self, device: torch.device) -> str | None:
+    def missing(self, device: torch.device, qk: Qk = "native") -> str | None:
         """Why nothing prebuilt runs on this card, or None."""
         try:
             capability = _capability(device)
-            if self._prebuilt.archive(capability) is None:
+            archive = self._prebuilt.archive(capability)
+            if archive is None:
                 return f"no prebuilt kernel for compute capability {capability / 10}"
+            probe = Variant(HEAD_DIMS[0], DTYPES[0], False, None, qk)
+            if not self._prebuilt.has(archive, probe):
+                return f"no prebuilt {qk} kernel for compute capability {capability / 10}"
             self._driver  # noqa: B018 - opened here, so that a missing driver has a reason
         except (DriverError, PrebuiltError) as error:
             return str(error)
         return None
 
-    def launch(self, call: kernel_call.Call, device: torch.device) -> None:
+    def launch(self, launch: kernel_call.Launch, device: torch.device) -> None:
         """Launch on the current stream of the card that holds the tensors."""
-        number = _number(device)
-        kernel = self._kernels.get((number, call.variant)) or self._load(number, call.variant)
-        values = [_value(a) for a in call.arguments]
-        pointers = self._arguments.fill(values + [0] * TRAILING_POINTERS)
+        number = kernel_call.card_number(device)
+        loaded = self._kernels.get((number, launch.kernel)) or self._load(number, launch.kernel)
+        values = [_value(a) for a in launch.arguments]
+        block = self._arguments[launch.kernel.entry.name]
+        pointers = block.fill(values + [0] * TRAILING_POINTERS)
         stream = torch.cuda.current_stream(device).cuda_stream
-        self._driver.launch(kernel, call.grid, stream, pointers)
+        self._driver.launch(loaded, launch.grid, stream, pointers)
 
-    def _load(self, number: int, variant: Variant) -> Kernel:
+    def _load(self, number: int, kernel: Kernel) -> Loaded:
         with self._loading:
-            if (number, variant) not in self._kernels:
+            if (number, kernel) not in self._kernels:
                 capability = _capability(torch.device("cuda", number))
                 archive = self._prebuilt.archive(capability)
                 if archive is None:
                     raise PrebuiltError(f"no prebuilt kernel for capability {capability / 10}")
-                code = self._prebuilt.read(archive, variant)
-                self._kernels[number, variant] = self._driver.load(
-                    number, code.image, ENTRY, code.warps, code.shared
+                code = self._prebuilt.read(archive, kernel)
+                self._kernels[number, kernel] = self._driver.load(
+                    number, code.image, kernel.entry.name, code.warps, code.shared
                 )
-            return self._kernels[number, variant]
+            return self._kernels[number, kernel]
 
 
 class CudaBackend:
     """See :class:`~.base.Backend`. One object serves all cards."""
 
-    name = "cuda"
     running_scores = True
 
-    def __init__(self, launcher: Launcher | None = None) -> None:
-        self._launcher = launcher or _launcher()
+    def __init__(self, qk: Qk = "native", launcher: Launcher | None = None) -> None:
+        self.qk = qk
+        self.name = "cuda" if qk == "native" else f"cuda, {qk}"
+        self.launcher = launcher or _launcher()
         self._verdicts = kernel_selftest.Verdicts()
+        self._maps = tile_map.TileMaps(self.launcher.launch)
 
     def tile_shape(self, head_dim: int) -> TileShape:
         return TILE
@@ -91,20 +100,24 @@ class CudaBackend:
             return f"tensors on {device.type}, not on an NVIDIA card"
         if torch.version.hip is not None:
             return "prebuilt kernels are for NVIDIA cards, this torch is for AMD"
-        return self._launcher.missing(device)
+        return self.launcher.missing(device, self.qk)
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if q.device.type != "cuda":
             return self.unavailable(q.device)
         return kernel_call.unsupported(q, k, v) or self.untrusted(
-            _number(q.device), q.shape[-1], q.dtype
+            kernel_call.card_number(q.device), q.shape[-1], q.dtype
         )
 
     @torch.compiler.assume_constant_result
     def untrusted(self, number: int, head_dim: int, dtype: torch.dtype) -> str | None:
         device = torch.device("cuda", number)
         missing = self.unavailable(device)
-        return missing or self._verdicts.of(self, head_dim, dtype, device)
+        return missing or self._verdicts.of(self, head_dim, dtype, device, self.qk)
+
+    def tile_map(self, device: torch.device) -> tile_map.TileMap | None:
+        """See tile_map.py."""
+        return self._maps.of(device)
 
     def forward(
         self,
@@ -117,14 +130,18 @@ class CudaBackend:
     ) -> Attended:
         if torch.compiler.is_compiling():
             count, index = (lists.count, lists.index) if lists is not None else (None, None)
-            out, lse, score = _attend(q, k, v, scale, count, index, criterion)
+            out, lse, score = _attend(q, k, v, scale, count, index, criterion, self.qk)
             return Attended(out, lse, None if criterion is None else score)
-        return _forward(self._launcher, q, k, v, scale, lists, criterion)
+        return _forward(self.launcher, q, k, v, scale, lists, criterion, self.qk)
 
     def add_skipped(
         self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
     ) -> None:
-        add_skipped(kept, q, pooled, scale, live, factor, TILE)
+        if torch.compiler.is_compiling():
+            _add_skipped(q, *pooled[:3], kept.out, kept.lse, live, factor, scale)
+        else:
+            launch = kernel_call.prepare_skipped(kept, q, pooled, scale, live, factor)
+            self.launcher.launch(launch, q.device)
 
 
 @functools.cache
@@ -141,9 +158,11 @@ def _forward(
     scale: float,
     lists: TileLists | None,
     criterion: Criterion | None,
+    qk: Qk,
 ) -> Attended:
-    call = kernel_call.prepare(q, k, v, scale, lists, criterion)
-    launcher.launch(call, q.device)
+    call = kernel_call.prepare(q, k, v, scale, lists, criterion, qk=qk)
+    for launch in call.launches:
+        launcher.launch(launch, q.device)
     return call.finish()
 
 
@@ -153,17 +172,35 @@ def _forward(
     mutates_args=(),
     device_types="cuda",
     schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? count, Tensor? index, "
-    "str? criterion) -> (Tensor, Tensor, Tensor)",
+    "str? criterion, str qk) -> (Tensor, Tensor, Tensor)",
 )
-def _attend(q, k, v, scale, count, index, criterion):  # type: ignore[no-untyped-def]
+def _attend(q, k, v, scale, count, index, criterion, qk):  # type: ignore[no-untyped-def]
     lists = None if count is None else TileLists(count, index)
-    result = _forward(_launcher(), q, k, v, scale, lists, criterion)
+    result = _forward(_launcher(), q, k, v, scale, lists, criterion, qk)
     return _three(result)
 
 
 @_attend.register_fake
-def _(q, k, v, scale, count, index, criterion):  # type: ignore[no-untyped-def]
+def _(q, k, v, scale, count, index, criterion, qk):  # type: ignore[no-untyped-def]
     return _three(kernel_call.allocate(q, k, count is not None, criterion))
+
+
+@torch.library.custom_op(
+    "liteattention::add_skipped",
+    mutates_args=("out",),
+    device_types="cuda",
+    schema="(Tensor q, Tensor keys, Tensor values, int length, Tensor(a!) out, Tensor lse, "
+    "Tensor live, Tensor factor, float scale) -> ()",
+)
+def _add_skipped(q, keys, values, length, out, lse, live, factor, scale):  # type: ignore[no-untyped-def]
+    pooled = Pooled(keys, values, length, TILE.k)
+    launch = kernel_call.prepare_skipped(Attended(out, lse, None), q, pooled, scale, live, factor)
+    _launcher().launch(launch, q.device)
+
+
+@_add_skipped.register_fake
+def _(q, keys, values, length, out, lse, live, factor, scale):  # type: ignore[no-untyped-def]
+    return None
 
 
 def _three(result: Attended) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,10 +212,6 @@ def _three(result: Attended) -> tuple[Tensor, Tensor, Tensor]:
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
-
-
-def _number(device: torch.device) -> int:
-    return device.index if device.index is not None else torch.cuda.current_device()
 
 
 def _value(argument: Tensor | int | float | None) -> int | float:

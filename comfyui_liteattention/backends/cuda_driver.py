@@ -41,7 +41,7 @@ class DriverError(RuntimeError):
     """A call of the CUDA driver failed."""
 
 
-class Kernel(NamedTuple):
+class Loaded(NamedTuple):
     """A loaded kernel of one device, with what a launch needs."""
 
     function: c_void_p
@@ -61,7 +61,7 @@ class Driver:
         self._contexts: dict[int, c_void_p] = {}
         self._call("cuInit", 0)
 
-    def load(self, device: int, image: bytes, entry: str, warps: int, shared: int) -> Kernel:
+    def load(self, device: int, image: bytes, entry: str, warps: int, shared: int) -> Loaded:
         """A cubin or PTX text -> the kernel ``entry``, on the device of this number."""
         module, function = c_void_p(), c_void_p()
         context = self._context(device)
@@ -70,10 +70,10 @@ class Driver:
             self._call("cuModuleLoadData", byref(module), image + b"\0")
             self._call("cuModuleGetFunction", byref(function), module, entry.encode())
             self._call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
-        return Kernel(function, context, warps * _WARP, shared)
+        return Loaded(function, context, warps * _WARP, shared)
 
     def launch(
-        self, kernel: Kernel, grid: tuple[int, int], stream: int, pointers: ctypes.Array[c_void_p]
+        self, kernel: Loaded, grid: tuple[int, int], stream: int, pointers: ctypes.Array[c_void_p]
     ) -> None:
         """Launch on a stream. ``pointers`` point at the arguments, which are copied at once."""
         library = self._library

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cuda_variants import ENTRY, PARAMETERS, PTX_ARCH, TILE, Variant
+from .cuda_variants import KERNELS, PTX_ARCH, TILE, Kernel
 
 FOLDER = Path(__file__).parent / "prebuilt"
 
@@ -27,6 +27,11 @@ class Code(NamedTuple):
     shared: int
 
 
+def parameters() -> dict[str, dict[str, str]]:
+    """Arguments of every entry point, as the manifest has them."""
+    return {kernel.entry.name: dict(kernel.entry.parameters) for kernel in KERNELS}
+
+
 class Prebuilt:
     """A folder of archives with their manifest, as ``kernels/build.py`` writes it."""
 
@@ -40,8 +45,8 @@ class Prebuilt:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise PrebuiltError(f"no readable manifest of the prebuilt kernels: {error}") from error
-        expected = (1, ENTRY, dict(PARAMETERS))
-        if tuple(manifest.get(key) for key in ("format", "entry", "parameters")) != expected:
+        expected = (2, [TILE.q, TILE.k], parameters())
+        if tuple(manifest.get(key) for key in ("format", "tile", "parameters")) != expected:
             raise PrebuiltError(f"{path} belongs to another version; run kernels/build.py")
         return manifest
 
@@ -55,22 +60,21 @@ class Prebuilt:
             return f"sm_{capability}"
         return "ptx" if "ptx" in archives and capability > PTX_ARCH else None
 
-    def read(self, archive: str, variant: Variant) -> Code:
+    def has(self, archive: str, kernel: Kernel) -> bool:
+        return kernel.name in self.manifest["archives"][archive]["kernels"]
+
+    def read(self, archive: str, kernel: Kernel) -> Code:
         """The code of one kernel, refused unless its sha256 is the manifest's."""
         try:
-            entry = self.manifest["archives"][archive]["kernels"][variant.name]
+            entry = self.manifest["archives"][archive]["kernels"][kernel.name]
             suffix = ".ptx" if archive == "ptx" else ".cubin"
             with zipfile.ZipFile(self.folder / f"{archive}.zip") as members:
-                image = members.read(variant.name + suffix)
+                image = members.read(kernel.name + suffix)
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise PrebuiltError(
-                f"kernel {variant.name} of {archive} is missing: {error}"
-            ) from error
+            raise PrebuiltError(f"kernel {kernel.name} of {archive} is missing: {error}") from error
         if hashlib.sha256(image).hexdigest() != entry["sha256"]:
             raise PrebuiltError(
-                f"kernel {variant.name} of {archive} isn't the one in the manifest (sha256 "
+                f"kernel {kernel.name} of {archive} isn't the one in the manifest (sha256 "
                 "differs); install LiteAttention again"
             )
-        if entry["tile"] != [TILE.q, TILE.k]:
-            raise PrebuiltError(f"kernel {variant.name} of {archive} has other tiles: {entry}")
         return Code(image, entry["warps"], entry["shared"])

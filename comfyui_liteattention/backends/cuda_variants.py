@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ..tiles import TileShape
-from .base import Criterion
+from .base import Criterion, Qk
 
 #: One tile for every card and head_dim, so that maps and profiles mean the same everywhere.
 TILE = TileShape(128, 64)
@@ -20,10 +20,12 @@ CRITERIA: tuple[Criterion | None, ...] = (None, "mass", "gap")
 
 
 class Config(NamedTuple):
-    """How one kernel is compiled: warps per block, and key tiles in flight."""
+    """How one kernel is compiled: warps per block, key tiles in flight, and whether by the older
+    of the two assemblers that triton brings for Blackwell."""
 
     warps: int
     stages: int
+    older_assembler: bool = False
 
 
 # Chosen from registers, spills and occupancy (kernels/inspect.py); no GPU has timed them yet.
@@ -32,71 +34,304 @@ class Config(NamedTuple):
 _AMPERE = {64: Config(4, 3), 96: Config(8, 3), 128: Config(8, 3)}
 _CONSUMER = {64: Config(4, 3), 96: Config(8, 2), 128: Config(8, 2)}
 _DATACENTER = {64: Config(8, 3), 96: Config(8, 3), 128: Config(8, 3)}
+# Keys of 8 bits leave room for a third stage. On sm_12x the newer assembler spills.
+_BLACKWELL_INT8 = {64: Config(4, 3, True), 96: Config(8, 3, True), 128: Config(8, 3, True)}
 
-#: Compute capability, as major * 10 + minor -> head_dim -> configuration.
-CONFIGS: dict[int, dict[int, Config]] = {
-    80: _AMPERE,
-    86: _CONSUMER,
-    89: _CONSUMER,
-    90: _DATACENTER,
-    100: _DATACENTER,
-    103: _DATACENTER,
-    120: _CONSUMER,
-    121: _CONSUMER,
+#: q and k as multiplied -> compute capability, as major * 10 + minor -> head_dim -> configuration.
+#: sm_103 has next to no INT8: its matrix unit lost it, and the old instruction is slow.
+CONFIGS: dict[Qk, dict[int, dict[int, Config]]] = {
+    "native": {
+        80: _AMPERE,
+        86: _CONSUMER,
+        89: _CONSUMER,
+        90: _DATACENTER,
+        100: _DATACENTER,
+        103: _DATACENTER,
+        120: _CONSUMER,
+        121: _CONSUMER,
+    },
+    "int8": {
+        80: _AMPERE,
+        86: _AMPERE,
+        89: _AMPERE,
+        90: _DATACENTER,
+        100: _DATACENTER,
+        120: _BLACKWELL_INT8,
+        121: _BLACKWELL_INT8,
+    },
 }
+ARCHS = tuple(CONFIGS["native"])
 
 #: Cards newer than this one that have no machine code of their own get its PTX, which the driver
 #: compiles when it loads it.
 PTX_ARCH = 86
 
-#: The kernel's arguments in order: (name, type). Types are Triton's; ``*io`` is q's dtype.
-PARAMETERS: tuple[tuple[str, str], ...] = (
-    *((name, "*io") for name in ("q", "k", "v", "out")),
-    *((name, "*fp32") for name in ("lse", "score")),
-    *((name, "*i32") for name in ("count", "index")),
-    ("scale_log2", "fp32"),
-    *(
-        (f"{tensor}_{axis}", "i32" if axis == "row" else "i64")
-        for tensor in ("q", "k", "v", "out")
-        for axis in ("batch", "head", "row")
-    ),
-    *((name, "i32") for name in ("heads", "lq", "lk", "tk")),
-)
-
 #: What the compiled code takes for granted and the launcher must check: pointers in bytes (16-byte
-#: loads), strides in elements.
+#: loads), strides in elements of the model's dtype.
 POINTER_ALIGNMENT = 16
 STRIDE_ALIGNMENT = 8
 
 #: Triton appends two pointers, for scratch memory that these kernels don't use.
 TRAILING_POINTERS = 2
 
-ENTRY = "attend_tiles"
+
+class Entry(NamedTuple):
+    """A kernel's function in the Triton source.
+
+    ``parameters`` are its arguments in order: (name, type). Types are Triton's; ``*io`` is the
+    model's dtype and ``*qk`` that of q and k as they are multiplied.
+    """
+
+    name: str
+    module: str
+    parameters: tuple[tuple[str, str], ...]
+
+
+def _strides(tensor: str) -> tuple[tuple[str, str], ...]:
+    return ((f"{tensor}_batch", "i64"), (f"{tensor}_head", "i64"), (f"{tensor}_row", "i32"))
+
+
+ATTEND = Entry(
+    "attend_tiles",
+    "triton_kernel",
+    (
+        *(("q", "*qk"), ("k", "*qk"), ("v", "*io"), ("out", "*io")),
+        *(("lse", "*fp32"), ("score", "*fp32")),
+        *(("count", "*i32"), ("index", "*i32")),
+        *(("q_unit", "*fp32"), ("k_unit", "*fp32"), ("shift", "*fp32")),
+        ("scale_log2", "fp32"),
+        *(*_strides("q"), *_strides("k"), *_strides("v"), *_strides("out")),
+        *((name, "i32") for name in ("heads", "lq", "lk", "tk")),
+    ),
+)
+QUANTISE_QUERIES = Entry(
+    "quantise_queries",
+    "triton_quantise",
+    (
+        *(("q", "*io"), ("mean", "*fp32")),
+        *(("values", "*i8"), ("unit", "*fp32"), ("shift", "*fp32")),
+        ("scale", "fp32"),
+        *_strides("q"),
+        *((name, "i32") for name in ("heads", "lq")),
+    ),
+)
+QUANTISE_KEYS = Entry(
+    "quantise_keys",
+    "triton_quantise",
+    (
+        *(("k", "*io"), ("mean", "*fp32")),
+        *(("values", "*i8"), ("unit", "*fp32")),
+        *_strides("k"),
+        *((name, "i32") for name in ("heads", "lk")),
+    ),
+)
+
+MARK_TILES = Entry(
+    "mark_tiles",
+    "triton_tile_map",
+    (
+        *(("live", "*i32"), ("score", "*fp32"), ("pinned", "*u8"), ("threshold", "*fp32")),
+        ("following", "*i32"),
+        *((name, "i32") for name in ("tq", "tk", "words")),
+    ),
+)
+LIST_TILES = Entry(
+    "list_tiles",
+    "triton_tile_map",
+    (
+        *(("live", "*i32"), ("backwards", "*u8"), ("count", "*i32"), ("index", "*i32")),
+        *((name, "i32") for name in ("tk", "words")),
+    ),
+)
+
+ADD_SKIPPED = Entry(
+    "add_skipped",
+    "triton_tail",
+    (
+        *(("q", "*io"), ("keys", "*io"), ("values", "*io"), ("out", "*io")),
+        *(("lse", "*fp32"), ("live", "*i32"), ("factor", "*fp32")),
+        ("scale_log2", "fp32"),
+        *(*_strides("q"), *_strides("out")),
+        *((name, "i32") for name in ("heads", "lq", "lk", "tk", "words")),
+    ),
+)
+
+
+class Kernel(Protocol):
+    """One compiled kernel of one architecture; hashable."""
+
+    @property
+    def name(self) -> str:
+        """Unique among all kernels."""
+        ...
+
+    @property
+    def entry(self) -> Entry: ...
+
+    @property
+    def types(self) -> dict[str, str]:
+        """What the types ``io`` and ``qk`` stand for."""
+        ...
+
+    def constants(self, tile: TileShape = TILE) -> dict[str, int | bool]:
+        """The compile-time arguments."""
+        ...
+
+    def config(self, arch: int) -> Config | None:
+        """How to compile for a compute capability; None: not there."""
+        ...
 
 
 class Variant(NamedTuple):
-    """One compiled kernel of one architecture."""
+    """An attention kernel."""
 
     head_dim: int
     dtype: str
     lists: bool
     criterion: Criterion | None
+    qk: Qk = "native"
 
     @property
     def name(self) -> str:
+        mode = "" if self.qk == "native" else f"{self.qk}_"
         lists = "lists" if self.lists else "dense"
-        return f"d{self.head_dim}_{self.dtype}_{lists}_{self.criterion or 'plain'}"
+        return f"d{self.head_dim}_{self.dtype}_{mode}{lists}_{self.criterion or 'plain'}"
+
+    @property
+    def entry(self) -> Entry:
+        return ATTEND
+
+    @property
+    def types(self) -> dict[str, str]:
+        return {"io": self.dtype, "qk": "i8" if self.qk == "int8" else self.dtype}
 
     def constants(self, tile: TileShape = TILE) -> dict[str, int | bool]:
-        """The kernel's compile-time arguments."""
         return {
             "HEAD_DIM": self.head_dim,
-            "PADDED_DIM": 1 << (self.head_dim - 1).bit_length(),
+            "PADDED_DIM": _padded(self.head_dim),
             "BM": tile.q,
             "BN": tile.k,
             "LISTS": self.lists,
             "CRITERION": CRITERIA.index(self.criterion),
+            "INT8": self.qk == "int8",
         }
 
+    def config(self, arch: int) -> Config | None:
+        return CONFIGS[self.qk].get(arch, {}).get(self.head_dim)
 
-VARIANTS = tuple(Variant(*v) for v in product(HEAD_DIMS, DTYPES, (False, True), CRITERIA))
+
+class Quantiser(NamedTuple):
+    """A kernel that makes q or k 8 bits wide, before the attention kernel."""
+
+    entry: Entry
+    head_dim: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"d{self.head_dim}_{self.dtype}_{self.entry.name}"
+
+    @property
+    def types(self) -> dict[str, str]:
+        return {"io": self.dtype}
+
+    def constants(self, tile: TileShape = TILE) -> dict[str, int | bool]:
+        return {
+            "HEAD_DIM": self.head_dim,
+            "PADDED_DIM": _padded(self.head_dim),
+            "ROWS": tile.k if self.entry == QUANTISE_KEYS else QUERY_ROWS,
+        }
+
+    def config(self, arch: int) -> Config | None:
+        return Config(4, 1) if arch in CONFIGS["int8"] else None
+
+
+class MapKernel(NamedTuple):
+    """A kernel that keeps the tile map. ``flag``: HAS_LIVE or ALTERNATE."""
+
+    entry: Entry
+    flag: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry.name}_{int(self.flag)}"
+
+    @property
+    def types(self) -> dict[str, str]:
+        return {}
+
+    def constants(self, tile: TileShape = TILE) -> dict[str, int | bool]:
+        flag = "HAS_LIVE" if self.entry == MARK_TILES else "ALTERNATE"
+        return {flag: self.flag, "WORDS": MAP_WORDS}
+
+    def config(self, arch: int) -> Config | None:
+        return Config(4, 1) if arch in ARCHS else None
+
+
+class TailKernel(NamedTuple):
+    """The kernel that adds what skipped tiles contribute as means."""
+
+    head_dim: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"d{self.head_dim}_{self.dtype}_{self.entry.name}"
+
+    @property
+    def entry(self) -> Entry:
+        return ADD_SKIPPED
+
+    @property
+    def types(self) -> dict[str, str]:
+        return {"io": self.dtype}
+
+    def constants(self, tile: TileShape = TILE) -> dict[str, int | bool]:
+        return {
+            "HEAD_DIM": self.head_dim,
+            "PADDED_DIM": _padded(self.head_dim),
+            "BM": tile.q,
+            "BN": tile.k,
+            "MEANS": MEANS,
+        }
+
+    def config(self, arch: int) -> Config | None:
+        return CONFIGS["native"].get(arch, {}).get(self.head_dim)
+
+
+#: Tiles whose means one step of that kernel reads.
+MEANS = 64
+#: Words of a map that one block works on at once.
+MAP_WORDS = 32
+#: Rows that one block quantises: any number, as each has a unit of its own.
+QUERY_ROWS = 64
+
+
+def _padded(head_dim: int) -> int:
+    return 1 << (head_dim - 1).bit_length()
+
+
+VARIANTS = tuple(
+    Variant(d, dtype, lists, criterion, qk)
+    for qk, d, dtype, lists, criterion in product(
+        CONFIGS, HEAD_DIMS, DTYPES, (False, True), CRITERIA
+    )
+)
+QUANTISERS = tuple(
+    Quantiser(*x) for x in product((QUANTISE_QUERIES, QUANTISE_KEYS), HEAD_DIMS, DTYPES)
+)
+MAP_KERNELS = tuple(MapKernel(*x) for x in product((MARK_TILES, LIST_TILES), (False, True)))
+TAIL_KERNELS = tuple(TailKernel(*x) for x in product(HEAD_DIMS, DTYPES))
+KERNELS: tuple[Kernel, ...] = (*VARIANTS, *QUANTISERS, *MAP_KERNELS, *TAIL_KERNELS)
+
+
+def divisor(kernel: Kernel, name: str, type_: str) -> int:
+    """What the compiled code takes for granted that an argument is a multiple of."""
+    if type_.startswith("*"):
+        # The map's are of any origin, scalars among them, and its kernels small.
+        return 1 if kernel in MAP_KERNELS else POINTER_ALIGNMENT
+    if not name.endswith(("_batch", "_head", "_row")):
+        return 1
+    # Rows of quantised q and k are packed: 16 bytes there are 16 elements.
+    packed = kernel.types.get("qk") == "i8" and name[0] in "qk"
+    return POINTER_ALIGNMENT if packed else STRIDE_ALIGNMENT

@@ -1,37 +1,59 @@
-"""One call of the attention kernel, whoever launches it: may it run, and with which arguments."""
+"""One call of the attention kernel, whoever launches it: may it run, and what is to be launched."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..tiles import TileLists, TileShape
-from .base import Attended, Criterion
-from .cuda_variants import HEAD_DIMS, POINTER_ALIGNMENT, STRIDE_ALIGNMENT, TILE, Variant
+from . import qk_int8
+from .base import Attended, Criterion, Qk
+from .cuda_variants import (
+    HEAD_DIMS,
+    POINTER_ALIGNMENT,
+    QUANTISE_KEYS,
+    QUANTISE_QUERIES,
+    QUERY_ROWS,
+    STRIDE_ALIGNMENT,
+    TILE,
+    Kernel,
+    Quantiser,
+    TailKernel,
+    Variant,
+)
+from .pooled import Pooled
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 LOG2E = math.log2(math.e)
+Argument: TypeAlias = Tensor | int | float | None
 _GRID_Y = 65535
 _INT32 = 2**31
 
 
-class Call(NamedTuple):
-    """Which kernel, over which grid, with which arguments (in the order of ``PARAMETERS``).
+class Launch(NamedTuple):
+    """Which kernel, over which grid, with which arguments (in the order of its parameters).
 
     Pointers are tensors, or None where this variant doesn't look.
     """
 
-    variant: Variant
+    kernel: Kernel
     grid: tuple[int, int]
-    arguments: tuple[Tensor | int | float | None, ...]
+    arguments: tuple[Argument, ...]
+
+
+class Call(NamedTuple):
+    """What to launch, in this order, and where the result will be."""
+
+    launches: tuple[Launch, ...]
     result: Attended
+    criterion: Criterion | None
 
     def finish(self) -> Attended:
-        """The result, once the kernel is launched: mass scores are stored linear."""
-        if self.variant.criterion == "mass" and self.result.score is not None:
+        """The result, once everything is launched: mass scores are stored linear."""
+        if self.criterion == "mass" and self.result.score is not None:
             self.result.score.log2_()
         return self.result
 
@@ -86,8 +108,9 @@ def prepare(
     lists: TileLists | None,
     criterion: Criterion | None,
     tile: TileShape = TILE,
+    qk: Qk = "native",
 ) -> Call:
-    """Outputs and arguments of one call. The tensors must have passed :func:`unsupported`."""
+    """Outputs and launches of one call. The tensors must have passed :func:`unsupported`."""
     if not scale > 0:
         raise ValueError(f"scale={scale}: the kernel takes positive scales only.")
     b, h, lq, d = q.shape
@@ -102,11 +125,22 @@ def prepare(
                 f"{(b, h, tq, tk)} tiles."
             )
         count, index = _int32(count), _int32(index)
+    before: tuple[Launch, ...] = ()
+    dtype = DTYPE_NAMES[q.dtype]
+    units: tuple[Tensor | None, ...] = (None, None, None)
+    if qk == "int8":
+        mean = qk_int8.mean_key(k)
+        keys, make_keys = _quantise_keys(k, mean, tile)
+        queries, make_queries = _quantise_queries(q, mean, scale)
+        before = (make_keys, make_queries)
+        q, k = queries.values, keys.values
+        units = (queries.unit, keys.unit, queries.shift)
     out = result.out
     arguments = (
         *(q, k, v, out),
         *(result.lse, result.score),
         *(count, index),
+        *units,
         scale * LOG2E,
         *q.stride()[:3],
         *k.stride()[:3],
@@ -114,8 +148,60 @@ def prepare(
         *out.stride()[:3],
         *(h, lq, lk, tk),
     )
-    variant = Variant(d, DTYPE_NAMES[q.dtype], lists is not None, criterion)
-    return Call(variant, (tq, b * h), arguments, result)
+    variant = Variant(d, dtype, lists is not None, criterion, qk)
+    return Call((*before, Launch(variant, (tq, b * h), arguments)), result, criterion)
+
+
+def prepare_skipped(
+    kept: Attended,
+    q: Tensor,
+    pooled: Pooled,
+    scale: float,
+    live: Tensor,
+    factor: Tensor,
+    tile: TileShape = TILE,
+) -> Launch:
+    """The launch that does :func:`.pooled.add_skipped` to a result of :func:`prepare`."""
+    b, h, lq, d = q.shape
+    tq, tk = tile.grid(lq, pooled.length)
+    if live.shape[:3] != (b, h, tq) or pooled.keys.shape != (b, h, tk, d):
+        raise ValueError(
+            f"tile bits {tuple(live.shape)} and means {tuple(pooled.keys.shape)} don't fit "
+            f"{(b, h, tq, tk)} tiles."
+        )
+    arguments: tuple[Argument, ...] = (
+        *(q, pooled.keys, pooled.values, kept.out),
+        *(kept.lse, live.contiguous(), factor.float().contiguous()),
+        scale * LOG2E,
+        *q.stride()[:3],
+        *kept.out.stride()[:3],
+        *(h, lq, pooled.length, tk, live.shape[3]),
+    )
+    return Launch(TailKernel(d, DTYPE_NAMES[q.dtype]), (tq, b * h), arguments)
+
+
+def _quantise_queries(q: Tensor, mean: Tensor, scale: float) -> tuple[qk_int8.Queries, Launch]:
+    """Memory for the quantised queries, and the launch that fills it."""
+    b, h, lq, d = q.shape
+    to = qk_int8.Queries(
+        q.new_empty(q.shape, dtype=torch.int8),
+        *(q.new_empty(b, h, lq, dtype=torch.float32) for _ in range(2)),
+    )
+    kernel = Quantiser(QUANTISE_QUERIES, d, DTYPE_NAMES[q.dtype])
+    arguments: tuple[Argument, ...] = (q, mean, *to, scale, *q.stride()[:3], h, lq)
+    return to, Launch(kernel, (-(-lq // QUERY_ROWS), b * h), arguments)
+
+
+def _quantise_keys(k: Tensor, mean: Tensor, tile: TileShape) -> tuple[qk_int8.Keys, Launch]:
+    """Memory for the quantised keys, and the launch that fills it."""
+    b, h, lk, d = k.shape
+    tk = -(-lk // tile.k)
+    to = qk_int8.Keys(
+        k.new_empty(k.shape, dtype=torch.int8), k.new_empty(b, h, tk, dtype=torch.float32)
+    )
+    arguments: tuple[Argument, ...] = (k, mean, *to, *k.stride()[:3], h, lk)
+    kernel = Quantiser(QUANTISE_KEYS, d, DTYPE_NAMES[k.dtype])
+    return to, Launch(kernel, (tk, b * h), arguments)
 
 
 def allocate(
@@ -138,6 +224,11 @@ def allocate(
     never = 0.0 if criterion == "mass" else -math.inf
     score = q.new_empty(b, h, tq, tk, dtype=torch.float32)
     return Attended(out, lse, score.fill_(never) if lists else score)
+
+
+def card_number(device: torch.device) -> int:
+    """The number of a card; ``cuda`` without one is the current card."""
+    return device.index if device.index is not None else torch.cuda.current_device()
 
 
 def _int32(tensor: Tensor) -> Tensor:

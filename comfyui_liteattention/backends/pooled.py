@@ -7,6 +7,7 @@ with a kernel of its own does the same.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -18,16 +19,24 @@ from .base import Attended
 
 class Pooled(NamedTuple):
     """Means over each key tile, ``keys, values [B, H, Tk, D]`` contiguous and in the dtype of the
-    keys, and the natural log of its number of keys, ``log_count [Tk]`` float32."""
+    keys; ``length`` keys were pooled, ``rows`` at a time."""
 
     keys: Tensor
     values: Tensor
-    log_count: Tensor
+    length: int
+    rows: int
+
+    @property
+    def log_count(self) -> Tensor:
+        """Natural log of the number of keys behind each mean, ``[Tk]`` float32."""
+        counts = self.keys.new_full((self.keys.shape[2],), self.rows, dtype=torch.float32)
+        counts[-1] = self.length - (len(counts) - 1) * self.rows
+        return counts.log()
 
 
 class Part(NamedTuple):
     """Attention to a part of the keys: ``out [B, H, L, D]`` and natural ``lse [B, H, L]``, both
-    float32; the LSE is ``-inf`` and the output 0 where the part is empty."""
+    float32 or wider; the LSE is ``-inf`` and the output 0 where the part is empty."""
 
     out: Tensor
     lse: Tensor
@@ -35,9 +44,7 @@ class Part(NamedTuple):
 
 def pool(k: Tensor, v: Tensor, rows: int) -> Pooled:
     """Means of ``k, v [B, H, Lk, D]`` over tiles of ``rows`` keys; the last one may hold fewer."""
-    full, rest = divmod(k.shape[2], rows)
-    counts = torch.tensor([rows] * full + [rest] * (rest > 0), device=k.device)
-    return Pooled(_means(k, rows), _means(v, rows), counts.float().log())
+    return Pooled(_means(k, rows), _means(v, rows), k.shape[2], rows)
 
 
 def _means(x: Tensor, rows: int) -> Tensor:
@@ -52,11 +59,12 @@ def skipped_part(q: Tensor, pooled: Pooled, scale: float, live: Tensor, rows: in
     """Attention of ``q [B, H, L, D]`` to the means of the tiles that are not in ``live
     [B, H, ceil(L / rows), Tk]`` bool."""
     kept = live.repeat_interleave(rows, 2)[:, :, : q.shape[2]]
-    score = (q.float() @ pooled.keys.float().mT) * scale + pooled.log_count
+    wide = torch.promote_types(q.dtype, torch.float32)
+    score = (q.to(wide) @ pooled.keys.to(wide).mT) * scale + pooled.log_count
     score = score.masked_fill(kept, -torch.inf)
     lse = score.logsumexp(-1)
     share = (score - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
-    return Part(share @ pooled.values.float(), lse)
+    return Part(share @ pooled.values.to(wide), lse)
 
 
 def add_skipped(
@@ -76,9 +84,9 @@ def add_skipped(
     """
     tk = pooled.keys.shape[2]
     step = max(1, PART // (tile.q * tk))  # query tiles at once
-    for b, h in torch.cartesian_prod(*map(torch.arange, live.shape[:2])).tolist():
+    for b, h in product(*map(range, live.shape[:2])):
         head = (slice(b, b + 1), slice(h, h + 1))
-        means = Pooled(pooled.keys[head], pooled.values[head], pooled.log_count)
+        means = pooled._replace(keys=pooled.keys[head], values=pooled.values[head])
         for start in range(0, live.shape[2], step):
             some = unpack(live[head][:, :, start : start + step], tk)
             rows = slice(start * tile.q, (start + step) * tile.q)

@@ -74,6 +74,9 @@ class ReferenceBackend:
     ) -> None:
         add_skipped(kept, q, pooled, scale, live, factor, self.tile)
 
+    def tile_map(self, device: torch.device) -> None:
+        return None
+
 
 def _visited_mask(lists: TileLists | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Lists -> ``[B, H, Tq, Tk]`` bool."""

@@ -6,16 +6,18 @@ AMD cards have tiles of their own. **Untested**: compiled for AMD, but run on no
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..tiles import TileLists, TileShape
-from . import kernel_call, kernel_selftest
-from .base import Attended, Criterion
-from .cuda_variants import CONFIGS, TILE, Config
-from .pooled import Pooled, add_skipped
+from . import kernel_call, kernel_selftest, tile_map
+from .base import Attended, Criterion, Qk
+from .cuda_variants import ADD_SKIPPED, ARCHS, ATTEND, CONFIGS, TILE, Config, Entry, Kernel
+from .pooled import Pooled
 
 #: AMD architecture prefix -> (tile, warps, stages), from compiled registers only.
 AMD = {
@@ -28,11 +30,13 @@ _NEAREST = 80  # configurations of an NVIDIA card that isn't in the table
 class TritonBackend:
     """See :class:`~.base.Backend`."""
 
-    name = "triton"
     running_scores = True
 
-    def __init__(self) -> None:
+    def __init__(self, qk: Qk = "native") -> None:
+        self.qk = qk
+        self.name = "triton" if qk == "native" else f"triton, {qk}"
         self._verdicts = kernel_selftest.Verdicts()
+        self._maps = tile_map.TileMaps(self._launch)
         self._amd = _amd_setting()
 
     def tile_shape(self, head_dim: int) -> TileShape:
@@ -44,6 +48,8 @@ class TritonBackend:
             return f"tensors on {device.type}, not on a graphics card"
         if importlib.util.find_spec("triton") is None:
             return "triton isn't installed"
+        if self.qk not in _modes(device):
+            return f"no {self.qk} for this compute capability: it would be slower"
         return None
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -52,7 +58,7 @@ class TritonBackend:
 
     @torch.compiler.assume_constant_result
     def untrusted(self, number: int, head_dim: int, dtype: torch.dtype) -> str | None:
-        return self._verdicts.of(self, head_dim, dtype, torch.device("cuda", number))
+        return self._verdicts.of(self, head_dim, dtype, torch.device("cuda", number), self.qk)
 
     def forward(
         self,
@@ -63,26 +69,55 @@ class TritonBackend:
         lists: TileLists | None = None,
         criterion: Criterion | None = None,
     ) -> Attended:
-        from .triton_kernel import attend_tiles
-
         tile = self.tile_shape(q.shape[-1])
-        call = kernel_call.prepare(q, k, v, scale, lists, criterion, tile)
-        config = self._amd[1] if self._amd else _config(q.device, q.shape[-1])
-        # The kernel doesn't look at pointers that its variant leaves out, but triton wants tensors.
-        arguments = [call.result.lse if a is None else a for a in call.arguments]
-        with torch.cuda.device(q.device):
-            attend_tiles[call.grid](
-                *arguments,
-                **call.variant.constants(tile),
-                num_warps=config.warps,
-                num_stages=config.stages,
-            )
+        call = kernel_call.prepare(q, k, v, scale, lists, criterion, tile, self.qk)
+        for launch in call.launches:
+            self._launch(launch, q.device)
         return call.finish()
 
     def add_skipped(
         self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
     ) -> None:
-        add_skipped(kept, q, pooled, scale, live, factor, TILE)
+        tile = self.tile_shape(q.shape[-1])
+        launch = kernel_call.prepare_skipped(kept, q, pooled, scale, live, factor, tile)
+        self._launch(launch, q.device)
+
+    def tile_map(self, device: torch.device) -> tile_map.TileMap | None:
+        """See tile_map.py."""
+        return self._maps.of(device)
+
+    def _launch(self, launch: kernel_call.Launch, device: torch.device) -> None:
+        config = self._config(launch.kernel, device)
+        # A kernel doesn't look at pointers that its variant leaves out, but triton wants tensors.
+        anything = next(a for a in launch.arguments if isinstance(a, Tensor))
+        arguments = [anything if a is None else a for a in launch.arguments]
+        with torch.cuda.device(device):
+            source(launch.kernel.entry)[launch.grid](
+                *arguments,
+                **launch.kernel.constants(self._amd[0] if self._amd else TILE),
+                num_warps=config.warps,
+                num_stages=config.stages,
+            )
+
+    def _config(self, kernel: Kernel, device: torch.device) -> Config:
+        if self._amd and kernel.entry in (ATTEND, ADD_SKIPPED):
+            return self._amd[1]
+        major, minor = torch.cuda.get_device_capability(device)
+        return kernel.config(major * 10 + minor) or kernel.config(_NEAREST) or Config(4, 1)
+
+
+def _modes(device: torch.device) -> tuple[Qk, ...]:
+    """What is worth compiling for a card: everything, unless the table knows it and says not."""
+    if torch.version.hip is not None:
+        return tuple(CONFIGS)
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = major * 10 + minor
+    return tuple(qk for qk in CONFIGS if arch in CONFIGS[qk] or arch not in ARCHS)
+
+
+def source(entry: Entry) -> Any:
+    """The Triton function of an entry point."""
+    return getattr(importlib.import_module(f".{entry.module}", __package__), entry.name)
 
 
 def _amd_setting() -> tuple[TileShape, Config] | None:
@@ -91,8 +126,3 @@ def _amd_setting() -> tuple[TileShape, Config] | None:
         return None
     name = torch.cuda.get_device_properties(0).gcnArchName
     return next((setting for prefix, setting in AMD.items() if name.startswith(prefix)), None)
-
-
-def _config(device: torch.device, head_dim: int) -> Config:
-    major, minor = torch.cuda.get_device_capability(device)
-    return CONFIGS.get(major * 10 + minor, CONFIGS[_NEAREST])[head_dim]

@@ -22,6 +22,9 @@ missed is a matter of the visiting order, which the lists decide: strong tiles f
 ascending and descending. The final reference would need a second pass over q k^T, or the previous
 call's LSE of every row and layer kept in memory.
 
+With ``INT8``, q and k come quantised (``triton_quantise``): ``c q_r . k_j`` is then
+``q_unit_r k_unit_t (q_r . k_j)`` up to a constant of the row, which only the LSE sees.
+
 Runs in the Triton interpreter (tests/kernels) and compiles for every architecture of
 ``cuda_variants.py``; **no GPU has run it yet**.
 """
@@ -36,15 +39,18 @@ import triton.language as tl
 
 @triton.jit
 def attend_tiles(
-    q,  # [B, H, Lq, D] fp16 or bf16, as k, v and out; strides below, the last one is 1
-    k,  # [B, H, Lk, D]
-    v,  # [B, H, Lk, D]
-    out,  # [B, H, Lq, D]
+    q,  # [B, H, Lq, D], dtype of out or int8; strides below, the last one is 1
+    k,  # [B, H, Lk, D], as q
+    v,  # [B, H, Lk, D], as out
+    out,  # [B, H, Lq, D] fp16 or bf16
     lse,  # [B, H, Lq] float32, contiguous, natural log
     score,  # [B, H, Tq, Tk] float32, contiguous; written for visited tiles only
     count,  # [B, H, Tq] int32, contiguous
     index,  # [B, H, Tq, Tk] int32, contiguous
-    scale_log2,  # scale * log2(e), positive
+    q_unit,  # [B, H, Lq] float32, contiguous: one step of q in log2, scale included; INT8 only
+    k_unit,  # [B, H, Tk] float32, contiguous: one step of k; INT8 only
+    shift,  # [B, H, Lq] float32, contiguous: what to add to lse; INT8 only
+    scale_log2,  # scale * log2(e), positive; unused with INT8
     q_batch,  # strides in elements, multiples of 8: 64 bits for batch and head,
     q_head,
     q_row,  # 32 bits for rows, so that offsets within a tile need one register
@@ -67,6 +73,7 @@ def attend_tiles(
     BN: tl.constexpr,
     LISTS: tl.constexpr,  # False: visit every tile in ascending order, count and index unused
     CRITERION: tl.constexpr,  # place in cuda_variants.CRITERIA: 0 none, 1 mass, 2 gap
+    INT8: tl.constexpr,
 ):
     """One program: one query tile of one head. Grid ``(Tq, B * H)``."""
     query_tile = tl.program_id(0)
@@ -89,6 +96,9 @@ def attend_tiles(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, PADDED_DIM], tl.float32)
 
+    if INT8:
+        row_unit = tl.load(q_unit + pair.to(tl.int64) * lq + rows)
+        k_unit += pair.to(tl.int64) * tk
     tile, visits = 0, tk
     if LISTS:
         index += row * tk
@@ -106,11 +116,19 @@ def attend_tiles(
         k_tile = load_tile(k_first, (keys * k_row)[None, :], d[:, None], HEAD_DIM, PADDED_DIM)
         v_tile = load_tile(v_first, (keys * v_row)[:, None], d[None, :], HEAD_DIM, PADDED_DIM)
 
-        s = tl.dot(q_tile, k_tile)
+        if INT8:
+            # 1.5 * 2^23, as bits and as a number: integers below 2^22 added to the former are those
+            # added to the latter, which spares the conversion. Sums stay below 127^2 * 128 < 2^21.
+            s = tl.dot(q_tile, k_tile, tl.full([BM, BN], 0x4B400000, tl.int32))
+            s = s.to(tl.float32, bitcast=True) - 12582912.0
+            unit = row_unit * tl.load(k_unit + tile)
+        else:
+            s = tl.dot(q_tile, k_tile)
+            unit = tl.full([BM], 1.0, tl.float32) * scale_log2
         s = tl.where((n < lk - first)[None, :], s, float("-inf"))
-        tile_top = tl.max(s, 1) * scale_log2
+        tile_top = tl.max(s, 1) * unit
         new_top = tl.maximum(top, tile_top)
-        p = tl.exp2(s * scale_log2 - new_top[:, None])
+        p = tl.exp2(s * unit[:, None] - new_top[:, None])
         decay = tl.exp2(top - new_top)
         weight = tl.sum(p, 1)
         total = total * decay + weight
@@ -130,7 +148,10 @@ def attend_tiles(
     target = out + (rows * out_row)[:, None] + d[None, :]
     tl.store(target, acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < HEAD_DIM)[None, :])
     natural = (top + tl.log2(total)) * 0.6931471805599453  # ln 2
-    tl.store(lse + pair.to(tl.int64) * lq + rows, natural, mask=inside)
+    places = pair.to(tl.int64) * lq + rows
+    if INT8:
+        natural += tl.load(shift + places)
+    tl.store(lse + places, natural, mask=inside)
 
 
 @triton.jit

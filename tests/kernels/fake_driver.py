@@ -11,8 +11,9 @@ import ctypes
 from typing import Any
 
 from comfyui_liteattention.backends.cuda_driver import _SIGNATURES
-from comfyui_liteattention.backends.cuda_variants import PARAMETERS, TRAILING_POINTERS
+from comfyui_liteattention.backends.cuda_variants import KERNELS, TRAILING_POINTERS
 
+_PARAMETERS = {kernel.entry.name: kernel.entry.parameters for kernel in KERNELS}
 _TYPES = {"fp32": ctypes.c_float, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
 
 
@@ -26,6 +27,7 @@ class FakeLibrary:
         self.launches: list[dict[str, Any]] = []
         self.contexts: list[int] = []  # the stack of the current thread
         self.capture = 0
+        self.entries: dict[int, str] = {}
         self.failing = failing
         for name, arguments in _SIGNATURES.items():
             prototype = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)
@@ -69,6 +71,7 @@ class FakeLibrary:
     def _cuModuleGetFunction(self, function, module, name):
         function[0] = module + 1000
         self.entry = name
+        self.entries[function[0]] = name.decode()
 
     def _cuFuncSetAttribute(self, function, attribute, value):
         self.attributes.append((attribute, value))
@@ -76,16 +79,17 @@ class FakeLibrary:
     def _cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, pointers, extra):
         assert not extra
         arguments = {}
-        for place, (name, type_) in enumerate(PARAMETERS):
+        parameters = _PARAMETERS[self.entries[function]]
+        for place, (name, type_) in enumerate(parameters):
             # As the driver does: the array holds the address of each argument.
             arguments[name] = _TYPES.get(type_, ctypes.c_uint64).from_address(pointers[place]).value
         trailing = [
-            ctypes.c_uint64.from_address(pointers[len(PARAMETERS) + i]).value
+            ctypes.c_uint64.from_address(pointers[len(parameters) + i]).value
             for i in range(TRAILING_POINTERS)
         ]
         self.launches.append(
             {
-                "function": function,
+                "entry": self.entries[function],
                 "context": self.contexts[-1],
                 "grid": (gx, gy, gz),
                 "block": (bx, by, bz),

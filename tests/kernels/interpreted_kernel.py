@@ -7,9 +7,11 @@ import torch
 import triton
 from triton.runtime import interpreter
 
-from comfyui_liteattention.backends.base import Attended, Criterion
+from comfyui_liteattention.backends.base import Attended, Criterion, Qk
 from comfyui_liteattention.backends.cuda_variants import TILE
-from comfyui_liteattention.backends.kernel_call import prepare, unsupported
+from comfyui_liteattention.backends.kernel_call import Launch, prepare, prepare_skipped, unsupported
+from comfyui_liteattention.backends.pooled import Pooled
+from comfyui_liteattention.backends.triton import source
 from comfyui_liteattention.backends.triton_kernel import attend_tiles
 from comfyui_liteattention.tiles import TileLists, TileShape
 
@@ -21,6 +23,9 @@ class InterpreterBackend:
     """A backend like the real ones, for tests."""
 
     name = "interpreter"
+
+    def __init__(self, qk: Qk = "native") -> None:
+        self.qk = qk
 
     def tile_shape(self, head_dim: int) -> TileShape:
         return TILE
@@ -38,11 +43,30 @@ class InterpreterBackend:
         criterion: Criterion | None = None,
     ) -> Attended:
         assert (reason := unsupported(q, k, v)) is None, reason
-        call = prepare(q, k, v, scale, lists, criterion)
-        # The interpreter wants a tensor for every pointer, looked at or not.
-        arguments = [q.new_empty(0) if a is None else a for a in call.arguments]
-        attend_tiles[call.grid](*arguments, **call.variant.constants())
+        call = prepare(q, k, v, scale, lists, criterion, qk=self.qk)
+        for launch in call.launches:
+            interpret(launch)
         return call.finish()
+
+    def add_skipped(
+        self,
+        kept: Attended,
+        q: torch.Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: torch.Tensor,
+        factor: torch.Tensor,
+    ) -> None:
+        interpret(prepare_skipped(kept, q, pooled, scale, live, factor))
+
+    def tile_map(self, device: torch.device) -> None:
+        return None
+
+
+def interpret(launch: Launch) -> None:
+    # The interpreter wants a tensor for every pointer, looked at or not.
+    arguments = [torch.empty(0) if a is None else a for a in launch.arguments]
+    source(launch.kernel.entry)[launch.grid](*arguments, **launch.kernel.constants())
 
 
 def why_not() -> str | None:
@@ -57,15 +81,18 @@ def why_not() -> str | None:
 
 
 def _multiply(self, a, b, accumulator, *_):
-    """``tl.dot`` of the interpreter; the original multiplies the bit patterns of bfloat16."""
+    """``tl.dot`` of the interpreter; the original multiplies the bit patterns of bfloat16, and
+    8-bit integers as such."""
     a, b = (_widen(x) for x in (a, b))
-    product = np.matmul(a, b, dtype=np.float32) + accumulator.data
+    product = np.matmul(a, b, dtype=a.dtype) + accumulator.data
     return interpreter.TensorHandle(product, accumulator.dtype.scalar)
 
 
 def _widen(handle):
     if handle.dtype.scalar.is_bf16():
         return (handle.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if handle.dtype.scalar.is_int():
+        return handle.data.astype(np.int32)
     return handle.data.astype(np.float32)
 
 

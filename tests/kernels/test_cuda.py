@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +16,20 @@ from fake_driver import FakeLibrary
 
 from comfyui_liteattention.backends import cuda, cuda_driver, kernel_call
 from comfyui_liteattention.backends.cuda_driver import ArgumentBlock, Driver, DriverError
-from comfyui_liteattention.backends.cuda_prebuilt import Prebuilt, PrebuiltError
+from comfyui_liteattention.backends.cuda_prebuilt import Prebuilt, PrebuiltError, parameters
 from comfyui_liteattention.backends.cuda_variants import (
+    ARCHS,
+    ATTEND,
     CONFIGS,
-    ENTRY,
     HEAD_DIMS,
-    PARAMETERS,
+    KERNELS,
+    MAP_KERNELS,
     TILE,
     VARIANTS,
     Variant,
+    divisor,
 )
+from comfyui_liteattention.backends.tile_map import TileMap
 from comfyui_liteattention.tiles import TileLists, make_lists
 
 CARD = torch.device("cuda", 0)
@@ -38,17 +43,17 @@ def folder(tmp_path):
         suffix = ".ptx" if archive == "ptx" else ".cubin"
         kernels = {}
         with zipfile.ZipFile(tmp_path / f"{archive}.zip", "w") as members:
-            for variant in VARIANTS:
-                image = f"{archive} {variant.name}".encode()
-                members.writestr(variant.name + suffix, image)
-                kernels[variant.name] = {
-                    "tile": [TILE.q, TILE.k],
+            for kernel in KERNELS:
+                image = f"{archive} {kernel.name}".encode()
+                members.writestr(kernel.name + suffix, image)
+                kernels[kernel.name] = {
                     "warps": 8,
                     "shared": 65536,
                     "sha256": hashlib.sha256(image).hexdigest(),
                 }
         archives[archive] = {"arch": arch, "kernels": kernels}
-    manifest = {"format": 1, "entry": ENTRY, "parameters": dict(PARAMETERS), "archives": archives}
+    manifest = {"format": 2, "tile": [TILE.q, TILE.k], "parameters": parameters()}
+    manifest["archives"] = archives
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
 
@@ -79,7 +84,7 @@ def test_a_launch_reads_the_arguments_in_place(folder, library):
     q, k, v = draw()
     lists = some_lists(q, k)
     call = kernel_call.prepare(q, k, v, 0.125, lists, "mass")
-    cuda.Launcher(Prebuilt(folder), Driver(library)).launch(call, CARD)
+    cuda.Launcher(Prebuilt(folder), Driver(library)).launch(*call.launches, CARD)
     (launch,) = library.launches
     result = call.result
     want = {name: x.data_ptr() for name, x in zip("qkv", (q, k, v), strict=True)}
@@ -91,6 +96,7 @@ def test_a_launch_reads_the_arguments_in_place(folder, library):
             zip((f"{name}_batch", f"{name}_head", f"{name}_row"), tensor.stride(), strict=False)
         )
     want |= {"heads": 2, "lq": 200, "lk": 330, "tk": 6}
+    want |= {"q_unit": 0, "k_unit": 0, "shift": 0}
     got = launch["arguments"]
     assert got.pop("scale_log2") == pytest.approx(0.125 * math.log2(math.e))
     assert got == want
@@ -98,14 +104,68 @@ def test_a_launch_reads_the_arguments_in_place(folder, library):
     assert launch["grid"] == (2, 2, 1) and launch["block"] == (256, 1, 1)
     assert (launch["shared"], launch["stream"], launch["context"]) == (65536, 77, 1000)
     assert library.attributes == [(8, 65536)] and library.contexts == []
-    assert library.images == [b"sm_86 d64_fp16_lists_mass"] and library.entry == ENTRY.encode()
+    assert (
+        library.images == [b"sm_86 d64_fp16_lists_mass"] and library.entry == ATTEND.name.encode()
+    )
 
 
 def test_pointers_that_a_variant_ignores_are_null(folder, library):
     call = kernel_call.prepare(*draw(), 0.125, None, None)
-    cuda.Launcher(Prebuilt(folder), Driver(library)).launch(call, CARD)
+    cuda.Launcher(Prebuilt(folder), Driver(library)).launch(*call.launches, CARD)
     got = library.launches[0]["arguments"]
     assert got["score"] == got["count"] == got["index"] == 0
+
+
+def test_int8_launches_what_quantises_first(folder, library):
+    q, k, v = draw(b=2, d=128)
+    call = kernel_call.prepare(q, k, v, 0.125, some_lists(q, k), "mass", qk="int8")
+    launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
+    for launch in call.launches:
+        launcher.launch(launch, CARD)
+    keys, queries, attend = (launch["arguments"] for launch in library.launches)
+    entries = [launch["entry"] for launch in library.launches]
+    assert entries == ["quantise_keys", "quantise_queries", "attend_tiles"]
+    assert [x["grid"] for x in library.launches] == [(6, 4, 1), (4, 4, 1), (2, 4, 1)]
+    assert library.images == [
+        b"sm_86 d128_fp16_quantise_keys",
+        b"sm_86 d128_fp16_quantise_queries",
+        b"sm_86 d128_fp16_int8_lists_mass",
+    ]
+    assert (keys["k"], queries["q"], attend["v"]) == tuple(x.data_ptr() for x in (k, q, v))
+    assert (attend["q"], attend["k"]) == (queries["values"], keys["values"])
+    assert (attend["q_unit"], attend["k_unit"]) == (queries["unit"], keys["unit"])
+    assert attend["shift"] == queries["shift"] and keys["mean"] == queries["mean"]
+    assert queries["scale"] == pytest.approx(0.125)
+    assert [attend[f"q_{x}"] for x in ("batch", "head", "row")] == [2 * 200 * 128, 200 * 128, 128]
+    assert [keys[f"k_{x}"] for x in ("batch", "head", "row")] == list(k.stride()[:3])
+
+
+def test_a_card_without_int8_has_a_reason(folder, library):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    kernels = manifest["archives"]["sm_86"]["kernels"]
+    manifest["archives"]["sm_86"]["kernels"] = {n: k for n, k in kernels.items() if "int8" not in n}
+    path.write_text(json.dumps(manifest))
+    launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
+    assert launcher.missing(CARD) is None
+    assert launcher.missing(CARD, "int8") == "no prebuilt int8 kernel for compute capability 8.6"
+
+
+def test_the_tile_map_launches_its_kernels(folder, library):
+    launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
+    score = torch.zeros(1, 2, 3, 70)
+    pinned = torch.zeros(3, 70, dtype=torch.bool)
+    keep = TileMap(lambda launch, device: launcher.launch(launch, CARD))
+    bits = keep.next_live(None, score, -4.0, pinned)
+    lists = keep.make_lists(bits, 70, alternate=True)
+    mark, listed = library.launches
+    assert (mark["entry"], mark["grid"]) == ("mark_tiles", (6, 1, 1))
+    want = {"live": 0, "score": score.data_ptr(), "pinned": pinned.data_ptr()}
+    want |= {"following": bits.data_ptr(), "tq": 3, "tk": 70, "words": 3}
+    assert want.items() <= mark["arguments"].items()
+    assert library.images[1] == b"sm_86 list_tiles_1" and listed["entry"] == "list_tiles"
+    want = {"live": bits.data_ptr(), "count": lists.count.data_ptr(), "tk": 70, "words": 3}
+    assert want.items() <= listed["arguments"].items()
 
 
 def test_every_thread_has_its_own_argument_memory():
@@ -197,7 +257,7 @@ def test_a_kernel_is_loaded_once_however_many_threads_ask(folder, library):
     launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
     call = kernel_call.prepare(*draw(), 0.125, None, None)
     with ThreadPoolExecutor(4) as pool:
-        kernels = list(pool.map(lambda _: launcher._load(0, call.variant), range(16)))
+        kernels = list(pool.map(lambda _: launcher._load(0, call.launches[0].kernel), range(16)))
     assert len(library.images) == 1 and all(k is kernels[0] for k in kernels)
 
 
@@ -205,7 +265,7 @@ def test_each_card_loads_into_its_own_context(folder, library):
     launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
     call = kernel_call.prepare(*draw(), 0.125, None, None)
     for number in (0, 1, 0):
-        launcher.launch(call, torch.device("cuda", number))
+        launcher.launch(*call.launches, torch.device("cuda", number))
     assert [x["context"] for x in library.launches] == [1000, 1001, 1000]
     assert library.calls.count("cuDevicePrimaryCtxRetain") == 2 and len(library.images) == 2
 
@@ -216,7 +276,7 @@ def test_an_error_of_the_driver_says_which_and_leaves_no_context(folder, library
     library.failing = failing
     call = kernel_call.prepare(*draw(), 0.125, None, None)
     with pytest.raises(DriverError, match=f"{failing}: no kernel image is available.*209"):
-        launcher.launch(call, CARD)
+        launcher.launch(*call.launches, CARD)
     assert library.contexts == [] and library.capture == 0
 
 
@@ -262,7 +322,7 @@ def test_a_damaged_archive_is_refused(folder):
         Prebuilt(folder).read("sm_86", VARIANTS[0])
 
 
-@pytest.mark.parametrize("key", ["format", "entry", "parameters"])
+@pytest.mark.parametrize("key", ["format", "tile", "parameters"])
 def test_a_manifest_of_another_version_is_refused(folder, key):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: "other"}))
@@ -280,13 +340,13 @@ def test_no_manifest_is_a_reason_not_a_crash(tmp_path, library):
 
 
 def test_tensors_on_the_cpu_are_declined(folder, library):
-    backend = cuda.CudaBackend(cuda.Launcher(Prebuilt(folder), Driver(library)))
+    backend = cuda.CudaBackend(launcher=cuda.Launcher(Prebuilt(folder), Driver(library)))
     assert "not on an NVIDIA card" in backend.unsupported(*draw())
 
 
 def test_a_kernel_that_computes_nonsense_is_not_trusted(folder, library, monkeypatch):
     """The stand-in leaves the outputs as they were: the self-test must notice, and only once."""
-    backend = cuda.CudaBackend(cuda.Launcher(Prebuilt(folder), Driver(library)))
+    backend = cuda.CudaBackend(launcher=cuda.Launcher(Prebuilt(folder), Driver(library)))
     monkeypatch.setattr(torch.Tensor, "to", lambda self, target: _keep(self, target))
     first = backend.untrusted(0, 64, torch.float16)
     launches = len(library.launches)
@@ -309,7 +369,7 @@ def test_shapes_under_torch_compile_are_the_real_ones(criterion, with_lists):
     q, k, v = (x.to("meta") for x in draw(dtype=torch.bfloat16))
     lists = some_lists(q, k) if with_lists else None
     count, index = (lists.count, lists.index) if lists else (None, None)
-    out, lse, score = torch.ops.liteattention.attend(q, k, v, 0.1, count, index, criterion)
+    out, lse, score = torch.ops.liteattention.attend(q, k, v, 0.1, count, index, criterion, "int8")
     real = kernel_call.prepare(*draw(dtype=torch.bfloat16), 0.1, None, criterion).result
     assert (out.shape, out.stride(), out.dtype) == (real.out.shape, real.out.stride(), q.dtype)
     assert lse.shape == real.lse.shape and lse.dtype == torch.float32
@@ -318,7 +378,7 @@ def test_shapes_under_torch_compile_are_the_real_ones(criterion, with_lists):
 
 def test_torch_compile_sees_one_op(folder, library):
     """No graph break: the compiled code calls the op instead of tracing into the launcher."""
-    backend = cuda.CudaBackend(cuda.Launcher(Prebuilt(folder), Driver(library)))
+    backend = cuda.CudaBackend(launcher=cuda.Launcher(Prebuilt(folder), Driver(library)))
     q, k, v = (x.to("meta") for x in draw())
     lists = some_lists(q, k)
 
@@ -334,6 +394,22 @@ def test_torch_compile_sees_one_op(folder, library):
 
 
 def test_every_architecture_has_every_head_dim():
-    assert all(tuple(configs) == HEAD_DIMS for configs in CONFIGS.values())
-    assert len({v.name for v in VARIANTS}) == len(VARIANTS)
+    for configs in CONFIGS.values():
+        assert all(tuple(by_head_dim) == HEAD_DIMS for by_head_dim in configs.values())
+        assert set(configs) <= set(ARCHS)
+    assert len({k.name for k in KERNELS}) == len(KERNELS) > len(VARIANTS)
     assert Variant(96, "fp16", True, "gap").constants()["PADDED_DIM"] == 128
+
+
+def test_kernels_are_the_same_in_another_process():
+    for kernel in KERNELS:
+        copy = pickle.loads(pickle.dumps(kernel))
+        assert copy == kernel and copy.constants() == kernel.constants()
+
+
+def test_what_is_taken_for_granted_about_arguments():
+    native, int8 = (Variant(64, "bf16", True, "mass", qk) for qk in ("native", "int8"))
+    assert [divisor(native, f"{x}_row", "i32") for x in ("q", "v")] == [8, 8]
+    assert [divisor(int8, f"{x}_row", "i32") for x in ("q", "k", "v", "out")] == [16, 16, 8, 8]
+    assert divisor(int8, "q_unit", "*fp32") == 16 and divisor(int8, "lq", "i32") == 1
+    assert all(divisor(kernel, "threshold", "*fp32") == 1 for kernel in MAP_KERNELS)

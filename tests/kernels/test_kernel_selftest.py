@@ -58,10 +58,18 @@ def test_broken_kernels_are_found_once(spoil, reason):
     assert backend.runs == runs
 
 
-def test_the_real_kernel_passes():
+@pytest.mark.parametrize("qk", ["native", "int8"])
+def test_the_real_kernel_passes(qk):
     pytest.importorskip("triton", reason="triton isn't installed, so there is no kernel to run")
     from interpreted_kernel import InterpreterBackend, why_not
 
     if reason := why_not():
         pytest.skip(reason)
-    assert problem(InterpreterBackend(), 64, torch.bfloat16, CPU) is None
+    assert problem(InterpreterBackend(qk), 64, torch.bfloat16, CPU, qk) is None
+
+
+def test_int8_is_held_to_its_own_truth():
+    """Closely: plain attention is too far from it to pass."""
+    plain = ReferenceBackend(TileShape(128, 64), torch.float32)
+    assert problem(plain, 64, torch.float16, CPU) is None
+    assert "relative error" in problem(plain, 64, torch.float16, CPU, "int8")

@@ -15,16 +15,16 @@ import pytest
 
 from comfyui_liteattention.backends.cuda_prebuilt import FOLDER, Prebuilt
 from comfyui_liteattention.backends.cuda_variants import (
-    CONFIGS,
-    ENTRY,
-    PARAMETERS,
+    ARCHS,
+    KERNELS,
     PTX_ARCH,
     TRAILING_POINTERS,
     VARIANTS,
+    Kernel,
 )
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "comfyui_liteattention" / "backends" / "triton_kernel.py"
+BACKENDS = ROOT / "comfyui_liteattention" / "backends"
 MANIFEST = Prebuilt().manifest
 LARGEST = 12 * 2**20
 
@@ -43,18 +43,25 @@ def run(script: str, *arguments: object) -> str:
     ).stdout
 
 
+def built_for(arch: int) -> list[Kernel]:
+    return [kernel for kernel in KERNELS if kernel.config(arch) is not None]
+
+
 def test_every_variant_is_there_and_untampered():
-    names = {f"sm_{arch}" for arch in CONFIGS} | {"ptx"}
-    assert set(MANIFEST["archives"]) == names
-    for archive in names:
-        for variant in VARIANTS:
-            Prebuilt().read(archive, variant)
+    assert set(MANIFEST["archives"]) == {f"sm_{arch}" for arch in ARCHS} | {"ptx"}
+    for archive, contents in MANIFEST["archives"].items():
+        kernels = built_for(contents["arch"])
+        assert set(contents["kernels"]) == {kernel.name for kernel in kernels}
+        for kernel in kernels:
+            Prebuilt().read(archive, kernel)
 
 
 def test_built_from_this_source():
-    source = SOURCE.read_bytes().replace(b"\r\n", b"\n")
+    modules = sorted({kernel.entry.module for kernel in KERNELS})
+    source = b"".join((BACKENDS / f"{module}.py").read_bytes() for module in modules)
+    source = source.replace(b"\r\n", b"\n")
     assert hashlib.sha256(source).hexdigest() == MANIFEST["source_sha256"], (
-        "the kernel's source changed: run kernels/build.py"
+        "a kernel's source changed: run kernels/build.py"
     )
 
 
@@ -64,20 +71,29 @@ def test_small_enough_to_ship():
 
 def test_no_trace_of_the_building_machine():
     for archive in MANIFEST["archives"]:
-        image = Prebuilt().read(archive, VARIANTS[0]).image
-        assert not any(x in image for x in (b"/home/", b"/tmp/", b".py"))
+        for kernel in (VARIANTS[0], *KERNELS[-4:]):
+            image = Prebuilt().read(archive, kernel).image
+            assert not any(x in image for x in (b"/home/", b"/tmp/", b".py"))
 
 
 @has_triton
-def test_rebuilding_gives_the_same_bytes(tmp_path):
+@pytest.mark.parametrize(
+    "arch, name",
+    [
+        (86, "d64_bf16_lists_mass"),
+        (120, "d64_bf16_int8_lists_mass"),  # by the other assembler
+        (86, "d64_bf16_quantise_keys"),
+        (86, "mark_tiles_1"),
+    ],
+)
+def test_rebuilding_gives_the_same_bytes(tmp_path, arch, name):
     import triton
 
     if triton.__version__ != MANIFEST["triton"]:
         pytest.skip(f"built with triton {MANIFEST['triton']}, this is {triton.__version__}")
-    name = "d64_bf16_lists_mass"
-    run("build.py", "--arch", 86, "--only", name, "--out", tmp_path, "--jobs", 1)
+    run("build.py", "--arch", arch, "--only", name, "--out", tmp_path, "--jobs", 1)
     built = json.loads((tmp_path / "manifest.json").read_text())
-    for archive in ("sm_86", "ptx"):
+    for archive in (f"sm_{arch}", "ptx") if arch == PTX_ARCH else (f"sm_{arch}",):
         ours = MANIFEST["archives"][archive]["kernels"][name]
         assert built["archives"][archive]["kernels"][name] == ours
 
@@ -85,23 +101,26 @@ def test_rebuilding_gives_the_same_bytes(tmp_path):
 @has_triton
 def test_no_kernel_spills_and_every_one_fits_its_card():
     kernels = json.loads(run("inspect.py", "--json", "--no-code"))
-    assert len(kernels) == len(CONFIGS) * len(VARIANTS)
+    assert len(kernels) == sum(len(built_for(arch)) for arch in ARCHS)
     assert not {name for name, kernel in kernels.items() if kernel["stack"]}
     assert all(k["blocks"] >= 1 and k["registers"] <= 255 for k in kernels.values())
 
 
 @pytest.fixture(scope="module")
 def inspected():
-    """The two that matter most, on every card; to disassemble them all takes minutes."""
-    kernels = "d128_bf16_(dense_plain|lists_mass)"
+    """Those that matter most, on every card; to disassemble them all takes minutes."""
+    kernels = "d128_bf16_(int8_)?(dense_plain|lists_mass)"
     return json.loads(run("inspect.py", "--json", "--match", kernels))
 
 
 @has_triton
 def test_tensor_cores_are_used_and_nothing_is_spilled(inspected):
-    expected = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_103": "UTCHMMA"}
+    expected = {"sm_90": ("HGMMA", "IGMMA")}
+    expected |= dict.fromkeys(("sm_100", "sm_103"), ("UTCHMMA", "UTCIMMA"))
     for name, kernel in inspected.items():
-        assert kernel["tensor"].get(expected.get(name.split("/")[0], "HMMA"), 0) > 0, name
+        native, int8 = expected.get(name.split("/")[0], ("HMMA", "IMMA"))
+        assert kernel["tensor"].get(native, 0) > 0, name
+        assert (kernel["tensor"].get(int8, 0) > 0) == ("int8" in name), name
         assert kernel["spills"] == 0, name
 
 
@@ -120,10 +139,11 @@ def test_lists_and_scores_cost_few_instructions(inspected):
 def test_the_compiled_code_takes_the_arguments_that_the_launcher_packs():
     """Entry name, order and sizes of the parameters, as PTX declares them."""
     sizes = {"i32": "u32", "i64": "u64", "fp32": "f32"}
-    want = [sizes.get(type_, "u64") for _, type_ in PARAMETERS] + ["u64"] * TRAILING_POINTERS
-    for variant in VARIANTS:
-        ptx = Prebuilt().read("ptx", variant).image.decode()
+    for kernel in built_for(PTX_ARCH):
+        types = [type_ for _, type_ in kernel.entry.parameters]
+        want = [sizes.get(type_, "u64") for type_ in types] + ["u64"] * TRAILING_POINTERS
+        ptx = Prebuilt().read("ptx", kernel).image.decode()
         assert f".target sm_{PTX_ARCH}\n" in ptx, "PTX for newer cards must not be tied to one"
-        (signature,) = re.findall(rf"\.visible \.entry {ENTRY}\((.*?)\)", ptx, re.S)
+        (signature,) = re.findall(rf"\.visible \.entry {kernel.entry.name}\((.*?)\)", ptx, re.S)
         found = re.findall(r"\.param \.([bufs]\d+)", signature)
-        assert [f[1:] for f in found] == [w[1:] for w in want], variant.name
+        assert [f[1:] for f in found] == [w[1:] for w in want], kernel.name

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from comfyui_liteattention.backends import triton as jit
-from comfyui_liteattention.backends.cuda_variants import CONFIGS, TILE, Config
+from comfyui_liteattention.backends.cuda_variants import CONFIGS, TILE, Config, Variant
+from comfyui_liteattention.backends.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import TileShape, make_lists
 
@@ -46,26 +47,46 @@ def test_amd_cards_have_their_own_tiles(amd, architecture, tile):
 
 
 @pytest.mark.parametrize(
-    "capability, expected", [((9, 0), CONFIGS[90][128]), ((7, 5), CONFIGS[80][128])]
+    "capability, qk, expected",
+    [
+        ((9, 0), "native", CONFIGS["native"][90][128]),
+        ((7, 5), "native", CONFIGS["native"][80][128]),
+        ((12, 0), "int8", CONFIGS["int8"][120][128]),
+    ],
 )
-def test_nvidia_cards_use_the_table(monkeypatch, capability, expected):
+def test_nvidia_cards_use_the_table(monkeypatch, capability, qk, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert jit._config(CARD, 128) == expected
+    kernel = Variant(128, "bf16", True, "mass", qk)
+    assert jit.TritonBackend(qk)._config(kernel, CARD) == expected
 
 
-def test_the_launch_is_right(monkeypatch):
+@pytest.mark.parametrize(
+    "capability, missing", [((8, 9), False), ((10, 3), True), ((13, 0), False)]
+)
+def test_int8_is_left_out_where_the_table_says_so(monkeypatch, capability, missing):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "somewhere")
+    assert jit.TritonBackend().unavailable(CARD) is None
+    assert (jit.TritonBackend("int8").unavailable(CARD) is not None) == missing
+
+
+@pytest.mark.parametrize("qk, reference", [("native", ReferenceBackend), ("int8", Int8Reference)])
+def test_the_launch_is_right(monkeypatch, qk, reference):
     """With the tiles of another card than the prebuilt kernels'."""
     pytest.importorskip("triton", reason="triton isn't installed, so there is nothing to launch")
     from interpreted_kernel import why_not
 
     if reason := why_not():
         pytest.skip(reason)
-    backend = jit.TritonBackend()
+    backend = jit.TritonBackend(qk)
     backend._amd = (TileShape(64, 32), Config(4, 1))
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     q, k, v = (torch.randn(1, 1, 100, 64, dtype=torch.float16) for _ in range(3))
     lists = make_lists(torch.tensor([[[[1, 1, 0, 1], [0, 1, 0, 0]]]], dtype=torch.bool))
     got = backend.forward(q, k, v, 0.125, lists, "mass")
-    want = ReferenceBackend(TileShape(64, 32)).forward(q, k, v, 0.125, lists, "mass")
-    assert torch.allclose(got.out, want.out, atol=2e-3) and torch.allclose(got.lse, want.lse)
+    want = reference(TileShape(64, 32)).forward(q, k, v, 0.125, lists, "mass")
+    assert torch.allclose(got.out, want.out, atol=2e-3) and torch.allclose(
+        got.lse, want.lse, atol=1e-4
+    )
     assert torch.equal(got.score > -torch.inf, want.score > -torch.inf)

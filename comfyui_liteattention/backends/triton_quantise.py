@@ -1,0 +1,106 @@
+"""Queries and keys in 8 bits, before the attention kernel multiplies them (``INT8`` there).
+
+As SageAttention does it (arXiv 2410.02367): with the keys' mean over the tokens ``m`` and
+``c = scale * log2(e)``,
+
+    q_r . k_j  =  q_r . (k_j - m)  +  q_r . m
+
+The last term is the same for all keys of a row: a softmax doesn't see it, only the LSE does, to
+which ``shift_r = scale * q_r . m`` is added at the end. What keys have in common, often most of
+them, then costs no precision. The rest is rounded to a grid of its own unit, per row of q and per
+key tile, so that a product of units takes sums of integers to log2:
+
+    Q_r = round(127 q_r / max |q_r|)                  q_unit_r = c max |q_r| / 127
+    K_j = round(127 (k_j - m) / max_t |k - m|)        k_unit_t = max_t |k - m| / 127
+    c q_r . (k_j - m)  ~=  q_unit_r k_unit_t (Q_r . K_j)
+
+``qk_int8.py`` has the same in plain PyTorch. **No GPU has run this yet.**
+"""
+
+# ruff: noqa: N803 - compile-time arguments are capitals, as is the custom in Triton
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def quantise_queries(
+    q,  # [B, H, Lq, D] fp16 or bf16; strides below, the last one is 1
+    mean,  # [B, H, D] float32, contiguous: the keys' mean
+    values,  # [B, H, Lq, D] int8, contiguous
+    unit,  # [B, H, Lq] float32, contiguous
+    shift,  # [B, H, Lq] float32, contiguous
+    scale,
+    q_batch,
+    q_head,
+    q_row,
+    heads,
+    lq,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program: some rows of one head. Grid ``(ceil(Lq / ROWS), B * H)``."""
+    pair = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, PADDED_DIM)
+    inside = (rows < lq)[:, None] & (d < HEAD_DIM)[None, :]
+    q += pair // heads * q_batch + pair % heads * q_head
+    x = tl.load(q + (rows.to(tl.int64) * q_row)[:, None] + d[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    m = tl.load(mean + pair * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+    largest = largest_of(x, 1)
+    places = pair * lq + rows
+    target = values + places[:, None] * HEAD_DIM + d[None, :]
+    tl.store(target, round_to_grid(x, largest[:, None]), mask=inside)
+    tl.store(unit + places, largest * (scale * 1.4426950408889634 / 127), mask=rows < lq)  # log2 e
+    tl.store(shift + places, tl.sum(x * m[None, :], 1) * scale, mask=rows < lq)
+
+
+@triton.jit
+def quantise_keys(
+    k,  # [B, H, Lk, D] fp16 or bf16; strides below, the last one is 1
+    mean,  # [B, H, D] float32, contiguous
+    values,  # [B, H, Lk, D] int8, contiguous
+    unit,  # [B, H, Tk] float32, contiguous
+    k_batch,
+    k_head,
+    k_row,
+    heads,
+    lk,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,  # of a key tile
+):
+    """One program: one key tile of one head. Grid ``(Tk, B * H)``."""
+    tile = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, PADDED_DIM)
+    inside = (rows < lk)[:, None] & (d < HEAD_DIM)[None, :]
+    k += pair // heads * k_batch + pair % heads * k_head
+    x = tl.load(k + (rows.to(tl.int64) * k_row)[:, None] + d[None, :], mask=inside, other=0.0)
+    m = tl.load(mean + pair * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+    x = tl.where(inside, x.to(tl.float32) - m[None, :], 0.0)
+    largest = largest_of(largest_of(x, 1), 0)
+    target = values + (pair * lk + rows)[:, None] * HEAD_DIM + d[None, :]
+    tl.store(target, round_to_grid(x, largest), mask=inside)
+    tl.store(unit + pair * tl.num_programs(0) + tile, largest / 127)
+
+
+@triton.jit
+def round_to_grid(x, largest):
+    """-127 .. 127, to the nearest."""
+    return tl.floor(x * (127 / largest) + 0.5).to(tl.int8)
+
+
+@triton.jit
+def largest_of(x, AXIS: tl.constexpr):
+    """Largest magnitude along an axis, but at least 1e-12: a unit of 0 would make masked scores,
+    minus infinity, no numbers. Not a number where any isn't, so that it shows in the end.
+
+    (0 times the sum is 0, unless there is an infinity or no number in it.)
+    """
+    return tl.maximum(tl.max(tl.abs(x), AXIS), 1e-12) + 0 * tl.sum(x, AXIS)

@@ -1,0 +1,105 @@
+"""The kernels that keep the tile map, in the Triton interpreter, against their twins."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton isn't installed, so there is no kernel to interpret")
+
+from interpreted_kernel import interpret, why_not
+
+from comfyui_liteattention import policy
+from comfyui_liteattention.backends.tile_map import TileMap, TileMaps, failure, problem
+from comfyui_liteattention.tiles import make_lists, pack, unpack
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+CPU = torch.device("cpu")
+FUSED = TileMap(lambda launch, device: interpret(launch))
+SHAPES = [(1, 1, 1, 1), (1, 2, 3, 31), (2, 1, 2, 32), (1, 2, 2, 70), (1, 1, 3, 1500)]
+
+
+def draw(shape, seed=0):
+    """Scores with ties, as log2 shares are; live and pinned tiles."""
+    random = torch.Generator().manual_seed(seed)
+    score = -torch.randint(0, 20, shape, generator=random).float() / 2
+    live = torch.rand(shape, generator=random) < 0.6
+    return score, live, torch.rand(shape[2:], generator=random) < 0.1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("all_live", [False, True])
+@pytest.mark.parametrize("threshold", [-40.0, -5, -2.7, torch.tensor(-3.0)], ids=str)
+def test_marking_matches_its_twin(shape, all_live, threshold):
+    score, live, pinned = draw(shape)
+    mask = None if all_live else live
+    want = pack(policy.next_live(mask, score, threshold, pinned))
+    got = FUSED.next_live(None if mask is None else pack(mask), score, threshold, pinned)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", ["no number", "nothing visited", "equal", "all negligible"])
+def test_marking_odd_scores_matches_its_twin(case):
+    score, live, pinned = draw((1, 2, 3, 1100))
+    if case == "no number":
+        score[0, 0, 1, 1050] = score[0, 1, 2, 3] = math.nan
+    if case == "nothing visited":
+        score[0, 0, 1] = -math.inf
+    if case == "equal":
+        score.fill_(-1)
+    threshold = 1.0 if case == "all negligible" else -3.0
+    want = pack(policy.next_live(live, score, threshold, pinned))
+    assert torch.equal(FUSED.next_live(pack(live), score, threshold, pinned), want)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("alternate", [False, True])
+@pytest.mark.parametrize("kept", ["some", "all", "none"])
+def test_lists_match_their_twin(shape, alternate, kept):
+    _, live, _ = draw(shape)
+    mask = {"some": live, "all": torch.ones_like(live), "none": torch.zeros_like(live)}[kept]
+    got, want = FUSED.make_lists(pack(mask), shape[-1], alternate), make_lists(mask, alternate)
+    assert torch.equal(got.count, want.count) and torch.equal(got.index, want.index)
+
+
+def test_marked_bits_can_be_listed():
+    score, live, pinned = draw((1, 2, 3, 70))
+    bits = FUSED.next_live(pack(live), score, -4.0, pinned)
+    got, want = FUSED.make_lists(bits, 70), make_lists(unpack(bits, 70))
+    assert torch.equal(got.index, want.index)
+
+
+def test_what_does_not_fit_is_refused():
+    score, live, pinned = draw((1, 2, 3, 70))
+    with pytest.raises(ValueError, match="don't fit scores"):
+        FUSED.next_live(pack(live)[..., 1:], score, -4.0, pinned)
+    with pytest.raises(ValueError, match="pinned"):
+        FUSED.next_live(None, score, -4.0, pinned[:1])
+    with pytest.raises(ValueError, match="aren't those of 100 key tiles"):
+        FUSED.make_lists(pack(live), 100)
+
+
+# ---- trust --------------------------------------------------------------------------------------
+
+
+def test_the_self_test_passes_the_real_kernels():
+    assert problem(FUSED, CPU) is None
+
+
+def test_broken_kernels_are_found_and_named_once(caplog):
+    launches = []
+    maps = TileMaps(lambda launch, device: launches.append(launch))  # leaves what memory held
+    assert maps.of(CPU) is None
+    tested = len(launches)
+    assert maps.of(CPU) is None and len(launches) == tested
+    assert len(caplog.records) == 1 and "tile map" in caplog.text
+
+
+def test_an_error_is_a_reason():
+    def fails(launch, device):
+        raise OSError("no driver")
+
+    assert "OSError: no driver" in failure(TileMap(fails), CPU)

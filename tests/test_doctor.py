@@ -1,0 +1,57 @@
+"""What the doctor says about a card, with a stand-in for its backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from comfyui_liteattention import doctor
+
+
+class Card:
+    """A backend whose name is known only after its self-test."""
+
+    name = "first choice"
+
+    def __init__(self, reason):
+        self.reason = reason
+
+    def unsupported(self, q, k, v):
+        self.name = "second choice"
+        return self.reason
+
+
+@pytest.fixture
+def card(monkeypatch):
+    def examine(reason):
+        zeros = torch.zeros
+        monkeypatch.setattr(doctor, "_devices", lambda: [torch.device("cuda", 0)])
+        monkeypatch.setattr(doctor, "_device_name", lambda device: "a card")
+        monkeypatch.setattr(doctor, "backend_for", lambda device: Card(reason))
+        monkeypatch.setattr(torch, "zeros", lambda *shape, **_: zeros(*shape))
+        findings = doctor.examine()
+        return findings["devices"][0], doctor.render(findings)
+
+    return examine
+
+
+def test_a_card_is_tested_before_it_is_called_active(card):
+    found, text = card(None)
+    assert (found["backend"], found["self_test"], found["reason"]) == (
+        "second choice",
+        "passed",
+        None,
+    )
+    assert "active: second choice backend, self-test passed" in text
+    assert "no GPU has run them yet" in text
+
+
+def test_a_failed_self_test_is_the_reason(card):
+    found, text = card("relative error nan")
+    assert (found["backend"], found["self_test"]) == (None, None)
+    assert "inactive, attention runs as before: relative error nan" in text
+
+
+def test_the_cpu_needs_no_second_test():
+    (found,) = (d for d in doctor.examine()["devices"] if d["device"] == "cpu")
+    assert found["note"] is None and (found["backend"] == "cpu") == (found["reason"] is None)
