@@ -34,6 +34,7 @@ from comfyui_liteattention import policy
 from comfyui_liteattention.backends import kernel_call
 from comfyui_liteattention.backends.base import Backend
 from comfyui_liteattention.backends.cuda import CudaBackend
+from comfyui_liteattention.backends.pooled import pool
 from comfyui_liteattention.backends.triton import TritonBackend
 from comfyui_liteattention.tiles import TileLists, make_lists, pack, unpack
 
@@ -171,7 +172,13 @@ def measure_companions(
             for launch in call.launches[:-1]:
                 backend.launcher.launch(launch, q.device)
 
-        calls["quantise q and k"] = quantise
+        kept, factor = backend.forward(q, k, k, 0.1), torch.ones(1, heads, device="cuda")
+
+        def tail() -> None:
+            pooled = pool(k, k, backend.tile_shape(head_dim).k)
+            backend.add_skipped(kept, q, pooled, 0.1, bits, factor)
+
+        calls |= {"quantise q and k": quantise, "means of skipped tiles": tail}
     case = {"tokens": tokens, "head_dim": head_dim, "dtype": dtype}
     times = milliseconds(calls, repeats)
     return [case | {"companion": n, "ms": statistics.median(t)} for n, t in times.items()]

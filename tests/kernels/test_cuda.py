@@ -29,8 +29,9 @@ from comfyui_liteattention.backends.cuda_variants import (
     Variant,
     divisor,
 )
+from comfyui_liteattention.backends.pooled import pool
 from comfyui_liteattention.backends.tile_map import TileMap
-from comfyui_liteattention.tiles import TileLists, make_lists
+from comfyui_liteattention.tiles import TileLists, make_lists, pack
 
 CARD = torch.device("cuda", 0)
 
@@ -166,6 +167,24 @@ def test_the_tile_map_launches_its_kernels(folder, library):
     assert library.images[1] == b"sm_86 list_tiles_1" and listed["entry"] == "list_tiles"
     want = {"live": bits.data_ptr(), "count": lists.count.data_ptr(), "tk": 70, "words": 3}
     assert want.items() <= listed["arguments"].items()
+
+
+def test_means_of_skipped_tiles_launch_their_kernel(folder, library):
+    q, k, v = draw(lq=330)
+    backend = cuda.CudaBackend(launcher=cuda.Launcher(Prebuilt(folder), Driver(library)))
+    kept = kernel_call.allocate(q, k, True, None)
+    bits = pack(torch.ones(1, 2, *TILE.grid(330, 330), dtype=torch.bool))
+    pooled, factor = pool(k, v, TILE.k), torch.ones(1, 2)
+    launch = kernel_call.prepare_skipped(kept, q, pooled, 0.125, bits, factor)
+    backend.launcher.launch(launch, CARD)
+    (launched,) = library.launches
+    want = {"q": q.data_ptr(), "keys": pooled.keys.data_ptr(), "values": pooled.values.data_ptr()}
+    want |= {"out": kept.out.data_ptr(), "lse": kept.lse.data_ptr(), "live": bits.data_ptr()}
+    want |= {"factor": factor.data_ptr(), "heads": 2, "lq": 330, "lk": 330, "tk": 6, "words": 1}
+    assert want.items() <= launched["arguments"].items()
+    assert launched["arguments"]["scale_log2"] == pytest.approx(0.125 * math.log2(math.e))
+    assert (launched["entry"], launched["grid"]) == ("add_skipped", (3, 2, 1))
+    assert library.images == [b"sm_86 d64_fp16_add_skipped"]
 
 
 def test_every_thread_has_its_own_argument_memory():
