@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .canvas import THEMES, Box, Canvas, Colour, Theme, labelled, ticks
-from .report import CallStats, MapStats, RunReport, by, fraction, mean_lost
+from .report import CallStats, MapStats, RunReport, by, fraction, mean_lost, saving
 
 SIZE = (960, 720)
 MARGIN = 36
@@ -78,7 +78,9 @@ def step_chart(report: RunReport, theme: Theme) -> Tensor:
     worst = [_percent(_worst_layer(calls)) for calls in groups.values()]
     allowed = [100 * report.allowed[step] for step in steps if step < len(report.allowed)]
     seconds = [report.step_seconds.get(step) for step in steps]
+    dense = [report.dense_seconds.get(step) for step in steps]
 
+    saved = report.saved_seconds
     mean = report.lost_mass_mean
     measured = "not measured" if mean is None else f"mean {mean:.2%}"
     if report.lost_mass_allowed is not None:
@@ -102,9 +104,10 @@ def step_chart(report: RunReport, theme: Theme) -> Tensor:
     if any(second is not None for second in seconds):
         rows.append(
             (
-                "seconds",
-                f"{sum(s for s in seconds if s is not None):.1f} s in all",
-                lambda box: _bars(canvas, box, seconds, theme.faint),
+                "seconds" + ("   (line: dense, estimated)" if report.dense_seconds else ""),
+                f"{sum(s for s in seconds if s is not None):.1f} s in all"
+                + ("" if saved is None else f", {saving(saved)}"),
+                lambda box: _bars(canvas, box, seconds, theme.faint, beside=dense),
             )
         )
     top, bottom = 84, SIZE[1] - 64
@@ -190,9 +193,11 @@ def _bars(
     values: Sequence[float | None],
     colour: Colour,
     upper: float | None = None,
+    beside: Sequence[float | None] = (),
 ) -> None:
-    """A bar for every value; ``upper``: the end of the scale, if it is known beforehand."""
-    top = _scale(canvas, box, upper or max(v for v in values if v is not None))
+    """A bar for every value, and a line at the height of the value ``beside`` it; ``upper``: the
+    end of the scale, if it is known beforehand."""
+    top = _scale(canvas, box, upper or max(v for v in (*values, *beside) if v is not None))
     left, _, right, bottom = box
     width = (right - left) / len(values)
     gap = min(3.0, width / 5)
@@ -201,6 +206,10 @@ def _bars(
             x = left + i * width
             y = bottom - value / top * (bottom - box[1])
             canvas.box((x + gap, y, x + width - gap, bottom), colour)
+    for i, value in enumerate(beside):
+        if value is not None:
+            x, y = left + i * width, bottom - value / top * (bottom - box[1])
+            canvas.box((x, y - 1.5, x + width, y + 1.5), canvas.theme.second)
 
 
 def _curves(
