@@ -13,6 +13,7 @@ from .eligibility import CROSS_ATTENTION
 from .pace import saved_seconds
 
 if TYPE_CHECKING:
+    from .map_history import StepMap
     from .profile import Profile
 
 
@@ -43,7 +44,8 @@ class RunReport:
 
     ``ratio``: our time over the user's own for a full attention call, None if it wasn't timed;
     ``dense_rate``: seconds of the user's own for a tile of such a call, None likewise; ``timing``:
-    seconds spent on finding out, all of them in the first step.
+    seconds spent on finding out, all of them in the first step. ``history``: small maps of a few
+    layers at each step but the first, which is dense.
     ``allowed``: lost mass that the budget allows at each step, empty without one. ``stopped``: why
     the run went on densely from some point. ``notes``: what else people should know. ``learned``:
     what a run with a budget can pass on to later ones.
@@ -64,6 +66,7 @@ class RunReport:
     learned: Profile | None = None
     dense_rate: float | None = None
     timing: float = 0.0
+    history: tuple[StepMap, ...] = ()
 
     @property
     def active(self) -> bool:

@@ -17,6 +17,7 @@ from .attention import LayerState, Tally, attend
 from .backends.base import Backend
 from .budget import allowance
 from .learning import Audit
+from .map_history import MapHistory
 from .order import VideoTokens
 from .pace import TIMED_LAYERS, Pace, timed
 from .profile import Fingerprint, Profile, fingerprint, make
@@ -74,6 +75,7 @@ class Run:
         self._seconds: defaultdict[int, float] = defaultdict(float)
         self._lock = threading.Lock()
         self._pace = Pace(len(self.sigmas) - 1)
+        self._history = MapHistory()
         self._step = 0
         self._started = time.perf_counter()
 
@@ -175,6 +177,8 @@ class Run:
                 if tallies:
                     computed = sum(int(tally.computed) for tally in tallies)
                     self._pace.end_step(computed / sum(tally.total for tally in tallies))
+            if step > self._step:
+                self._history.note(step, ((key.layer, s) for key, s in self._states.items()))
             self._step = max(step, self._step)
             reason = self._pace.reason
         if reason is not None:
@@ -200,6 +204,7 @@ class Run:
                 calls=tuple(_resolve(call) for call in self._calls),
                 reasons=dict(self.reasons),
                 maps=tuple(self._maps()),
+                history=self._history.maps(),
                 allowed=self._allowed(),
                 stopped=self._stopped,
                 ratio=self._pace.ratio or None,
