@@ -103,10 +103,12 @@ class Canvas:
         coloured = Image.fromarray(ramp_colours(self.theme, np.asarray(cells)))
         self._image.paste(coloured.resize(area, Image.Resampling.NEAREST), (left, top))
 
+    def image(self) -> Image.Image:
+        return self._image.reduce(SHARP)
+
     def tensor(self) -> Tensor:
         """The picture as ``[H, W, 3]`` float32 0..1."""
-        image = self._image.reduce(SHARP)
-        return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+        return torch.from_numpy(np.asarray(self.image(), dtype=np.float32) / 255)
 
 
 def ramp_colours(theme: Theme, share: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Both ways are timed on the same call early in the run, when all tiles are live. From then on only
 the computed fraction has to be watched: with ``ratio`` = our time / the user's own dense attention,
-a step at fraction ``f`` costs ``ratio * f`` of a dense one.
+a step at fraction ``f`` costs ``ratio * f`` of a dense one. The same measurements say how many
+seconds were saved.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ class Pace:
     def __init__(self, steps: int) -> None:
         self.reason: str | None = None
         self._steps = steps
+        self.spent = 0.0  # seconds of dense calls that only told the time
         self._ratios: list[float] = []
+        self._rates: list[float] = []
         self._fractions: list[float] = []
+        self._tiles: dict[int, tuple[int, int]] = {}
 
     @property
     def doubtful(self) -> bool:
@@ -44,9 +48,32 @@ class Pace:
         """
         return min(self._ratios[1:] or self._ratios, default=0.0)
 
-    def compare(self, ours: float, dense: float) -> None:
-        """Note the seconds of one call with all tiles live, both ways."""
+    @property
+    def dense_rate(self) -> float:
+        """Seconds that the user's own attention takes for a tile, 0 before a call was timed.
+
+        The shortest: whatever disturbs a measurement only adds to it, and would be called saved.
+        """
+        return min(self._rates[1:] or self._rates, default=0.0)
+
+    @property
+    def saved(self) -> float | None:
+        """Seconds of attention saved in the steps that were counted, estimated; None where nothing
+        was timed."""
+        if not self._rates:
+            return None
+        computed, total = map(sum, zip((0, 0), *self._tiles.values(), strict=True))
+        return saved_seconds(self.dense_rate, self.ratio, computed, total) - self.spent
+
+    def compare(self, ours: float, dense: float, tiles: int) -> None:
+        """Note the seconds of one call with all its tiles live, both ways."""
         self._ratios.append(ours / max(dense, 1e-9))
+        self._rates.append(dense / tiles)
+        self.spent += dense
+
+    def count(self, step: int, computed: int, total: int) -> None:
+        """Note the tiles of one step so far."""
+        self._tiles[step] = computed, total
 
     def end_step(self, fraction: float) -> None:
         """Note the computed fraction of one step."""
@@ -66,6 +93,12 @@ def timed(function: Callable[[], Result], device: torch.device) -> tuple[Result,
     result = function()
     _wait(device)
     return result, time.perf_counter() - started
+
+
+def saved_seconds(dense_rate: float, ratio: float, computed: int, total: int) -> float:
+    """What ``computed`` of ``total`` tiles save, where a tile of a full call takes ``dense_rate``
+    seconds of the user's own attention and ``ratio`` times as many of ours. Negative: lost."""
+    return dense_rate * (total - ratio * computed)
 
 
 def too_slow(ratio: float, fractions: Sequence[float], steps: int) -> bool:

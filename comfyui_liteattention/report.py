@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from .eligibility import CROSS_ATTENTION
+from .pace import saved_seconds
 
 if TYPE_CHECKING:
+    from .map_history import StepMap
     from .profile import Profile
 
 
@@ -40,7 +42,10 @@ class MapStats(NamedTuple):
 class RunReport:
     """What remains of a run.
 
-    ``ratio``: our time over the user's own for a full attention call, None if it wasn't timed.
+    ``ratio``: our time over the user's own for a full attention call, None if it wasn't timed;
+    ``dense_rate``: seconds of the user's own for a tile of such a call, None likewise; ``timing``:
+    seconds spent on finding out, all of them in the first step. ``history``: small maps of a few
+    layers at each step but the first, which is dense.
     ``allowed``: lost mass that the budget allows at each step, empty without one. ``stopped``: why
     the run went on densely from some point. ``notes``: what else people should know. ``learned``:
     what a run with a budget can pass on to later ones.
@@ -59,6 +64,9 @@ class RunReport:
     ratio: float | None = None
     notes: tuple[str, ...] = ()
     learned: Profile | None = None
+    dense_rate: float | None = None
+    timing: float = 0.0
+    history: tuple[StepMap, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -82,6 +90,34 @@ class RunReport:
         return None if self.ratio is None else 1 / (self.ratio * self.computed_fraction)
 
     @property
+    def saved_seconds(self) -> float | None:
+        """Seconds that the run took less than it would have taken densely, estimated from calls
+        timed both ways; None where none was. The time that this took is subtracted."""
+        saved = self.saved_in(self.calls)
+        return None if saved is None else saved - self.timing
+
+    @property
+    def dense_seconds(self) -> dict[int, float]:
+        """Seconds that each step would have taken densely, estimated; empty where nothing was
+        timed. Attention alone is estimated: all else is taken to cost the same."""
+        dense = {}
+        timing = self.timing
+        for step, calls in sorted(by(self.calls, "step").items()):
+            seconds, saved = self.step_seconds.get(step), self.saved_in(calls)
+            if seconds is not None and saved is not None:
+                # Not below 0, where a step was timed less exactly than its calls.
+                dense[step] = max(seconds + saved - timing, 0.0)
+            timing = 0.0
+        return dense
+
+    def saved_in(self, calls: Iterable[CallStats]) -> float | None:
+        """Seconds of attention saved in some calls, estimated; negative where they cost more."""
+        if self.ratio is None or self.dense_rate is None:
+            return None
+        computed, total = tiles(calls)
+        return saved_seconds(self.dense_rate, self.ratio, computed, total)
+
+    @property
     def lost_mass_allowed(self) -> float | None:
         """Mean lost mass that the budget allows over the run; None without a budget."""
         return sum(self.allowed) / len(self.allowed) if self.allowed else None
@@ -92,10 +128,15 @@ class RunReport:
         return mean_lost(self.calls)
 
 
-def fraction(calls: Iterable[CallStats]) -> float:
+def tiles(calls: Iterable[CallStats]) -> tuple[int, int]:
+    """Tiles computed, and tiles of the matrices."""
     calls = tuple(calls)
-    total = sum(call.total for call in calls)
-    return sum(call.computed for call in calls) / total if total else 1.0
+    return sum(call.computed for call in calls), sum(call.total for call in calls)
+
+
+def fraction(calls: Iterable[CallStats]) -> float:
+    computed, total = tiles(calls)
+    return computed / total if total else 1.0
 
 
 def mean_lost(calls: Iterable[CallStats]) -> float | None:
@@ -121,7 +162,7 @@ def status_line(report: RunReport) -> str:
         return f"LiteAttention inactive: {why}"
     return (
         f"LiteAttention active: {1 - report.computed_fraction:.0%} of the tiles skipped, "
-        f"lost mass {_measured(report)}, {_speedup(report)}{report.seconds:.1f} s "
+        f"lost mass {_measured(report)}, {_speedup(report)}{report.seconds:.1f} s in all "
         f"({report.backend} backend)" + (f"; {report.stopped}" if report.stopped else "")
     )
 
@@ -133,12 +174,25 @@ def node_line(report: RunReport) -> str:
     parts = [f"{1 - report.computed_fraction:.0%} skipped", f"lost {_measured(report)}"]
     if report.attention_speedup is not None:
         parts.append(f"attention {report.attention_speedup:.2f}x")
+    if report.saved_seconds is not None:
+        parts.append(saving(report.saved_seconds))
     return "active: " + ", ".join(parts) + (f"; {report.stopped}" if report.stopped else "")
 
 
+def saving(seconds: float) -> str:
+    """An estimate of the seconds saved, in as many digits as one can believe."""
+    if abs(seconds) < 0.05:
+        return "nothing saved"
+    amount = f"{abs(seconds):.1f} s" if abs(seconds) < 10 else f"{abs(seconds):.0f} s"
+    return f"saved about {amount}" if seconds > 0 else f"cost about {amount}"
+
+
 def _speedup(report: RunReport) -> str:
-    speedup = report.attention_speedup
-    return "" if speedup is None else f"attention about {speedup:.2f}x as fast, "
+    """Both estimates, or nothing where nothing was timed."""
+    speedup, saved = report.attention_speedup, report.saved_seconds
+    if speedup is None or saved is None:
+        return ""
+    return f"attention about {speedup:.2f}x as fast, {saving(saved)} (estimated), "
 
 
 def _measured(report: RunReport) -> str:
@@ -162,10 +216,14 @@ def text_table(report: RunReport) -> str:
     if report.calls:
         lines += ["", f"{'layer':<12} {'computed':>9} {'lost mass':>10}"]
         lines += [_row(name, calls) for name, calls in by(report.calls, "layer").items()]
-        lines += ["", f"{'step':<12} {'computed':>9} {'lost mass':>10} {'seconds':>8}"]
+        dense = report.dense_seconds
+        columns = f"{'step':<12} {'computed':>9} {'lost mass':>10} {'seconds':>8}"
+        lines += ["", columns + (f" {'dense, est.':>12}" if dense else "")]
         for step, calls in sorted(by(report.calls, "step").items()):
-            seconds = report.step_seconds.get(step)
-            lines.append(_row(str(step), calls) + ("" if seconds is None else f" {seconds:8.2f}"))
+            row = _row(str(step), calls)
+            for seconds, width in ((report.step_seconds.get(step), 8), (dense.get(step), 12)):
+                row += "" if seconds is None else f" {seconds:{width}.2f}"
+            lines.append(row)
     if report.reasons:
         lines += ["", "calls that stayed dense:"]
         lines += [f"  {count:>6} x {reason}" for reason, count in report.reasons.items()]
@@ -174,6 +232,7 @@ def text_table(report: RunReport) -> str:
 
 def figures(report: RunReport) -> dict[str, Any]:
     """The report as plain JSON data."""
+    dense = report.dense_seconds
     return {
         "active": report.active,
         "status": status_line(report),
@@ -185,10 +244,12 @@ def figures(report: RunReport) -> dict[str, Any]:
         "computed_fraction": report.computed_fraction,
         "lost_mass_mean": report.lost_mass_mean,
         "attention_speedup": report.attention_speedup,
+        "saved_seconds": report.saved_seconds,
         "lost_mass_allowed": report.lost_mass_allowed,
         "per_layer": {k: _pair(v) for k, v in by(report.calls, "layer").items()},
         "per_step": [
-            _pair(v) | {"step": k, "seconds": report.step_seconds.get(k)}
+            _pair(v)
+            | {"step": k, "seconds": report.step_seconds.get(k), "dense_seconds": dense.get(k)}
             for k, v in sorted(by(report.calls, "step").items())
         ],
         "reasons": report.reasons,

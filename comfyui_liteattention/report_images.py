@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .canvas import THEMES, Box, Canvas, Colour, Theme, labelled, ticks
-from .report import CallStats, MapStats, RunReport, by, fraction, mean_lost
+from .report import CallStats, MapStats, RunReport, by, fraction, mean_lost, saving
 
 SIZE = (960, 720)
 MARGIN = 36
@@ -78,7 +78,9 @@ def step_chart(report: RunReport, theme: Theme) -> Tensor:
     worst = [_percent(_worst_layer(calls)) for calls in groups.values()]
     allowed = [100 * report.allowed[step] for step in steps if step < len(report.allowed)]
     seconds = [report.step_seconds.get(step) for step in steps]
+    dense = [report.dense_seconds.get(step) for step in steps]
 
+    saved = report.saved_seconds
     mean = report.lost_mass_mean
     measured = "not measured" if mean is None else f"mean {mean:.2%}"
     if report.lost_mass_allowed is not None:
@@ -102,9 +104,10 @@ def step_chart(report: RunReport, theme: Theme) -> Tensor:
     if any(second is not None for second in seconds):
         rows.append(
             (
-                "seconds",
-                f"{sum(s for s in seconds if s is not None):.1f} s in all",
-                lambda box: _bars(canvas, box, seconds, theme.faint),
+                "seconds" + ("   (line: dense, estimated)" if report.dense_seconds else ""),
+                f"{sum(s for s in seconds if s is not None):.1f} s in all"
+                + ("" if saved is None else f", {saving(saved)}"),
+                lambda box: _bars(canvas, box, seconds, theme.faint, beside=dense),
             )
         )
     top, bottom = 84, SIZE[1] - 64
@@ -126,30 +129,42 @@ def tile_maps(maps: Sequence[MapStats], theme: Theme) -> Tensor:
     layers = by_layer(maps)
     pages = -(-len(layers) // PAGE)
     names = short_names([layer for layer, _ in layers])
-    streams = list(layers.values())
-    columns, rows = _grid(min(len(layers), PAGE))
+    shares = [np.mean([live.numpy() for live in streams], 0) for streams in layers.values()]
+    images = []
+    for page in range(pages):
+        part = slice(page * PAGE, (page + 1) * PAGE)
+        count = f"   {page + 1} / {pages}" if pages > 1 else ""
+        canvas = map_page(theme, f"Tile maps{count}")
+        draw_maps(canvas, names[part], shares[part], min(len(layers), PAGE))
+        images.append(canvas.tensor())
+    return torch.stack(images)
+
+
+def map_page(theme: Theme, title: str) -> Canvas:
+    """A page for maps, with a legend."""
+    canvas = _page(theme, title, "computed")
+    canvas.text((340, 62), "queries down, keys across", LABEL, theme.faint, "ls")
+    canvas.shares(np.linspace(0, 1, 256)[None], (718, 47, 804, 63))
+    canvas.text((706, 62), "skipped", LABEL, theme.faint, "rs")
+    return canvas
+
+
+def draw_maps(
+    canvas: Canvas, names: Sequence[str], shares: Sequence[np.ndarray], room_for: int
+) -> None:
+    """Maps ``[Tq, Tk]`` 0..1 with their names, as large as if there were ``room_for`` of them."""
+    columns, rows = _grid(room_for)
     height = (SIZE[1] - 108) / rows
     side = min((SIZE[0] - MARGIN) / columns - 20, height - 44)
     width = side + 44
     left = (SIZE[0] - columns * width + 44) / 2
-    images = []
-    for page in range(pages):
-        part = range(page * PAGE, min((page + 1) * PAGE, len(layers)))
-        count = f"   {page + 1} / {pages}" if pages > 1 else ""
-        canvas = _page(theme, f"Tile maps{count}", "computed")
-        canvas.text((340, 62), "queries down, keys across", LABEL, theme.faint, "ls")
-        canvas.shares(np.linspace(0, 1, 256)[None], (718, 47, 804, 63))
-        canvas.text((706, 62), "skipped", LABEL, theme.faint, "rs")
-        for i in part:
-            share = np.mean([live.numpy() for live in streams[i]], 0)
-            x = left + (i - part.start) % columns * width
-            y = 96 + (i - part.start) // columns * height
-            name = f"layer {names[i]}" if names[i].isdecimal() else names[i][-12:]
-            canvas.text((x, y + 28), name, LABEL, theme.ink, "ls")
-            canvas.text((x + side, y + 28), f"{share.mean():.0%}", LABEL, theme.faint, "rs")
-            canvas.shares(share, (x, y + 38, x + side, y + 38 + side))
-        images.append(canvas.tensor())
-    return torch.stack(images)
+    for i, (name, share) in enumerate(zip(names, shares, strict=True)):
+        x = left + i % columns * width
+        y = 96 + i // columns * height
+        name = f"layer {name}" if name.isdecimal() else name[-12:]
+        canvas.text((x, y + 28), name, LABEL, canvas.theme.ink, "ls")
+        canvas.text((x + side, y + 28), f"{share.mean():.0%}", LABEL, canvas.theme.faint, "rs")
+        canvas.shares(share, (x, y + 38, x + side, y + 38 + side))
 
 
 def note_image(text: str, theme: Theme) -> Tensor:
@@ -190,9 +205,11 @@ def _bars(
     values: Sequence[float | None],
     colour: Colour,
     upper: float | None = None,
+    beside: Sequence[float | None] = (),
 ) -> None:
-    """A bar for every value; ``upper``: the end of the scale, if it is known beforehand."""
-    top = _scale(canvas, box, upper or max(v for v in values if v is not None))
+    """A bar for every value, and a line at the height of the value ``beside`` it; ``upper``: the
+    end of the scale, if it is known beforehand."""
+    top = _scale(canvas, box, upper or max(v for v in (*values, *beside) if v is not None))
     left, _, right, bottom = box
     width = (right - left) / len(values)
     gap = min(3.0, width / 5)
@@ -201,6 +218,10 @@ def _bars(
             x = left + i * width
             y = bottom - value / top * (bottom - box[1])
             canvas.box((x + gap, y, x + width - gap, bottom), colour)
+    for i, value in enumerate(beside):
+        if value is not None:
+            x, y = left + i * width, bottom - value / top * (bottom - box[1])
+            canvas.box((x, y - 1.5, x + width, y + 1.5), canvas.theme.second)
 
 
 def _curves(

@@ -17,10 +17,11 @@ from .attention import LayerState, Tally, attend
 from .backends.base import Backend
 from .budget import allowance
 from .learning import Audit
+from .map_history import MapHistory
 from .order import VideoTokens
 from .pace import TIMED_LAYERS, Pace, timed
 from .profile import Fingerprint, Profile, fingerprint, make
-from .report import CallStats, MapStats, RunReport, fraction, mean_lost
+from .report import CallStats, MapStats, RunReport, fraction, mean_lost, saving
 from .schedule import Progress, locate
 from .settings import Settings, describe
 from .tiles import unpack
@@ -74,6 +75,7 @@ class Run:
         self._seconds: defaultdict[int, float] = defaultdict(float)
         self._lock = threading.Lock()
         self._pace = Pace(len(self.sigmas) - 1)
+        self._history = MapHistory()
         self._step = 0
         self._started = time.perf_counter()
 
@@ -133,7 +135,9 @@ class Run:
         try:
             if dense is not None and self.settings.never_slower and first and index < TIMED_LAYERS:
                 out, ours = timed(compute, q.device)
-                self._pace.compare(ours, timed(dense, q.device)[1])
+                tq, tk = self.backend.tile_shape(q.shape[3]).grid(q.shape[2], k.shape[2])
+                tiles = q.shape[0] * q.shape[1] * tq * tk
+                self._pace.compare(ours, timed(dense, q.device)[1], tiles)
             else:
                 out = compute()
         except torch.OutOfMemoryError:
@@ -173,6 +177,8 @@ class Run:
                 if tallies:
                     computed = sum(int(tally.computed) for tally in tallies)
                     self._pace.end_step(computed / sum(tally.total for tally in tallies))
+            if step > self._step:
+                self._history.note(step, ((key.layer, s) for key, s in self._states.items()))
             self._step = max(step, self._step)
             reason = self._pace.reason
         if reason is not None:
@@ -198,9 +204,12 @@ class Run:
                 calls=tuple(_resolve(call) for call in self._calls),
                 reasons=dict(self.reasons),
                 maps=tuple(self._maps()),
+                history=self._history.maps(),
                 allowed=self._allowed(),
                 stopped=self._stopped,
                 ratio=self._pace.ratio or None,
+                dense_rate=self._pace.dense_rate or None,
+                timing=self._pace.spent,
                 notes=self._notes,
             )
             return replace(report, learned=self._learned(report))
@@ -213,9 +222,14 @@ class Run:
             why = self._stopped or next(iter(self.reasons), "nothing to skip yet")
             return f"inactive: {why}"
         lost = mean_lost(calls)
+        with self._lock:
+            self._pace.count(step, sum(c.computed for c in calls), sum(c.total for c in calls))
+            saved = self._pace.saved
         return (
             f"step {step + 1}/{max(len(self.sigmas) - 1, 1)}: "
-            f"{1 - fraction(calls):.0%} skipped" + ("" if lost is None else f", {lost:.2%} lost")
+            f"{1 - fraction(calls):.0%} skipped"
+            + ("" if lost is None else f", {lost:.2%} lost")
+            + ("" if saved is None else f", {saving(saved)}")
         )
 
     def finish(self) -> RunReport:

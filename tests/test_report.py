@@ -16,6 +16,8 @@ from comfyui_liteattention.report import (
     figures,
     fraction,
     mean_lost,
+    node_line,
+    saving,
     status_line,
     text_table,
 )
@@ -28,6 +30,7 @@ from comfyui_liteattention.report_images import (
     heat_map,
     pictures,
     short_names,
+    step_chart,
 )
 
 WIDTH, HEIGHT = SIZE
@@ -84,6 +87,48 @@ def test_text_has_a_line_per_layer_step_and_reason():
     assert "3                75.0%     0.250%" in lines
     assert any(line.startswith("5") and line.endswith("2.00") for line in lines)
     assert f"      48 x {CROSS_ATTENTION}" in lines
+
+
+def timed(**changes):
+    """A dense tile takes 1 ms and ours as long; 0.4 s were spent on finding out."""
+    return replace(report(), ratio=1.0, dense_rate=0.001, timing=0.4, **changes)
+
+
+def test_seconds_saved_are_told_everywhere():
+    saved = 0.001 * 5 * 2 * (10 + 20 + 30) - 0.4
+    assert timed().saved_seconds == pytest.approx(saved)
+    assert timed().dense_seconds == pytest.approx({0: 1.6} | dict.fromkeys(range(1, 6), 2.12))
+    assert "saved about 0.2 s (estimated)" in status_line(timed())
+    assert node_line(timed()).endswith("saved about 0.2 s")
+    assert any(line.endswith("2.00         2.12") for line in text_table(timed()).splitlines())
+    plain = figures(timed())
+    assert plain["saved_seconds"] == pytest.approx(saved)
+    assert plain["per_step"][0]["dense_seconds"] == pytest.approx(1.6)
+    for line in (status_line(report()), node_line(report()), text_table(report())):
+        assert "saved" not in line
+        assert "est." not in line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3.14, "saved about 3.1 s"),
+        (123.4, "saved about 123 s"),
+        (0.01, "nothing saved"),
+        (-0.01, "nothing saved"),
+        (-2.0, "cost about 2.0 s"),
+    ],
+)
+def test_a_saving_in_words(seconds, text):
+    assert saving(seconds) == text
+
+
+def test_the_chart_marks_what_each_step_would_have_taken():
+    line = torch.tensor(THEMES["dark"].second) / 255
+    marked = (step_chart(timed(), THEMES["dark"]) - line).abs().sum(-1) < 0.05
+    plain = (step_chart(report(), THEMES["dark"]) - line).abs().sum(-1) < 0.05
+    third = slice(SIZE[1] * 2 // 3, None)
+    assert marked[third].sum() > RIGHT - LEFT > plain[third].sum()
 
 
 def test_figures_are_plain_json():
@@ -146,6 +191,8 @@ def test_large_maps_are_averaged_before_they_are_coloured():
     [
         replace(report(), step_seconds={}),
         replace(report(), step_seconds={3: 0.0}),
+        timed(step_seconds={3: 0.0}),
+        timed(step_seconds={}),
         replace(report(), calls=tuple(c._replace(lost=None) for c in report().calls)),
         replace(report(), calls=tuple(c._replace(lost=0.0) for c in report().calls)),
         replace(report(), calls=report().calls[:1]),

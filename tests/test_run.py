@@ -10,7 +10,7 @@ from comfyui_liteattention import run as run_module
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.pace import too_slow
-from comfyui_liteattention.report import status_line, text_table
+from comfyui_liteattention.report import saving, status_line, text_table
 from comfyui_liteattention.run import DENSE_LAYER, NOT_FINITE, OUT_OF_MEMORY, Run
 from comfyui_liteattention.settings import SAFEST, Settings
 from comfyui_liteattention.tiles import TileShape, unpack
@@ -216,6 +216,55 @@ def test_a_faster_run_is_left_alone(clock):
     report = run.finish()
     assert report.attention_speedup == pytest.approx(1.2 / report.computed_fraction)
     assert "x as fast" in status_line(report)
+
+
+def test_the_seconds_saved_are_estimated_from_the_calls_that_were_timed(clock):
+    """A dense call takes 12 s and ours 10: that is what the tiles that were skipped cost."""
+    run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
+    q, k, v = local_qkv(0)
+    clock += [10.0, 12.0]
+    for step, sigma in enumerate(SIGMAS[:-1]):
+        run.attend("0", ["x"], run.locate(sigma), q, k, v, SCALE, dense=v.clone)
+        run.time_step(step, 30.0)
+        text = run.progress_text(step)
+    report = run.finish()
+    skipped = sum(1 - call.computed / call.total for call in report.calls)
+    # 2 s a call, 10 s for what was skipped, and the 12 s that the dense call took beside ours.
+    assert report.saved_seconds == pytest.approx(5 * 2 + 10 * skipped - 12)
+    assert text.endswith(f", {saving(report.saved_seconds)}")
+    assert f"{saving(report.saved_seconds)} (estimated)" in status_line(report)
+    assert report.dense_seconds[0] == pytest.approx(30 + 2 - 12)
+    assert sum(report.dense_seconds.values()) == pytest.approx(5 * 30 + report.saved_seconds)
+
+
+def test_the_time_that_timing_takes_is_not_called_saved(clock):
+    run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
+    clock += [10.0, 12.0]
+    q, k, v = local_qkv(0)
+    run.attend("0", ["x"], run.locate(1.0), q, k, v, SCALE, dense=v.clone)
+    assert run.progress_text(0).endswith("cost about 10 s")
+
+
+def test_two_layers_and_two_conditionings_share_one_rate(clock):
+    """The first measurement also loads things, and doesn't count once there is another."""
+    run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS[-2:])
+    clock += [90.0, 90.0, 1.0, 2.0]
+    q, k, v = local_qkv(0, batch=2)
+    for layer in ("0", "1"):
+        run.attend(layer, ["u", "c"], run.locate(0.2), q, k, v, SCALE, dense=v.clone)
+    report = run.finish()
+    assert report.timing == 92
+    assert report.saved_seconds == pytest.approx(2 * (2 - 1) - 92)
+
+
+def test_nothing_is_estimated_where_nothing_was_timed():
+    run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
+    sample(run)
+    assert "saved" not in run.progress_text(4)
+    report = run.finish()
+    assert report.saved_seconds is None
+    assert report.dense_seconds == {}
+    assert "saved" not in status_line(report)
 
 
 @pytest.mark.parametrize(

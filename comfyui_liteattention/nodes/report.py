@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
+from pathlib import Path
+
+import folder_paths
 from comfy_api.latest import io, ui
 
 from ..canvas import THEMES
 from ..integrations.comfy import patch_of
+from ..map_animation import animation
 from ..report import figures, text_table
 from ..report_images import pictures
 from .schema import CATEGORY, after_sampling, latent_output, schema
@@ -60,5 +65,18 @@ class LiteAttentionReport(io.ComfyNode):
         maps, charts = pictures(report, theme, note=text.partition("\n")[0])
         drawn = [*charts, *maps] if report and report.calls else []
         shown = ui.PreviewImage(drawn, cls=cls).as_dict() if drawn else {}
+        moving = animation(report, theme)
+        if moving is not None:
+            shown["images"] = [*shown["images"], _save(moving)]
+            shown["animated"] = (True,)
         shown |= {"text": (text,), "report": (figures(report),) if report else ()}
         return io.NodeOutput(latent, maps, text, charts, ui=shown)
+
+
+def _save(webp: bytes) -> ui.SavedResult:
+    """Into ComfyUI's temporary folder; the file as a node's ``ui`` names it."""
+    name = f"liteattention_maps_{secrets.token_hex(8)}.webp"
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(webp)
+    return ui.SavedResult(name, "", io.FolderType.temp)

@@ -288,7 +288,10 @@ def test_the_report_shows_its_pictures_and_gives_them(server, workflow, theme):
     assert finished.error is None
     maps, charts = (finished.outputs[node]["images"] for node in ("102", "103"))
     assert (len(maps), len(charts)) == (1, 2)
-    shown = [server.output_file(image) for image in finished.outputs[report]["images"]]
+    *shown, moving = (server.output_file(i) for i in finished.outputs[report]["images"])
+    assert finished.outputs[report]["animated"] == [True]
+    with Image.open(moving) as animation:
+        assert (animation.format, animation.size, animation.n_frames) == ("WEBP", SIZE, 4)
     given = [server.output_file(image) for image in (*charts, *maps)]
     for one, other in zip(shown, given, strict=True):
         with Image.open(one) as a, Image.open(other) as b:
