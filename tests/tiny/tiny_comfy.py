@@ -1,6 +1,7 @@
 """Every family of models that ComfyUI has, as tiny as it gets: what each is built from and called
 with, and, written down by hand, what its attention over the video must look like."""
 
+import importlib
 from dataclasses import dataclass, field
 
 import torch
@@ -314,4 +315,55 @@ def other_cases():
 
 
 CASES = [*wan_cases(), *hunyuan_cases(), *other_cases()]
-HUNYUAN_CASE = next(case for case in CASES if case.name == "HunyuanVideo")
+
+
+def find(name):
+    return next(case for case in CASES if case.name == name)
+
+
+HUNYUAN_CASE = find("HunyuanVideo")
+
+#: One model of every family: what nodes put into its conditioning beside the text.
+SAMPLED = {  # what nodes put into a conditioning, and a latent of their size
+    "Wan T2V": {},
+    "Wan Fun with a reference": dict(reference_latents=[(1, 16, 1, 8, 16)]),
+    "Wan with latents as context": dict(context_latents=[(1, 16, 1, 8, 16), (1, 16, 1, 4, 6)]),
+    "Wan HuMo": dict(reference_latents=[(1, 16, 1, 8, 16)]),
+    "HunyuanVideo": dict(pooled_output=(1, 32), attention_mask=None),
+    "LTX-Video": dict(attention_mask=torch.ones(1, 12, dtype=torch.long)),
+    "LTX-2": {},
+    "Cosmos Predict2": {},
+    "Mochi": dict(attention_mask=torch.tensor([[1] * 7 + [0] * 5])),
+    "CogVideoX": {},
+    "Kandinsky 5": dict(pooled_output=(1, 16)),
+    "Flux Kontext": dict(
+        pooled_output=(1, 32), reference_latents=[(1, 16, 8, 8), (1, 16, 4, 6)], guidance=3.5
+    ),
+    "Qwen-Image-Edit": dict(reference_latents=[(1, 16, 1, 8, 8)]),
+}
+
+
+def conditioning(case, seed):
+    """What ComfyUI's samplers take as positive or negative."""
+    extra = {key: _tensors(value) for key, value in SAMPLED[case.name].items()}
+    return [[noise(case.text, seed), extra]]
+
+
+def make_model(case):
+    """The model of a case in ComfyUI, with random weights."""
+    config = getattr(importlib.import_module("comfy.supported_models"), case.config)(
+        case.unet | (case.newer_unet if version() >= NEWER else {})
+    )
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "", device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.diffusion_model.parameters():
+        scale = 0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
+        parameter.data.normal_(0, scale, generator=generator).add_(parameter.ndim == 1)
+    return model.eval()
+
+
+def _tensors(value):
+    if isinstance(value, list):
+        return [noise(shape, i) for i, shape in enumerate(value)]
+    return noise(value, 1) if isinstance(value, tuple) else value
