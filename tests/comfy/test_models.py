@@ -115,14 +115,14 @@ def test_only_video_tiles_are_skipped(build, case):
         before, after = case.joint + case.before, case.after
     length = before + case.video + after
     assert not notes
-    assert {call.tokens for call in report.calls} == {length}
+    assert {call.tokens for call in report.calls} == {length - case.hidden}
     layers = len({call.layer for call in report.calls})
     assert layers == case.layers
     assert len(report.calls) == layers * 3
     assert {c.step for c in report.calls if c.computed < c.total} == {1, 2}
 
     video = slice(before, before + case.video)
-    pinned = before + after
+    pinned = before + after - case.hidden
     other = torch.ones(length, dtype=torch.bool)
     other[video] = False
     taken = [(out, dense) for out, dense, accepted in seen if accepted]
@@ -185,7 +185,8 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
         comfy.sample.sample(patched, start, 3, 3.0, "euler", "simple", positive, negative, latent)
     report = integration.patch_of(patched).last_report
     assert report.active
-    assert {c.tokens for c in report.calls} == {case.before + case.video + case.after + case.joint}
+    length = case.before + case.video + case.after + case.joint - case.hidden
+    assert {c.tokens for c in report.calls} == {length}
     assert len(report.calls) == 3 * case.layers * 2
 
 
@@ -217,8 +218,9 @@ def test_an_unknown_model_with_more_than_video_stays_dense(build, monkeypatch, n
     assert any(reason.startswith(why) for reason in report.reasons)
 
 
-def test_padded_text_stays_dense_with_the_reason(build):
-    case = replace(HUNYUAN_CASE, conds=HUNYUAN_CASE.conds | dict(attention_mask=torch.ones(1, 12)))
+def test_a_mask_with_weights_stays_dense_with_the_reason(build):
+    conds = HUNYUAN_CASE.conds | dict(attention_mask=torch.full((1, 12), -0.5))
+    case = replace(HUNYUAN_CASE, conds=conds)
     _, seen, report, _ = generate(build(case), case, Recorder(-50.0))
     assert not report.calls
     assert all(torch.equal(out, dense) for out, dense, _ in seen)

@@ -18,8 +18,9 @@ class Case:
 
     ``config`` is the class in ``comfy.supported_models``; ``conds`` are shapes of further inputs.
     ``before`` and ``after``: tokens beside the ``video`` in the sequence; ``joint``: text tokens
-    that older versions put behind it and newer ones in front. ``since``: first version known;
-    ``newer_*``: what the newer versions need besides.
+    that older versions put behind it and newer ones in front. ``hidden`` of the other tokens are
+    padding that a mask hides. ``since``: first version known; ``newer_*``: what the newer versions
+    need besides.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     after: int = 0
     conds: dict = field(default_factory=dict)
     joint: int = 0
+    hidden: int = 0
     since: str = "0.3.75"
     newer_unet: dict = field(default_factory=dict)
     newer_conds: dict = field(default_factory=dict)
@@ -173,6 +175,11 @@ HUNYUAN |= dict(vec_in_dim=32, guidance_embed=False, byt5=False, meanflow=False)
 HUNYUAN |= dict(use_cond_type_embedding=False, vision_in_dim=None)
 
 
+def padding(kept):
+    """The mask of a text of 12 tokens, of which only the first few are words."""
+    return (torch.arange(12) < kept).long().unsqueeze(0)
+
+
 def hunyuan(name, config, text, unet=None, conds=None, reference=0, **others):
     call = CALL | dict(layers=4, joint=text, before=reference) | others
     call |= dict(conds=dict(y=(1, 32)) | (conds or {}), newer_unet=dict(meanflow_sum=False))
@@ -187,6 +194,13 @@ def hunyuan_cases():
         12,
         conds=dict(ref_latent=(1, 16, 1, 8, 16)),
         reference=32,
+    )
+    yield hunyuan(
+        "HunyuanVideo with padded text",
+        "HunyuanVideo",
+        12,
+        conds=dict(attention_mask=padding(7)),
+        hidden=5,
     )
     small = dict(patch_size=[1, 1, 1], use_cond_type_embedding=True, byt5=True, vision_in_dim=24)
     yield hunyuan(
@@ -303,6 +317,17 @@ def other_cases():
     references = [noise((1, 16, 1, 8, 8), 1)]
     yield Case("Qwen-Image", "QwenImage", QWEN, layers=3, before=12, **image)
     yield Case(
+        "Qwen-Image with padded text",
+        "QwenImage",
+        QWEN,
+        layers=3,
+        before=12,
+        conds=dict(attention_mask=padding(7)),
+        hidden=5,
+        since="0.33",
+        **image,
+    )
+    yield Case(
         "Qwen-Image-Edit",
         "QwenImage",
         QWEN,
@@ -339,6 +364,7 @@ SAMPLED = {  # what nodes put into a conditioning, and a latent of their size
     "Flux Kontext": dict(
         pooled_output=(1, 32), reference_latents=[(1, 16, 8, 8), (1, 16, 4, 6)], guidance=3.5
     ),
+    "Qwen-Image with padded text": dict(attention_mask=padding(7)),
     "Qwen-Image-Edit": dict(reference_latents=[(1, 16, 1, 8, 8)]),
 }
 
