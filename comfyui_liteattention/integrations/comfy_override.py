@@ -84,7 +84,7 @@ def _compiled_call(
         user = partial(forward.previous, user)
     flags = dict(skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
     passed = dict(mask=mask, attn_precision=None, _inside_attn_wrapper=True, **flags)
-    if forward is not None and torch.cuda.is_current_stream_capturing():
+    if forward is not None and _being_recorded(q):
         forward.decline(RECORDED)
         return user(q, k, v, heads, **passed)
     return answer(user, q, k, v, heads, passed).contiguous()
@@ -108,6 +108,11 @@ def _shape(
     if skip_output_reshape:
         return q.new_empty(batch, heads, length, size)
     return q.new_empty(batch, length, heads * size)
+
+
+def _being_recorded(q: Tensor) -> bool:
+    """Whether a CUDA graph is made of what happens now, to be replayed without us."""
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _operator() -> Any:

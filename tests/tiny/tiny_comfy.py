@@ -361,6 +361,7 @@ SAMPLED = {  # what nodes put into a conditioning, and a latent of their size
     "Mochi": dict(attention_mask=torch.tensor([[1] * 7 + [0] * 5])),
     "CogVideoX": {},
     "Kandinsky 5": dict(pooled_output=(1, 16)),
+    "Flux": dict(pooled_output=(1, 32)),
     "Flux Kontext": dict(
         pooled_output=(1, 32), reference_latents=[(1, 16, 8, 8), (1, 16, 4, 6)], guidance=3.5
     ),
@@ -387,6 +388,42 @@ def make_model(case):
         scale = 0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
         parameter.data.normal_(0, scale, generator=generator).add_(parameter.ndim == 1)
     return model.eval()
+
+
+def make_patcher(case):
+    """The MODEL of a graph, on the CPU."""
+    from comfy.model_patcher import ModelPatcher
+
+    return ModelPatcher(make_model(case), torch.device("cpu"), torch.device("cpu"))
+
+
+def sample(
+    model,
+    case,
+    frames=1,
+    steps=3,
+    cfg=3.0,
+    sampler="euler",
+    scheduler="simple",
+    prompts=None,
+    latent=None,
+    **options,
+):
+    """A latent of ``frames`` times the frames of the case, from ComfyUI's own sampler."""
+    import comfy.sample
+
+    torch.manual_seed(1)  # some samplers draw from it
+    positive, negative = prompts or (conditioning(case, i) for i in range(2))
+    if latent is None:
+        _, channels, first, *size = case.latent
+        latent = torch.zeros(1, channels, first * frames, *size)
+    start = comfy.sample.prepare_noise(latent, 1)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            *(model, start, steps, cfg, sampler, scheduler, positive, negative, latent),
+            seed=1,
+            **options,
+        )
 
 
 def _tensors(value):

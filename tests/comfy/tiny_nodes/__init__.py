@@ -80,7 +80,7 @@ class Leftovers:
         found = {
             kind.__name__: number
             for kind, number in Counter(map(type, gc.get_objects())).items()
-            if kind.__name__ in ("Run", "LayerState", "Forward", "Patch")
+            if kind.__name__ in ("Run", "LayerState", "Forward")
             and "comfyui_liteattention" in kind.__module__
         }
         return {"ui": {"leftovers": [found]}}
