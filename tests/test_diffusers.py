@@ -468,6 +468,18 @@ def test_choices(pipe):
         lite.enable(SimpleNamespace(components={"unet": torch.nn.Linear(1, 1)}))
 
 
+def test_both_forms_of_a_cache_context_are_read():
+    """diffusers 0.40 has a name alone; later versions say more."""
+    from comfyui_liteattention.integrations.diffusers_hooks import Context, _context
+
+    older = SimpleNamespace(_current_context="cond")
+    found = SimpleNamespace(name="cond", step_index=2, num_inference_steps=9)
+    newer = SimpleNamespace(context=found)
+    assert _context(older) == Context("cond")
+    assert _context(newer) == Context("cond", 2, 9)
+    assert _context(SimpleNamespace(_current_context=None)) is None
+
+
 def test_the_import_is_cheap():
     code = "import sys, comfyui_liteattention; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,29 +10,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import comfy.model_management
 import comfy.patcher_extension
 import torch
-from torch import Tensor
 
 from ..backends import Backend, backend_for
-from ..eligibility import CROSS_ATTENTION, dense_reason
 from ..report import RunReport, node_line, status_line
 from ..run import Run
-from ..schedule import Progress
 from ..settings import Settings, describe
-from .models import Form, FormOrReason, ModelCall, describe_call
+from .comfy_calls import Forward, User, streams_of
+from .comfy_override import install
+from .models import Form, ModelCall, describe_call
 
 log = logging.getLogger(__name__)
 
 KEY = "liteattention"
-OVERRIDE = "optimized_attention_override"
 NEVER_ASKED = "the model did not pass any attention call on to LiteAttention"
 WrappersMP = comfy.patcher_extension.WrappersMP
 Show = Callable[[str], None]
@@ -94,55 +89,32 @@ def patch_of(model: Any) -> Patch | None:
     return wrappers[0].__self__ if wrappers else None
 
 
-class Forward:
-    """One call of the diffusion model: which step, which streams, how many layers so far.
-
-    It travels in that call's ``transformer_options``, so threads can't mix it up.
-    """
-
-    def __init__(self, progress: Progress, streams: Sequence[Stream], form: FormOrReason) -> None:
-        self.progress = progress
-        self.streams = streams
-        self.form = form
-        self._calls: Counter[str] = Counter()
-
-    def next_layer(self, options: dict[str, Any]) -> str:
-        """Name of the layer that attends now: the model's own index, and the order of calls.
-
-        The order tells apart layers without an index, and several attentions of one block.
-        """
-        index = options.get("block_index")
-        block = "" if index is None else f"{options.get('block_type', 'block')}-{index}."
-        number = self._calls[block]
-        self._calls[block] += 1
-        return f"{block}{number}"
-
-
 def _install(options: dict[str, Any], run: Run, notes: list[str], show: Show | None = None) -> None:
     """Put the hooks of one run into the transformer options of that run; ``notes`` collects what
     its report should say."""
-    options[OVERRIDE] = _make_override(run, options.get(OVERRIDE))
+    previous = install(options)
     comfy.patcher_extension.add_wrapper_with_key(
-        WrappersMP.APPLY_MODEL, KEY, _make_apply_model(run, notes, show), options
+        WrappersMP.APPLY_MODEL, KEY, _make_apply_model(run, previous, notes, show), options
     )
 
 
-def _make_apply_model(run: Run, notes: list[str], show: Show | None) -> Callable[..., Any]:
+def _make_apply_model(
+    run: Run, previous: User | None, notes: list[str], show: Show | None
+) -> Callable[..., Any]:
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
-        x = args[0]
         progress = run.locate(float(options["sigmas"][0]))
         form = describe_call(executor.class_obj.diffusion_model, _model_call(args, kwargs))
-        options[KEY] = Forward(progress, _streams(options, x.device), form)
         if isinstance(form, Form) and form.note and form.note not in notes:
             notes.append(form.note)
             log.info("LiteAttention: %s", form.note)
+        streams = streams_of(options, args[0].device)
         started = time.perf_counter()
         try:
-            return executor(*args, **kwargs)
+            with Forward(run, progress, streams, form, previous).entered():
+                return executor(*args, **kwargs)
         finally:
             run.time_step(progress.step, time.perf_counter() - started)
-            options.pop(KEY, None)
             if show is not None:
                 show(run.progress_text(progress.step))
 
@@ -158,69 +130,6 @@ def _model_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelCall:
     return ModelCall(latent, 0 if text is None else text.shape[1], kwargs)
 
 
-def _make_override(run: Run, previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-    """The attention override: what LiteAttention declines goes to whoever was there before."""
-
-    def override(
-        func: Callable[..., Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        mask: Tensor | None = None,
-        attn_precision: Any = None,
-        skip_reshape: bool = False,
-        skip_output_reshape: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        options = kwargs.get("transformer_options") or {}
-        passed = dict(
-            kwargs,
-            mask=mask,
-            attn_precision=attn_precision,
-            skip_reshape=skip_reshape,
-            skip_output_reshape=skip_output_reshape,
-        )
-        inner = func if previous is None else partial(previous, func)
-        dense = partial(inner, q, k, v, heads, **passed)
-        if skip_reshape:
-            split = (q, k, v)
-        else:
-            split = tuple(t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        reason = _ineligible(options, mask, kwargs)
-        if reason is None:
-            forward = options[KEY]
-            reason = dense_reason(*split, len(forward.streams), run.settings, run.backend)
-            reason = reason or forward.form.misfit(split[0].shape[2])
-        if reason is not None:
-            if run.decline(reason) and reason != CROSS_ATTENTION:
-                log.info("LiteAttention: calls stay dense: %s", reason)
-            return dense()
-        scale = kwargs.get("scale") or split[0].shape[-1] ** -0.5
-        layer = forward.next_layer(options)
-        progress, video = forward.progress, forward.form.video
-        out = run.attend(layer, forward.streams, progress, *split, scale, video, dense)
-        if out is None:
-            return dense()
-        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
-
-    return override
-
-
-def _ineligible(options: dict[str, Any], mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
-    """Why ComfyUI's own arguments rule this call out, or None."""
-    forward = options.get(KEY)
-    if forward is None:
-        return "the call came from outside the diffusion model"
-    if mask is not None:
-        return "a mask (regional prompt or padding)"
-    if kwargs.get("enable_gqa"):
-        return "grouped or uneven heads (q, k and v have different shapes)"
-    if kwargs.get("low_precision_attention") is False:
-        return "the model asks for exact attention here"
-    return forward.form if isinstance(forward.form, str) else None
-
-
 def _annotate(report: RunReport, notes: Sequence[str]) -> RunReport:
     """The report with what only the host knows."""
     reasons = report.reasons if report.calls or report.reasons else {NEVER_ASKED: 1}
@@ -230,36 +139,6 @@ def _annotate(report: RunReport, notes: Sequence[str]) -> RunReport:
 def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:
     """The report of a run that never asked LiteAttention."""
     return RunReport(describe(settings), "none", steps, 0.0, {}, (), {reason: 1}, ())
-
-
-class Stream(NamedTuple):
-    """What must never share tiles: conditionings, context windows, devices, and passes with other
-    blocks (skip-layer guidance asks the same conditioning again, with fewer layers)."""
-
-    kind: int
-    uuid: Any
-    window: tuple[int, ...] | None
-    device: str
-    replaced: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        name = {0: "positive", 1: "negative"}.get(self.kind, f"conditioning {self.kind}")
-        if self.window is not None:
-            name += f" {self.window[0]}-{self.window[-1]}"
-        return f"{name} with replaced blocks" if self.replaced else name
-
-
-def _streams(options: dict[str, Any], device: torch.device) -> list[Stream]:
-    """One key per batch part."""
-    context = options.get("context_window")
-    window = None if context is None else tuple(context.index_list)
-    kinds = options.get("cond_or_uncond") or [0]
-    uuids = options.get("uuids") or range(len(kinds))
-    replaced = tuple(sorted(map(str, options.get("patches_replace", {}).get("dit", ()))))
-    return [
-        Stream(kind, uuid, window, str(device), replaced)
-        for kind, uuid in zip(kinds, uuids, strict=True)
-    ]
 
 
 def _backend(model_patcher: Any) -> Backend | str:

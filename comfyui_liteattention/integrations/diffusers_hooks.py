@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,14 +24,23 @@ from .diffusers_routes import (  # isort: split
     unregister_backend,
 )
 
-from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
+from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 
 __all__ = ["Begin", "Call", "TransformerHook", "register_backend", "unregister_backend"]
 
 RESET = "_reset_stateful_cache"
 
+
+class Context(NamedTuple):
+    """What a pipeline says about a call of its transformer; in diffusers 0.40 only the name."""
+
+    name: str
+    step_index: int | None = None
+    num_inference_steps: int | None = None
+
+
 #: Called as (arguments of forward by name, cache context) before each call of a transformer.
-Begin = Callable[[dict[str, Any], CacheContext | None], Call | None]
+Begin = Callable[[dict[str, Any], Context | None], Call | None]
 
 
 class TransformerHook:
@@ -88,7 +97,14 @@ class TransformerHook:
 
     def _forget_children(self) -> None:
         """diffusers caches which modules carry hooks, and would miss a change."""
-        HookRegistry.check_if_exists_or_initialize(self.root).invalidate_child_registries_cache()
+        registry = HookRegistry.check_if_exists_or_initialize(self.root)
+        if hasattr(registry, "invalidate_child_registries_cache"):
+            registry.invalidate_child_registries_cache()
+            return
+        for module in self.root.modules():  # diffusers 0.40
+            its_own: Any = getattr(module, "_diffusers_hook", None)
+            if its_own is not None:
+                its_own._child_registries_cache = None
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -161,8 +177,12 @@ class _LayerHook(ModelHook):
         return module
 
 
-def _context(contexts: StateManager) -> CacheContext | None:
+def _context(contexts: StateManager) -> Context | None:
+    name = getattr(contexts, "_current_context", None)  # diffusers 0.40
+    if name is not None:
+        return Context(name)
     try:
-        return contexts.context
-    except ValueError:  # none is set
+        found = contexts.context
+    except (AttributeError, ValueError):  # none is set
         return None
+    return Context(found.name, found.step_index, found.num_inference_steps)

@@ -25,7 +25,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        f"LiteAttention: diffusers 0.42 or newer is needed (pip install -U diffusers): {error}"
+        f"LiteAttention: diffusers 0.40 or newer is needed (pip install -U diffusers): {error}"
     ) from error
 
 from .diffusers_parallel import attend_across, declined

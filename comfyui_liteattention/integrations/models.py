@@ -55,6 +55,8 @@ Describe = Callable[[Any, ModelCall], FormOrReason]
 def describe_call(diffusion_model: Any, call: ModelCall) -> FormOrReason:
     """The form of the self-attention calls in one call of a ComfyUI diffusion model, or the reason
     why all of them stay dense."""
+    # torch.compile puts an object of its own around a model.
+    diffusion_model = getattr(diffusion_model, "_orig_mod", diffusion_model)
     kind = type(diffusion_model)
     describe = FAMILIES.get((kind.__module__, kind.__name__), _generic)
     try:

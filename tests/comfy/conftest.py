@@ -4,6 +4,7 @@
 """
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,11 +14,23 @@ from demo.workflow import load_workflow, to_graph
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory):
+def new_base(tmp_path_factory):
+    """Make a base directory with our node packs and that of the tests."""
+
+    def make() -> Path:
+        base = make_base(tmp_path_factory.mktemp("comfyui"))
+        (base / "custom_nodes" / "tiny_nodes").symlink_to(Path(__file__).parent / "tiny_nodes")
+        return base
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def start(new_base):
     """Start a server of its own: ``with start() as server``."""
 
     def start_one() -> ComfyServer:
-        base = make_base(tmp_path_factory.mktemp("comfyui"))
+        base = new_base()
         return ComfyServer(base, base / "comfyui.log")
 
     return start_one

@@ -5,6 +5,9 @@ an override is called; 0.38 adds a per-layer ``preferred_attention`` that is pop
 double does what that version's ``wrap_attn`` does around a call, and no more.
 """
 
+import contextvars
+from functools import partial
+
 import pytest
 import torch
 
@@ -46,7 +49,8 @@ VERSIONS = [call_plain, call_positional, call_containers, call_preferred]
 @pytest.fixture
 def setup(comfy):
     from comfyui_liteattention.backends import backend_for
-    from comfyui_liteattention.integrations.comfy import KEY, Forward, _make_override
+    from comfyui_liteattention.integrations.comfy_calls import Forward
+    from comfyui_liteattention.integrations.comfy_override import override
     from comfyui_liteattention.integrations.models import Form
     from comfyui_liteattention.run import Run
     from comfyui_liteattention.settings import Settings
@@ -58,10 +62,9 @@ def setup(comfy):
         [1.0, 0.5, 0.0],
     )
 
-    def options(**extra):
-        return {KEY: Forward(run.locate(1.0), ["cond"], form), **extra}
-
-    return run, _make_override(run, None), options
+    forward = Forward(run, run.locate(1.0), ["cond"], form)
+    with forward.entered():
+        yield run, partial(override, None)
 
 
 def never(*args, **kwargs):
@@ -75,9 +78,9 @@ def expected(q, k, v):
 
 @pytest.mark.parametrize("call", VERSIONS)
 def test_every_version_is_understood(setup, call):
-    run, override, options = setup
+    run, override = setup
     q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
-    out = call(override, never, q, k, v, transformer_options=options())
+    out = call(override, never, q, k, v, transformer_options={})
     torch.testing.assert_close(out, expected(q, k, v).transpose(1, 2).flatten(2))
     assert len(run.finish().calls) == 1
 
@@ -85,11 +88,11 @@ def test_every_version_is_understood(setup, call):
 @pytest.mark.parametrize("call", VERSIONS)
 @pytest.mark.parametrize("skip_output", [False, True])
 def test_heads_may_be_split_already(setup, call, skip_output):
-    _, override, options = setup
+    _, override = setup
     q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
     split = [t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v)]
     flags = {"skip_reshape": True, "skip_output_reshape": skip_output}
-    out = call(override, never, *split, transformer_options=options(), **flags)
+    out = call(override, never, *split, transformer_options={}, **flags)
     want = expected(q, k, v)
     torch.testing.assert_close(out, want if skip_output else want.transpose(1, 2).flatten(2))
 
@@ -99,11 +102,11 @@ def test_heads_may_be_split_already(setup, call, skip_output):
     [
         ({"low_precision_attention": False}, "exact attention"),
         ({"enable_gqa": True}, "uneven heads"),
-        ({"mask": torch.ones(1)}, "a mask"),
+        ({"mask": torch.ones(200, 200)}, "a mask"),
     ],
 )
 def test_what_a_model_forbids_is_declined_untouched(setup, flags, reason):
-    run, override, options = setup
+    run, override = setup
     q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
     got = {}
 
@@ -111,34 +114,39 @@ def test_what_a_model_forbids_is_declined_untouched(setup, flags, reason):
         got.update(kwargs)
         return "dense"
 
-    assert call_plain(override, func, q, k, v, transformer_options=options(), **flags) == "dense"
+    assert call_plain(override, func, q, k, v, transformer_options={}, **flags) == "dense"
     assert all(got[name] is value for name, value in flags.items())
     assert any(reason in r for r in run.finish().reasons)
 
 
 def test_the_models_own_layer_index_is_used(setup):
-    run, override, options = setup
+    run, override = setup
     q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
-    forward = options(block_index=7, block_type="double")
+    forward = {"block_index": 7, "block_type": "double"}
     for _ in range(2):  # a block with two self-attentions
         call_plain(override, never, q, k, v, transformer_options=forward)
     assert [c.layer for c in run.finish().calls] == ["double-7.0", "double-7.1"]
 
 
 def test_a_call_of_another_length_is_declined(setup):
-    run, override, options = setup
+    run, override = setup
     q, k, v = torch.randn(3, 1, 199, HEADS * SIZE)
-    assert call_plain(
-        override, lambda *a, **k: "dense", q, k, v, transformer_options=options()
-    ) == ("dense")
+    assert call_plain(override, lambda *a, **k: "dense", q, k, v, transformer_options={}) == (
+        "dense"
+    )
     assert list(run.finish().reasons) == [
         "not the model's video attention (199 tokens; that has 200)"
     ]
 
 
-def test_a_call_from_outside_a_run_goes_through(setup):
-    run, override, _ = setup
+def test_a_call_from_outside_a_model_call_goes_through(setup):
+    from comfyui_liteattention.integrations.comfy_calls import current
+
+    run, override = setup
     q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
-    assert call_plain(override, lambda *a, **k: "dense", q, k, v) == "dense"
-    assert call_plain(override, lambda *a, **k: "dense", q, k, v, transformer_options={}) == "dense"
+    outside = contextvars.Context()
+    assert outside.run(current.get) is None
+    args = (call_plain, override, lambda *a, **k: "dense", q, k, v)
+    assert outside.run(*args) == "dense"
+    assert outside.run(lambda: call_plain(*args[1:], transformer_options={})) == "dense"
     assert not run.finish().calls

@@ -321,25 +321,6 @@ def test_another_attention_stays_the_dense_path(plain, generate):
     assert not any(seen)
 
 
-def test_a_mask_goes_to_the_users_own_attention(comfy):
-    from comfyui_liteattention.backends import backend_for
-    from comfyui_liteattention.integrations.comfy import KEY, Forward, _make_override
-    from comfyui_liteattention.run import Run
-
-    run = Run(SETTINGS, backend_for(torch.device("cpu")), [1.0, 0.5, 0.0])
-    override = _make_override(run, None)
-    q = torch.randn(1, 128, 64)
-    options = {KEY: Forward(run.locate(1.0), ["c"], "never asked")}
-
-    def func(*args, **kwargs):
-        assert kwargs["mask"] is not None
-        return "untouched"
-
-    got = override(func, q, q, q, 2, mask=torch.ones(128, 128), transformer_options=options)
-    assert got == "untouched"
-    assert list(run.finish().reasons) == ["a mask (regional prompt or padding)"]
-
-
 def test_a_run_switches_itself_off_where_the_users_attention_is_faster(
     plain, generate, monkeypatch
 ):

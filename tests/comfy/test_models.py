@@ -5,13 +5,22 @@ what must never be skipped. Whatever a model lists beside its video is known her
 hand, and compared with what happened.
 """
 
-import importlib
 from dataclasses import replace
 
 import pytest
 import torch
 from packaging.version import parse
-from tiny_comfy import CASES, HUNYUAN_CASE, NEWER, noise, version
+from tiny_comfy import (
+    CASES,
+    HUNYUAN_CASE,
+    NEWER,
+    SAMPLED,
+    conditioning,
+    find,
+    make_model,
+    noise,
+    version,
+)
 
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.integrations.models import ModelCall, describe_call
@@ -48,16 +57,7 @@ def build(comfy):
     def build_one(case):
         if version() < parse(case.since):
             pytest.skip(f"{case.name} needs ComfyUI {case.since}, this is {version()}")
-        config = getattr(importlib.import_module("comfy.supported_models"), case.config)(
-            case.unet | (case.newer_unet if version() >= NEWER else {})
-        )
-        config.set_inference_dtype(torch.float32, None)
-        model = config.get_model({}, "", device="cpu")
-        generator = torch.Generator().manual_seed(0)
-        for parameter in model.diffusion_model.parameters():
-            scale = 0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
-            parameter.data.normal_(0, scale, generator=generator).add_(parameter.ndim == 1)
-        return model.eval()
+        return make_model(case)
 
     return build_one
 
@@ -115,14 +115,14 @@ def test_only_video_tiles_are_skipped(build, case):
         before, after = case.joint + case.before, case.after
     length = before + case.video + after
     assert not notes
-    assert {call.tokens for call in report.calls} == {length}
+    assert {call.tokens for call in report.calls} == {length - case.hidden}
     layers = len({call.layer for call in report.calls})
     assert layers == case.layers
     assert len(report.calls) == layers * 3
     assert {c.step for c in report.calls if c.computed < c.total} == {1, 2}
 
     video = slice(before, before + case.video)
-    pinned = before + after
+    pinned = before + after - case.hidden
     other = torch.ones(length, dtype=torch.bool)
     other[video] = False
     taken = [(out, dense) for out, dense, accepted in seen if accepted]
@@ -158,25 +158,6 @@ def test_with_nothing_to_skip_the_result_is_the_dense_one(build, case):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-SAMPLED = {  # what nodes put into a conditioning, and a latent of their size
-    "Wan T2V": {},
-    "Wan Fun with a reference": dict(reference_latents=[(1, 16, 1, 8, 16)]),
-    "Wan with latents as context": dict(context_latents=[(1, 16, 1, 8, 16), (1, 16, 1, 4, 6)]),
-    "Wan HuMo": dict(reference_latents=[(1, 16, 1, 8, 16)]),
-    "HunyuanVideo": dict(pooled_output=(1, 32), attention_mask=None),
-    "LTX-Video": dict(attention_mask=torch.ones(1, 12, dtype=torch.long)),
-    "LTX-2": {},
-    "Cosmos Predict2": {},
-    "Mochi": dict(attention_mask=torch.tensor([[1] * 7 + [0] * 5])),
-    "CogVideoX": {},
-    "Kandinsky 5": dict(pooled_output=(1, 16)),
-    "Flux Kontext": dict(
-        pooled_output=(1, 32), reference_latents=[(1, 16, 8, 8), (1, 16, 4, 6)], guidance=3.5
-    ),
-    "Qwen-Image-Edit": dict(reference_latents=[(1, 16, 1, 8, 8)]),
-}
-
-
 @pytest.mark.parametrize("name", SAMPLED)
 def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, name):
     """The conditionings above are written by hand; here ComfyUI makes them, and samples."""
@@ -185,7 +166,7 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
 
     from comfyui_liteattention.integrations import comfy as integration
 
-    case = next(case for case in CASES if case.name == name)
+    case = find(name)
     settings = Settings(
         threshold=-1.0, criterion="gap", ramp=0, audit=0, min_tokens=0, never_slower=False
     )
@@ -193,8 +174,7 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
     cpu = torch.device("cpu")
     patcher = comfy.model_patcher.ModelPatcher(build(case), cpu, cpu)
     patched = integration.apply_patch(patcher, settings)
-    extra = {key: _tensors(value) for key, value in SAMPLED[name].items()}
-    positive, negative = ([[noise(case.text, i), extra]] for i in range(2))
+    positive, negative = (conditioning(case, i) for i in range(2))
     latent = torch.zeros(case.latent)
     if "latent_shapes" in case.conds:  # video and sound
         from comfy.nested_tensor import NestedTensor
@@ -205,14 +185,9 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
         comfy.sample.sample(patched, start, 3, 3.0, "euler", "simple", positive, negative, latent)
     report = integration.patch_of(patched).last_report
     assert report.active
-    assert {c.tokens for c in report.calls} == {case.before + case.video + case.after + case.joint}
+    length = case.before + case.video + case.after + case.joint - case.hidden
+    assert {c.tokens for c in report.calls} == {length}
     assert len(report.calls) == 3 * case.layers * 2
-
-
-def _tensors(value):
-    if isinstance(value, list):
-        return [noise(shape, i) for i, shape in enumerate(value)]
-    return noise(value, 1) if isinstance(value, tuple) else value
 
 
 def test_an_unknown_video_model_runs_in_generic_mode(build, monkeypatch):
@@ -233,7 +208,7 @@ def test_an_unknown_model_with_more_than_video_stays_dense(build, monkeypatch, n
     """Text or references make its sequence longer than the video, or its latent is an image."""
     from comfyui_liteattention.integrations import models
 
-    case = next(case for case in CASES if case.name == name)
+    case = find(name)
     model = build(case)
     monkeypatch.setattr(models, "FAMILIES", {})
     _, seen, report, _ = generate(model, case, Recorder(-50.0))
@@ -243,8 +218,9 @@ def test_an_unknown_model_with_more_than_video_stays_dense(build, monkeypatch, n
     assert any(reason.startswith(why) for reason in report.reasons)
 
 
-def test_padded_text_stays_dense_with_the_reason(build):
-    case = replace(HUNYUAN_CASE, conds=HUNYUAN_CASE.conds | dict(attention_mask=torch.ones(1, 12)))
+def test_a_mask_with_weights_stays_dense_with_the_reason(build):
+    conds = HUNYUAN_CASE.conds | dict(attention_mask=torch.full((1, 12), -0.5))
+    case = replace(HUNYUAN_CASE, conds=conds)
     _, seen, report, _ = generate(build(case), case, Recorder(-50.0))
     assert not report.calls
     assert all(torch.equal(out, dense) for out, dense, _ in seen)
@@ -263,7 +239,7 @@ def test_the_text_refiner_is_not_the_video(build):
 
 
 def test_sound_as_long_as_the_video_stays_dense(build):
-    case = next(case for case in CASES if case.name == "LTX-2")
+    case = find("LTX-2")
     shapes = [(1, 128, 4, 4, 8), (1, 8, 128, 16)]
     conds = case.conds | dict(latent_shapes=shapes)
     case = replace(case, latent=(1, 1, 128 * 128 + 8 * 128 * 16), conds=conds)
@@ -275,7 +251,7 @@ def test_sound_as_long_as_the_video_stays_dense(build):
 @pytest.mark.parametrize("name", ["HunyuanVideo", "Mochi", "Wan Fun with a reference"])
 def test_conditionings_in_one_call_and_in_two_agree(build, name):
     """A batch of two conditionings computes the very tiles that two calls compute."""
-    case = next(case for case in CASES if case.name == name)
+    case = find(name)
     model = build(case)
     backend = ReferenceBackend(TileShape(TILE, TILE))
     (together, _, batched, _), (apart, _, single, _) = (
@@ -305,7 +281,7 @@ def test_a_model_that_passes_no_call_on_is_said_to(build):
     """S2V of ComfyUI 0.3.75 calls its blocks without the options that hold the override."""
     from comfyui_liteattention.integrations.comfy import NEVER_ASKED, _annotate
 
-    case = next(case for case in CASES if case.name == "Wan S2V")
+    case = find("Wan S2V")
     _, seen, report, _ = generate(build(replace(case, since="0.3.75")), case, Recorder(-50.0))
     reasons = _annotate(report, []).reasons
     assert (NEVER_ASKED in reasons) == (not seen)

@@ -1,6 +1,7 @@
 """Every family of models that ComfyUI has, as tiny as it gets: what each is built from and called
 with, and, written down by hand, what its attention over the video must look like."""
 
+import importlib
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +18,9 @@ class Case:
 
     ``config`` is the class in ``comfy.supported_models``; ``conds`` are shapes of further inputs.
     ``before`` and ``after``: tokens beside the ``video`` in the sequence; ``joint``: text tokens
-    that older versions put behind it and newer ones in front. ``since``: first version known;
-    ``newer_*``: what the newer versions need besides.
+    that older versions put behind it and newer ones in front. ``hidden`` of the other tokens are
+    padding that a mask hides. ``since``: first version known; ``newer_*``: what the newer versions
+    need besides.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Case:
     after: int = 0
     conds: dict = field(default_factory=dict)
     joint: int = 0
+    hidden: int = 0
     since: str = "0.3.75"
     newer_unet: dict = field(default_factory=dict)
     newer_conds: dict = field(default_factory=dict)
@@ -172,6 +175,11 @@ HUNYUAN |= dict(vec_in_dim=32, guidance_embed=False, byt5=False, meanflow=False)
 HUNYUAN |= dict(use_cond_type_embedding=False, vision_in_dim=None)
 
 
+def padding(kept):
+    """The mask of a text of 12 tokens, of which only the first few are words."""
+    return (torch.arange(12) < kept).long().unsqueeze(0)
+
+
 def hunyuan(name, config, text, unet=None, conds=None, reference=0, **others):
     call = CALL | dict(layers=4, joint=text, before=reference) | others
     call |= dict(conds=dict(y=(1, 32)) | (conds or {}), newer_unet=dict(meanflow_sum=False))
@@ -186,6 +194,13 @@ def hunyuan_cases():
         12,
         conds=dict(ref_latent=(1, 16, 1, 8, 16)),
         reference=32,
+    )
+    yield hunyuan(
+        "HunyuanVideo with padded text",
+        "HunyuanVideo",
+        12,
+        conds=dict(attention_mask=padding(7)),
+        hidden=5,
     )
     small = dict(patch_size=[1, 1, 1], use_cond_type_embedding=True, byt5=True, vision_in_dim=24)
     yield hunyuan(
@@ -302,6 +317,17 @@ def other_cases():
     references = [noise((1, 16, 1, 8, 8), 1)]
     yield Case("Qwen-Image", "QwenImage", QWEN, layers=3, before=12, **image)
     yield Case(
+        "Qwen-Image with padded text",
+        "QwenImage",
+        QWEN,
+        layers=3,
+        before=12,
+        conds=dict(attention_mask=padding(7)),
+        hidden=5,
+        since="0.33",
+        **image,
+    )
+    yield Case(
         "Qwen-Image-Edit",
         "QwenImage",
         QWEN,
@@ -314,4 +340,93 @@ def other_cases():
 
 
 CASES = [*wan_cases(), *hunyuan_cases(), *other_cases()]
-HUNYUAN_CASE = next(case for case in CASES if case.name == "HunyuanVideo")
+
+
+def find(name):
+    return next(case for case in CASES if case.name == name)
+
+
+HUNYUAN_CASE = find("HunyuanVideo")
+
+#: One model of every family: what nodes put into its conditioning beside the text.
+SAMPLED = {  # what nodes put into a conditioning, and a latent of their size
+    "Wan T2V": {},
+    "Wan Fun with a reference": dict(reference_latents=[(1, 16, 1, 8, 16)]),
+    "Wan with latents as context": dict(context_latents=[(1, 16, 1, 8, 16), (1, 16, 1, 4, 6)]),
+    "Wan HuMo": dict(reference_latents=[(1, 16, 1, 8, 16)]),
+    "HunyuanVideo": dict(pooled_output=(1, 32), attention_mask=None),
+    "LTX-Video": dict(attention_mask=torch.ones(1, 12, dtype=torch.long)),
+    "LTX-2": {},
+    "Cosmos Predict2": {},
+    "Mochi": dict(attention_mask=torch.tensor([[1] * 7 + [0] * 5])),
+    "CogVideoX": {},
+    "Kandinsky 5": dict(pooled_output=(1, 16)),
+    "Flux": dict(pooled_output=(1, 32)),
+    "Flux Kontext": dict(
+        pooled_output=(1, 32), reference_latents=[(1, 16, 8, 8), (1, 16, 4, 6)], guidance=3.5
+    ),
+    "Qwen-Image with padded text": dict(attention_mask=padding(7)),
+    "Qwen-Image-Edit": dict(reference_latents=[(1, 16, 1, 8, 8)]),
+}
+
+
+def conditioning(case, seed):
+    """What ComfyUI's samplers take as positive or negative."""
+    extra = {key: _tensors(value) for key, value in SAMPLED[case.name].items()}
+    return [[noise(case.text, seed), extra]]
+
+
+def make_model(case):
+    """The model of a case in ComfyUI, with random weights."""
+    config = getattr(importlib.import_module("comfy.supported_models"), case.config)(
+        case.unet | (case.newer_unet if version() >= NEWER else {})
+    )
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "", device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.diffusion_model.parameters():
+        scale = 0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
+        parameter.data.normal_(0, scale, generator=generator).add_(parameter.ndim == 1)
+    return model.eval()
+
+
+def make_patcher(case):
+    """The MODEL of a graph, on the CPU."""
+    from comfy.model_patcher import ModelPatcher
+
+    return ModelPatcher(make_model(case), torch.device("cpu"), torch.device("cpu"))
+
+
+def sample(
+    model,
+    case,
+    frames=1,
+    steps=3,
+    cfg=3.0,
+    sampler="euler",
+    scheduler="simple",
+    prompts=None,
+    latent=None,
+    **options,
+):
+    """A latent of ``frames`` times the frames of the case, from ComfyUI's own sampler."""
+    import comfy.sample
+
+    torch.manual_seed(1)  # some samplers draw from it
+    positive, negative = prompts or (conditioning(case, i) for i in range(2))
+    if latent is None:
+        _, channels, first, *size = case.latent
+        latent = torch.zeros(1, channels, first * frames, *size)
+    start = comfy.sample.prepare_noise(latent, 1)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            *(model, start, steps, cfg, sampler, scheduler, positive, negative, latent),
+            seed=1,
+            **options,
+        )
+
+
+def _tensors(value):
+    if isinstance(value, list):
+        return [noise(shape, i) for i, shape in enumerate(value)]
+    return noise(value, 1) if isinstance(value, tuple) else value

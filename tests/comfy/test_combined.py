@@ -1,0 +1,196 @@
+"""What people combine with it, on tiny models in ComfyUI's own sampling code."""
+
+from dataclasses import replace
+
+import pytest
+import tiny_comfy
+import torch
+
+from comfyui_liteattention.settings import Settings
+from demo.comfy_server import REPOSITORY, WEIGHTS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS = Settings(
+    threshold=-0.1, criterion="gap", ramp=0, audit=0, min_tokens=0, never_slower=False
+)
+WAN = tiny_comfy.find("Wan T2V")
+WAN = replace(WAN, unet=WAN.unet | dict(num_layers=2), layers=2)
+FLUX = tiny_comfy.find("Flux")
+
+
+@pytest.fixture(scope="module")
+def plain(comfy):
+    return tiny_comfy.make_patcher(WAN)
+
+
+def patched(model):
+    from comfyui_liteattention.integrations.comfy import apply_patch
+
+    return apply_patch(model, SETTINGS)
+
+
+def report(model):
+    from comfyui_liteattention.integrations.comfy import patch_of
+
+    return patch_of(model).last_report
+
+
+def streams(model):
+    return {call.stream for call in report(model).calls}
+
+
+def sample(model, case=WAN, frames=4, **options):
+    return tiny_comfy.sample(model, case, frames, **options)
+
+
+def test_every_sampler(comfy, plain):
+    """The same bits again, only steps that there are, and every layer asked every time."""
+    model = patched(plain)
+    for sampler in comfy.samplers.KSampler.SAMPLERS:
+        first = sample(model, frames=3, sampler=sampler)
+        run = report(model)
+        assert first.isfinite().all(), sampler
+        assert run.active, sampler
+        assert {call.step for call in run.calls} <= {0, 1, 2}, sampler
+        assert len({call.layer for call in run.calls}) == WAN.layers
+        assert len(run.calls) % (2 * WAN.layers) == 0
+        assert torch.equal(sample(model, frames=3, sampler=sampler), first), sampler
+
+
+def test_every_scheduler(comfy, plain):
+    model = patched(plain)
+    for scheduler in comfy.samplers.KSampler.SCHEDULERS:
+        out = sample(model, steps=4, scheduler=scheduler)
+        assert out.isfinite().all(), scheduler
+        assert report(model).active, scheduler
+        assert {call.step for call in report(model).calls} == {0, 1, 2, 3}, scheduler
+
+
+def test_two_experts_are_two_runs(plain):
+    """Wan 2.2: one model for the noisy steps, another for the rest."""
+    high, low = patched(plain), patched(tiny_comfy.make_patcher(WAN))
+    first = dict(start_step=0, last_step=3, force_full_denoise=False)
+    second = dict(start_step=3, last_step=6, disable_noise=True)
+
+    def both():
+        half = sample(high, steps=6, **first)
+        return half, sample(low, steps=6, latent=half, **second)
+
+    half, whole = both()
+    for model in (high, low):
+        assert report(model).active
+        dense = {call.step for call in report(model).calls if call.computed == call.total}
+        assert 0 in dense
+    sample(low, steps=6)
+    for again, before in zip(both(), (half, whole), strict=True):
+        assert torch.equal(again, before)
+
+
+def test_weights_in_fp8(comfy):
+    """Load Diffusion Model with ``fp8_e4m3fn``: ComfyUI computes in another type, as ever."""
+    weights = str(REPOSITORY / "demo" / "weights" / WEIGHTS)
+    options = {"dtype": torch.float8_e4m3fn}
+    plain = comfy.sd.load_diffusion_model(weights, model_options=options)
+    weight = plain.model.diffusion_model.blocks[0].self_attn.q.weight
+    assert weight.dtype == torch.float8_e4m3fn
+    text = torch.zeros(1, 8, 4096)
+    prompts = [[[text, {}]], [[text, {}]]]
+    latent = torch.zeros(1, 16, 4, 16, 16)
+    model = patched(plain)
+    dense = tiny_comfy.sample(plain, WAN, latent=latent, prompts=prompts)
+    out = tiny_comfy.sample(model, WAN, latent=latent, prompts=prompts)
+    assert report(model).active
+    assert not torch.equal(out, dense)
+    assert (out - dense).std() < 0.2 * dense.std()
+
+
+def test_weights_that_stay_offloaded(comfy, plain, monkeypatch):
+    """As with little video memory: most weights are cast when their layer runs."""
+    model = patched(plain)
+    want = sample(model)
+    loaded = comfy.model_management.LoadedModel.model_load
+    monkeypatch.setattr(
+        comfy.model_management.LoadedModel,
+        "model_load",
+        lambda self, memory=0, **options: loaded(self, 0.1, **options),
+    )
+    comfy.model_management.unload_all_models()
+    assert torch.equal(sample(model), want)
+    assert plain.model.model_lowvram
+    assert report(model).active
+    comfy.model_management.unload_all_models()
+
+
+def test_controlnet(comfy):
+    """What a ControlNet adds changes the picture, and nothing in the sequence."""
+    import comfy.controlnet
+
+    class Control(comfy.controlnet.ControlBase):
+        def get_control(self, x_noisy, *_):
+            tokens = tiny_comfy.noise((len(x_noisy), FLUX.video * 4, 128), 1)
+            return {"input": [tokens], "output": [tokens]}
+
+        def copy(self):
+            return self
+
+    model = patched(tiny_comfy.make_patcher(FLUX))
+    (positive,), (negative,) = (tiny_comfy.conditioning(FLUX, i) for i in range(2))
+    without = sample(model, FLUX, prompts=([positive], [negative]))
+    control = {"control": Control(), "control_apply_to_uncond": True}
+    positive = [positive[0], positive[1] | control]
+    out = sample(model, FLUX, prompts=([positive], [negative]))
+    assert report(model).active
+    assert streams(model) == {"positive", "negative"}
+    assert not torch.equal(out, without)
+
+
+def test_vace(comfy):
+    case = tiny_comfy.find("Wan VACE")
+    model = patched(tiny_comfy.make_patcher(case))
+    extra = dict(
+        vace_frames=[torch.zeros(1, 32, 12, 8, 16)],
+        vace_mask=[torch.ones(1, 64, 12, 8, 16)],
+        vace_strength=[1.0],
+    )
+    prompts = [[[tiny_comfy.noise(case.text, i), extra]] for i in range(2)]
+    sample(model, case, prompts=prompts)
+    assert report(model).active
+    assert len(report(model).calls) == 3 * 4 * 2  # steps, layers (two of control), streams
+
+
+def test_prompts_for_areas(comfy):
+    """An area is sampled as a smaller picture of its own."""
+    model = patched(tiny_comfy.make_patcher(FLUX))
+    (whole,), negative = (tiny_comfy.conditioning(FLUX, i) for i in range(2))
+    area = [whole[0], whole[1] | {"area": (32, 24, 0, 0), "strength": 1.0}]
+    sample(model, FLUX, prompts=([whole, area], negative))
+    assert report(model).active
+    assert {call.tokens for call in report(model).calls} == {12 + 4 * 96, 12 + 2 * 96}
+
+
+def test_a_pack_that_wraps_the_models_function(plain):
+    """The one slot that older caches take: they may also not ask the model at all."""
+    asked = []
+
+    def every_other(apply_model, arguments):
+        asked.append(len(asked))
+        if asked[-1] % 2:
+            return arguments["input"] * 0
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    model = patched(plain)
+    model.set_model_unet_function_wrapper(every_other)
+    sample(model, steps=6)
+    assert len(asked) == 6
+    assert {call.step for call in report(model).calls} == {0, 2, 4}
+
+
+def test_lazycache(plain):
+    from comfy_extras.nodes_easycache import LazyCacheNode
+
+    model = LazyCacheNode.execute(patched(plain), 5.0, 0.15, 0.95, False).result[0]
+    sample(model, steps=8)
+    steps = {call.step for call in report(model).calls}
+    assert report(model).active
+    assert 0 in steps < set(range(8))
