@@ -24,7 +24,7 @@ from comfyui_liteattention.budget import target
 from comfyui_liteattention.order import VideoTokens
 from comfyui_liteattention.policy import lost_mass
 from comfyui_liteattention.profile import Profile
-from comfyui_liteattention.report import RunReport
+from comfyui_liteattention.report import RunReport, loss_intervals
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.schedule import Progress
 from comfyui_liteattention.settings import Settings
@@ -65,12 +65,15 @@ def main() -> None:
         measure(videos, case._replace(steps=options.steps), budget)[0]
         for case, budget in tqdm([(case, b) for case in HELD_OUT for b in BUDGETS])
     ]
-    print("loss over budget\n budget  seed   true  audit  worst layer")
+    print("loss over budget\n budget  seed   true  audit  worst layer   within 95 %")
     for row in rows:
         true, audit, worst = (
             row[key] / row["budget"] for key in ("true_lost", "audited_lost", "worst_layer_lost")
         )
-        print(f"{row['budget']:>7.1%} {row['seed']:>5} {true:>6.2f} {audit:>6.2f} {worst:>12.2f}")
+        print(
+            f"{row['budget']:>7.1%} {row['seed']:>5} {true:>6.2f} {audit:>6.2f} {worst:>12.2f} "
+            f"{row['cells_within_interval']:>13.0%}"
+        )
     if options.json:
         document = {"machine": describe_machine(), "steps": options.steps, "rows": rows}
         options.json.write_text(json.dumps(document, indent=1))
@@ -79,14 +82,15 @@ def main() -> None:
 def measure(
     videos: DemoVideos, case: Case, budget: float, profile: Profile | None = None
 ) -> tuple[dict[str, Any], RunReport]:
-    """One video with a budget: its true and its audited loss, means over the run, and the share of
-    its aim that the first marks lost; and the run's report."""
+    """One video with a budget: its true and its audited loss, means over the run, the share of its
+    aim that the first marks lost, and the share of the (layer, step) cells whose true loss lies
+    within the interval that the run gives; and the run's report."""
     backend = ShadowedBackend()
     settings = Settings(budget=budget, profile=profile)
     run = Run(settings, backend, range(case.steps, -1, -1))
     _, frames, height, width = LATENT_SHAPE
     video = VideoTokens((frames, height // 2, width // 2))
-    truth: defaultdict[str, list[float]] = defaultdict(list)
+    truth: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     second_step: list[float] = []
 
     def attend(at: Moment, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -95,14 +99,20 @@ def measure(
         out = run.attend(at.layer, [at.stream], progress, q, k, v, scale, video)
         if out is None:
             raise RuntimeError(f"declined: {dict(run.reasons)}")
-        truth[at.layer].append(backend.lost)
+        truth[at.layer, at.step].append(backend.lost)
         if at.step == 1:
             second_step.append(backend.lost)
         return out
 
     videos.through(attend, case)
     report = run.finish()
-    per_layer = {layer: sum(values) / len(values) for layer, values in truth.items()}
+    cells = {cell: sum(values) / len(values) for cell, values in truth.items()}
+    per_layer = {
+        layer: sum(cells[layer, step] for step in range(case.steps)) / case.steps
+        for layer in {layer for layer, _ in cells}
+    }
+    told = loss_intervals(report)
+    within = [told[cell].low <= cells[cell] <= told[cell].high for cell in told]
     aim = target(budget, settings.ramp, 1 / case.steps)
     row = {
         "budget": budget,
@@ -112,6 +122,7 @@ def measure(
         "true_lost": sum(per_layer.values()) / len(per_layer),
         "audited_lost": report.lost_mass_mean,
         "worst_layer_lost": max(per_layer.values()),
+        "cells_within_interval": sum(within) / len(within),
         "computed_fraction": report.computed_fraction,
     }
     return row, report

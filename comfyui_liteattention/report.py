@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from .eligibility import CROSS_ATTENTION
+from .estimate import Interval, Sample, intervals, mean
 from .pace import saved_seconds
 
 if TYPE_CHECKING:
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
     from .profile import Profile
 
 
+K = TypeVar("K", bound=Hashable)
+
+
 class CallStats(NamedTuple):
-    """One attention call of one stream; ``lost`` is None where nothing was audited."""
+    """One attention call of one stream; ``lost`` is None where nothing was audited, ``bound`` (at
+    most that much was expected) where no budget was held either."""
 
     step: int
     layer: str
@@ -27,6 +32,7 @@ class CallStats(NamedTuple):
     computed: int
     total: int
     lost: float | None
+    bound: float | None = None
 
 
 class MapStats(NamedTuple):
@@ -134,6 +140,31 @@ def tiles(calls: Iterable[CallStats]) -> tuple[int, int]:
     return sum(call.computed for call in calls), sum(call.total for call in calls)
 
 
+def loss_intervals(report: RunReport) -> dict[tuple[str, int], Interval]:
+    """What each (layer, step) loses, with 95 % confidence; empty without a budget."""
+    return intervals(
+        Sample(call.layer, call.step, call.lost, call.bound)
+        for call in report.calls
+        if call.lost is not None and call.bound is not None
+    )
+
+
+def by_step(cells: Mapping[tuple[str, int], Interval]) -> dict[int, Interval]:
+    """The mean over the layers of each step."""
+    return {
+        step: mean(interval for (_, at), interval in cells.items() if at == step)
+        for step in {step for _, step in cells}
+    }
+
+
+def by_layer(cells: Mapping[tuple[str, int], Interval]) -> dict[str, Interval]:
+    """The mean over the steps of each layer."""
+    return {
+        layer: mean(interval for (of, _), interval in cells.items() if of == layer)
+        for layer in {layer for layer, _ in cells}
+    }
+
+
 def fraction(calls: Iterable[CallStats]) -> float:
     computed, total = tiles(calls)
     return computed / total if total else 1.0
@@ -214,13 +245,16 @@ def text_table(report: RunReport) -> str:
         *report.notes,
     ]
     if report.calls:
-        lines += ["", f"{'layer':<12} {'computed':>9} {'lost mass':>10}"]
-        lines += [_row(name, calls) for name, calls in by(report.calls, "layer").items()]
+        cells = loss_intervals(report)
+        of_layer, of_step = by_layer(cells), by_step(cells)
+        heading = f"{'computed':>9} {'lost mass':>10}" + (f" {'95 %':>15}" if cells else "")
+        lines += ["", f"{'layer':<12} {heading}"]
+        lines += [_row(name, calls, of_layer) for name, calls in by(report.calls, "layer").items()]
         dense = report.dense_seconds
-        columns = f"{'step':<12} {'computed':>9} {'lost mass':>10} {'seconds':>8}"
+        columns = f"{'step':<12} {heading} {'seconds':>8}"
         lines += ["", columns + (f" {'dense, est.':>12}" if dense else "")]
         for step, calls in sorted(by(report.calls, "step").items()):
-            row = _row(str(step), calls)
+            row = _row(step, calls, of_step)
             for seconds, width in ((report.step_seconds.get(step), 8), (dense.get(step), 12)):
                 row += "" if seconds is None else f" {seconds:{width}.2f}"
             lines.append(row)
@@ -233,6 +267,8 @@ def text_table(report: RunReport) -> str:
 def figures(report: RunReport) -> dict[str, Any]:
     """The report as plain JSON data."""
     dense = report.dense_seconds
+    cells = loss_intervals(report)
+    layers, steps = by_layer(cells), by_step(cells)
     return {
         "active": report.active,
         "status": status_line(report),
@@ -246,9 +282,9 @@ def figures(report: RunReport) -> dict[str, Any]:
         "attention_speedup": report.attention_speedup,
         "saved_seconds": report.saved_seconds,
         "lost_mass_allowed": report.lost_mass_allowed,
-        "per_layer": {k: _pair(v) for k, v in by(report.calls, "layer").items()},
+        "per_layer": {k: _pair(v, layers.get(k)) for k, v in by(report.calls, "layer").items()},
         "per_step": [
-            _pair(v)
+            _pair(v, steps.get(k))
             | {"step": k, "seconds": report.step_seconds.get(k), "dense_seconds": dense.get(k)}
             for k, v in sorted(by(report.calls, "step").items())
         ],
@@ -257,13 +293,21 @@ def figures(report: RunReport) -> dict[str, Any]:
     }
 
 
-def _pair(calls: list[CallStats]) -> dict[str, Any]:
-    return {"computed_fraction": fraction(calls), "lost_mass": mean_lost(calls)}
+def _pair(calls: list[CallStats], interval: Interval | None) -> dict[str, Any]:
+    return {
+        "computed_fraction": fraction(calls),
+        "lost_mass": mean_lost(calls),
+        "lost_mass_95": None if interval is None else [interval.low, interval.high],
+    }
 
 
-def _row(name: str, calls: list[CallStats]) -> str:
+def _row(key: K, calls: list[CallStats], cells: Mapping[K, Interval]) -> str:
     lost = mean_lost(calls)
-    return f"{name:<12} {fraction(calls):>9.1%} {'-' if lost is None else f'{lost:.3%}':>10}"
+    row = f"{key!s:<12} {fraction(calls):>9.1%} {'-' if lost is None else f'{lost:.3%}':>10}"
+    if cells:
+        found = cells.get(key)
+        row += f" {'-' if found is None else f'{found.low:.2%} - {found.high:.2%}':>15}"
+    return row
 
 
 def _dense(call: CallStats) -> bool:

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from .canvas import THEMES, Box, Canvas, Colour, Theme, labelled, ticks
-from .report import CallStats, MapStats, RunReport, by, fraction, mean_lost, saving
+from .estimate import Interval
+from .report import (
+    CallStats,
+    MapStats,
+    RunReport,
+    by,
+    by_step,
+    fraction,
+    loss_intervals,
+    mean_lost,
+    saving,
+)
 
 SIZE = (960, 720)
 MARGIN = 36
@@ -77,6 +88,8 @@ def step_chart(report: RunReport, theme: Theme) -> Tensor:
     lost = [_percent(mean_lost(calls)) for calls in groups.values()]
     worst = [_percent(_worst_layer(calls)) for calls in groups.values()]
     allowed = [100 * report.allowed[step] for step in steps if step < len(report.allowed)]
+    intervals = by_step(loss_intervals(report))
+    doubt = [intervals.get(step) for step in steps]
     seconds = [report.step_seconds.get(step) for step in steps]
     dense = [report.dense_seconds.get(step) for step in steps]
 
@@ -96,9 +109,11 @@ def step_chart(report: RunReport, theme: Theme) -> Tensor:
     )
     rows.append(
         (
-            "lost mass, %   (thin: worst layer" + (", grey: allowed)" if allowed else ")"),
+            "lost mass, %   (thin: worst layer"
+            + (", grey: allowed" if allowed else "")
+            + (", bars: 95 %)" if intervals else ")"),
             measured,
-            lambda box: _curves(canvas, box, lost, worst, allowed, theme.second),
+            lambda box: _curves(canvas, box, lost, worst, allowed, doubt, theme.second),
         )
     )
     if any(second is not None for second in seconds):
@@ -230,22 +245,31 @@ def _curves(
     mean: Sequence[float | None],
     worst: Sequence[float | None],
     allowed: Sequence[float],
+    doubt: Sequence[Interval | None],
     colour: Colour,
 ) -> None:
-    """Mean and worst lost mass and what is allowed, in percent; steps without a measurement are
-    left out."""
-    known = [value for value in (*worst, *allowed) if value is not None]
+    """Mean and worst lost mass and what is allowed, in percent, with the intervals of the mean;
+    steps without a measurement are left out."""
+    upper = [100 * interval.high for interval in doubt if interval is not None]
+    known = [value for value in (*worst, *allowed, *upper) if value is not None]
     top = _scale(canvas, box, max(known, default=0.0) or 1.0)
-    left, upper, right, bottom = box
+    left, ceiling, right, bottom = box
     width = (right - left) / len(mean)
+
+    def height(percent: float) -> float:
+        return bottom - percent / top * (bottom - ceiling)
 
     def points(values: Sequence[float | None]) -> list[tuple[float, float]]:
         return [
-            (left + (i + 0.5) * width, bottom - value / top * (bottom - upper))
+            (left + (i + 0.5) * width, height(value))
             for i, value in enumerate(values)
             if value is not None
         ]
 
+    for i, interval in enumerate(doubt):
+        if interval is not None:
+            x = left + (i + 0.5) * width
+            canvas.line([(x, height(100 * interval.low)), (x, height(100 * interval.high))], colour)
     canvas.line(points(allowed), canvas.theme.faint, 2)
     canvas.line(points(worst), colour, 1)
     canvas.line(points(mean), colour, 3)

@@ -293,7 +293,7 @@ class Run:
 
 
 def _resolve(call: _Call) -> CallStats:
-    computed, total, lost, _ = call.tally
+    computed, total, lost, bound = call.tally
     return CallStats(
         step=call.step,
         layer=call.layer,
@@ -302,4 +302,5 @@ def _resolve(call: _Call) -> CallStats:
         computed=int(computed),
         total=total,
         lost=None if lost is None else float(lost),
+        bound=None if bound is None else float(bound),
     )

@@ -250,3 +250,26 @@ def test_labels_are_evenly_spaced_and_not_too_many():
     assert list(labelled(4, 14)) == [0, 1, 2, 3]
     assert list(labelled(50, 14)) == list(range(0, 50, 5))
     assert len(labelled(1000, 14)) <= 14
+
+
+def with_bounds(made):
+    """The same with bounds, as a budget gives them: every layer loses 0.2 to 0.3 of its own."""
+    calls = (
+        c if c.lost is None else c._replace(bound=c.lost / (0.2 if c.step % 2 else 0.3))
+        for c in made.calls
+    )
+    return replace(made, calls=tuple(calls))
+
+
+def test_with_a_budget_losses_have_intervals():
+    known = with_bounds(report())
+    for made, there in ((report(), False), (known, True)):
+        assert ("95 %" in text_table(made)) is there
+    layer = figures(known)["per_layer"]["2"]
+    low, high = layer["lost_mass_95"]
+    assert 0 < low < layer["lost_mass"] < high
+    assert figures(known)["per_step"][0]["lost_mass_95"] is None  # a dense step loses nothing
+    assert figures(report())["per_layer"]["2"]["lost_mass_95"] is None
+    row = next(line for line in text_table(known).splitlines() if line.startswith("2 "))
+    assert f"{low:.2%} - {high:.2%}" in row
+    assert not torch.equal(step_chart(known, THEMES["dark"]), step_chart(report(), THEMES["dark"]))
