@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, get_args
 
-from .backends.base import Criterion
+from .backends.base import Criterion, Qk
 from .order import TokenOrder, TokenRanges
 
 if TYPE_CHECKING:
@@ -57,6 +57,10 @@ class Settings:
         Shorter sequences stay dense.
     never_slower
         Switch off for a run in which the attention that would be used otherwise is faster.
+    qk
+        How a graphics card multiplies queries and keys: ``native``, in their own dtype, or
+        ``int8``, meant to be faster on some cards, and less precise. Where there is no INT8 kernel,
+        and on the CPU, it is native all the same.
     profile
         What earlier runs learned about this model (profile.py), for a budget.
     """
@@ -74,6 +78,7 @@ class Settings:
     tail: bool = True
     min_tokens: int = 2048
     never_slower: bool = True
+    qk: Qk = "native"
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
@@ -127,6 +132,8 @@ def _problems(s: Settings):
         yield "criterion", f"must be one of {', '.join(get_args(Criterion))}"
     if s.order not in get_args(TokenOrder):
         yield "order", f"must be one of {', '.join(get_args(TokenOrder))}"
+    if s.qk not in get_args(Qk):
+        yield "qk", f"must be one of {', '.join(get_args(Qk))}"
     if not 0 <= s.ramp <= 8:
         yield "ramp", "must lie between 0 (no ramp) and 8"
     if not 0 <= s.warmup <= 1:

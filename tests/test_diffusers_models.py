@@ -60,7 +60,7 @@ class Recorder(ReferenceBackend):
 @pytest.fixture
 def recorder(monkeypatch):
     backend = Recorder()
-    monkeypatch.setattr(diffusers_session, "backend_for", lambda device: backend)
+    monkeypatch.setattr(diffusers_session, "backend_for", lambda *_: backend)
     return backend
 
 

@@ -48,7 +48,7 @@ class Patch:
         """OUTER_SAMPLE wrapper: one run, from its first to its last model call."""
         guider = executor.class_obj
         sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-        backend = _backend(guider.model_patcher)
+        backend = _backend(guider.model_patcher, self.settings)
         if isinstance(backend, str) or not self.settings.skips:
             reason = backend if isinstance(backend, str) else "the threshold is at its safest"
             self._end(_inactive(self.settings, reason, len(sigmas) - 1))
@@ -141,5 +141,5 @@ def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:
     return RunReport(describe(settings), "none", steps, 0.0, {}, (), {reason: 1}, ())
 
 
-def _backend(model_patcher: Any) -> Backend | str:
-    return backend_for(torch.device(model_patcher.load_device))
+def _backend(model_patcher: Any, settings: Settings) -> Backend | str:
+    return backend_for(torch.device(model_patcher.load_device), settings.qk)

@@ -119,7 +119,7 @@ class Session:
         if self._calling:  # the call before this one raised an exception
             self.reset()
         device = arguments["hidden_states"].device
-        backend = backend_for(device)
+        backend = backend_for(device, self.settings.qk)
         if isinstance(backend, str) or not self.settings.skips:
             reason = backend if isinstance(backend, str) else "the threshold is at its safest"
             self._last = RunReport(describe(self.settings), "none", 0, 0, {}, (), {reason: 1}, ())

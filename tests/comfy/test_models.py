@@ -170,7 +170,7 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
     settings = Settings(
         threshold=-1.0, criterion="gap", ramp=0, audit=0, min_tokens=0, never_slower=False
     )
-    monkeypatch.setattr(integration, "_backend", lambda patcher: Recorder(-50.0))
+    monkeypatch.setattr(integration, "_backend", lambda *_: Recorder(-50.0))
     cpu = torch.device("cpu")
     patcher = comfy.model_patcher.ModelPatcher(build(case), cpu, cpu)
     patched = integration.apply_patch(patcher, settings)
