@@ -18,10 +18,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from benchmarks.demo_video import HELD_OUT, Case, DemoVideos, Sampled
-from benchmarks.rivals import SolAttention, UpstreamSemantics, Window, check_sol_attention
+from benchmarks.rivals import (
+    Everything,
+    SolAttention,
+    UpstreamSemantics,
+    Window,
+    check_sol_attention,
+)
 from benchmarks.timing import describe_machine
 from comfyui_liteattention.compare import compare
 from comfyui_liteattention.settings import Settings
@@ -73,6 +80,10 @@ def all_points() -> list[Point]:
         rival("sol_attn, 20 % dense start", f"tau {t}", SolAttention, t, 0.2)
         for t in (-0.9, 0, 0.5)
     ]
+    points += [
+        rival("dense", f"our kernel, {str(dtype).removeprefix('torch.')}", Everything, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
     points += [rival("window", f"{w} tiles", Window, w) for w in (40, 28, 16)]
     default = Settings()
     points += [ours("ours", replace(default, budget=b)) for b in BUDGETS]
@@ -93,7 +104,7 @@ def all_points() -> list[Point]:
     return points
 
 
-def rival(method: str, setting: str, kind: Callable[..., Any], *values: float) -> Point:
+def rival(method: str, setting: str, kind: Callable[..., Any], *values: Any) -> Point:
     return Point(method, setting, lambda videos, case: videos.rival(case, kind(*values)))
 
 

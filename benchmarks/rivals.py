@@ -150,6 +150,22 @@ class Window:
         return Chosen(compute(q, k, v, scale, live)[0], live)
 
 
+@dataclass
+class Everything:
+    """Every tile, through LiteAttention's backend and in a dtype of choice: what rounding alone
+    changes."""
+
+    dtype: torch.dtype
+
+    def attend(
+        self, site: Hashable, position: float, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Chosen:
+        count = -(-q.shape[2] // TILE)
+        live = torch.ones(*q.shape[:2], count, count, dtype=torch.bool)
+        out, _ = compute(*(t.to(self.dtype) for t in (q, k, v)), scale, live)
+        return Chosen(out.to(q.dtype), live)
+
+
 def check_sol_attention() -> str:
     """Compare our Sol-Attn with comfy_kitchen's eager reference where that is installed."""
     try:

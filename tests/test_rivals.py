@@ -8,6 +8,7 @@ import torch
 from benchmarks.quality import computed_at
 from benchmarks.rivals import (
     TILE,
+    Everything,
     SolAttention,
     UpstreamSemantics,
     Window,
@@ -29,7 +30,9 @@ def exact(q, k, v):
 
 
 @pytest.mark.parametrize(
-    "rival", [UpstreamSemantics(-math.inf), SolAttention(-1e9), Window(100)], ids=lambda r: str(r)
+    "rival",
+    [UpstreamSemantics(-math.inf), SolAttention(-1e9), Window(100), Everything(torch.float32)],
+    ids=lambda r: str(r),
 )
 def test_with_every_tile_they_are_dense(rival):
     q, k, v = qkv()
