@@ -162,7 +162,8 @@ class Everything:
     ) -> Chosen:
         count = -(-q.shape[2] // TILE)
         live = torch.ones(*q.shape[:2], count, count, dtype=torch.bool)
-        out, _ = compute(*(t.to(self.dtype) for t in (q, k, v)), scale, live)
+        queries, keys, values = (t.to(self.dtype) for t in (q, k, v))
+        out, _ = compute(queries, keys, values, scale, live)
         return Chosen(out.to(q.dtype), live)
 
 
