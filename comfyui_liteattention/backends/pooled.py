@@ -58,13 +58,15 @@ def _means(x: Tensor, rows: int) -> Tensor:
 def skipped_part(q: Tensor, pooled: Pooled, scale: float, live: Tensor, rows: int) -> Part:
     """Attention of ``q [B, H, L, D]`` to the means of the tiles that are not in ``live
     [B, H, ceil(L / rows), Tk]`` bool."""
-    kept = live.repeat_interleave(rows, 2)[:, :, : q.shape[2]]
     wide = torch.promote_types(q.dtype, torch.float32)
-    score = (q.to(wide) @ pooled.keys.to(wide).mT) * scale + pooled.log_count
-    score = score.masked_fill(kept, -torch.inf)
-    lse = score.logsumexp(-1)
-    share = (score - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
-    return Part(share @ pooled.values.to(wide), lse)
+    kept = live.repeat_interleave(rows, 2)[:, :, : q.shape[2]]
+    score = (q.to(wide) @ (pooled.keys.to(wide) * scale).mT).add_(pooled.log_count)
+    score.masked_fill_(kept, -torch.inf)
+    top = score.amax(-1, keepdim=True)
+    share = score.sub_(top.nan_to_num(neginf=0.0)).exp_()
+    total = share.sum(-1, keepdim=True)
+    out = (share @ pooled.values.to(wide)).div_(total.clamp(min=1e-30))
+    return Part(out, (top + total.log()).squeeze(-1))
 
 
 def add_skipped(
@@ -93,4 +95,5 @@ def add_skipped(
             out, lse = kept.out[head][:, :, rows], kept.lse[head][:, :, rows]
             part = skipped_part(q[head][:, :, rows], means, scale, some, tile.q)
             weight = torch.sigmoid(part.lse - lse + factor[head].log().unsqueeze(-1)).unsqueeze(-1)
-            out.copy_(torch.where(weight > 0, out + weight * (part.out - out), out))
+            # A weight of 0 adds 0, and so changes no bit.
+            out.add_(part.out.sub_(out).mul_(weight))
