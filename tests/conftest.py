@@ -1,6 +1,6 @@
 """Triton decides once, when it is first imported, whether this process interprets its kernels.
 
-Without a GPU it should, so our kernel is imported here, before anything else imports triton.
+Without a GPU it should, so our kernels are imported here, before anything else imports triton.
 """
 
 import importlib.util
@@ -13,7 +13,11 @@ SWITCH = "TRITON_INTERPRET"
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ[SWITCH] = "1"
-    from comfyui_liteattention.backends import triton_kernel, triton_quantise, triton_tile_map  # noqa
+    from comfyui_liteattention.backends import (  # noqa: F401
+        triton_kernel,
+        triton_quantise,
+        triton_tile_map,
+    )
 
     del os.environ[SWITCH]  # the rest of the suite, and processes that it starts, don't want it
 
