@@ -1,4 +1,8 @@
-"""The tile maps of a run, step after step, as an animated WebP."""
+"""The tile maps of a run, step after step, as an animated WebP.
+
+The last step comes first: where only one frame is shown (on a canvas, in a thumbnail), it is that
+one. Round and round it makes no difference.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +33,8 @@ def animation(report: RunReport | None, theme: str = "dark") -> bytes | None:
         _frame(report.history, step, (i + 1) / len(steps), THEMES[theme])
         for i, step in enumerate(steps)
     ]
-    each = min(SECONDS / len(frames), LONGEST)
-    seconds = [each] * (len(frames) - 1) + [LAST]
+    frames = [frames[-1], *frames[:-1]]
+    seconds = [LAST] + [min(SECONDS / len(frames), LONGEST)] * (len(frames) - 1)
     file = io.BytesIO()
     # Few colours: without loss it is smaller, and sharp.
     frames[0].save(

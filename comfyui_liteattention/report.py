@@ -201,13 +201,22 @@ def status_line(report: RunReport) -> str:
 def node_line(report: RunReport) -> str:
     """The same in few words, for the node that says LiteAttention already."""
     if not report.active:
+        if report.stopped:
+            return f"inactive: {in_short(report.stopped)}"
         return status_line(report).removeprefix("LiteAttention ")
     parts = [f"{1 - report.computed_fraction:.0%} skipped", f"lost {_measured(report)}"]
     if report.attention_speedup is not None:
         parts.append(f"attention {report.attention_speedup:.2f}x")
     if report.saved_seconds is not None:
         parts.append(saving(report.saved_seconds))
-    return "active: " + ", ".join(parts) + (f"; {report.stopped}" if report.stopped else "")
+    return (
+        "active: " + ", ".join(parts) + (f"; {in_short(report.stopped)}" if report.stopped else "")
+    )
+
+
+def in_short(stopped: str) -> str:
+    """Why a run went on densely, without the figures: there is little room on a node."""
+    return stopped.partition(": ")[0]
 
 
 def saving(seconds: float) -> str:

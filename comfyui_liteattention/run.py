@@ -21,7 +21,7 @@ from .map_history import MapHistory
 from .order import VideoTokens
 from .pace import TIMED_LAYERS, Pace, timed
 from .profile import Fingerprint, Profile, fingerprint, make
-from .report import CallStats, MapStats, RunReport, fraction, mean_lost, saving
+from .report import CallStats, MapStats, RunReport, fraction, in_short, mean_lost, saving
 from .schedule import Progress, locate
 from .settings import Settings, describe
 from .tiles import unpack
@@ -219,8 +219,9 @@ class Run:
         with self._lock:
             calls = [_resolve(call) for call in self._calls if call.step == step]
         if self._stopped is not None or not calls:
-            why = self._stopped or next(iter(self.reasons), "nothing to skip yet")
-            return f"inactive: {why}"
+            if self._stopped is not None:
+                return f"inactive: {in_short(self._stopped)}"
+            return f"inactive: {next(iter(self.reasons), 'nothing to skip yet')}"
         lost = mean_lost(calls)
         with self._lock:
             self._pace.count(step, sum(c.computed for c in calls), sum(c.total for c in calls))

@@ -106,13 +106,14 @@ def made_up(steps=5, layers=2) -> RunReport:
 
 
 def frames(data: bytes) -> list[np.ndarray]:
+    """In the order of the steps: the last one comes first in the file."""
     image = Image.open(io.BytesIO(data))
     assert image.size == SIZE
     shown = []
     for i in range(image.n_frames):
         image.seek(i)
         shown.append(np.asarray(image.convert("RGB")))
-    return shown
+    return [*shown[1:], shown[0]]
 
 
 @pytest.mark.parametrize("theme", THEMES)

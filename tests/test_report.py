@@ -109,6 +109,16 @@ def test_seconds_saved_are_told_everywhere():
         assert "est." not in line
 
 
+def test_a_node_says_why_a_run_was_stopped_in_few_words():
+    stopped = "your own attention is faster here: a full call takes 1.52 times as long"
+    some = replace(report(), stopped=stopped)
+    assert node_line(some).endswith("; your own attention is faster here")
+    none = replace(report(layers=1), stopped=stopped, reasons={stopped: 3})
+    assert node_line(none) == "inactive: your own attention is faster here"
+    assert stopped in status_line(some)
+    assert stopped in status_line(none)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

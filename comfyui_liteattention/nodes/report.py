@@ -67,8 +67,8 @@ class LiteAttentionReport(io.ComfyNode):
         shown = ui.PreviewImage(drawn, cls=cls).as_dict() if drawn else {}
         moving = animation(report, theme)
         if moving is not None:
+            # Not marked as animated: the front end would show nothing else then.
             shown["images"] = [*shown["images"], _save(moving)]
-            shown["animated"] = (True,)
         shown |= {"text": (text,), "report": (figures(report),) if report else ()}
         return io.NodeOutput(latent, maps, text, charts, ui=shown)
 

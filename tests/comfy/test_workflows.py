@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,15 +11,18 @@ from demo.comfy_server import REPOSITORY, WEIGHTS, PromptRefusedError
 from demo.compare import PATCH, REPORT, SAMPLER
 from demo.workflow import NOT_EXECUTED, load_workflow, to_graph
 from workflows.tools import make_workflows
+from workflows.tools.record_nodes import brief
+from workflows.tools.subgraphs import unfold
 
 FILES = sorted((REPOSITORY / "workflows").glob("*.json"))
 MODEL_FILES = {"unet_name", "vae_name", "ckpt_name", "image"} | {
-    f"clip_name{which}" for which in ("", "1", "2")
+    *(f"clip_name{which}" for which in ("", "1", "2")),
+    *("text_encoder", "lora_name", "model_name"),
 }
 SAMPLERS = {SAMPLER, "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced"}
 
 COMPARE = "LiteAttentionCompare"
-TEMPLATES = "0.7.25"  # the version that the workflows were made from
+NEWER_NODES = json.loads(Path(__file__).with_name("newer_nodes.json").read_text())["nodes"]
 
 every_workflow = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -29,6 +33,22 @@ def overlap(a, b, title=30):
     (bx, by), (bw, bh) = b["pos"], b["size"]
     beside = ax + aw <= bx or bx + bw <= ax
     return not beside and ay - title < by + bh and by - title < ay + ah
+
+
+@pytest.fixture(scope="session")
+def nodes_of(object_info):
+    """The nodes that a workflow finds: those here, or where some are missing, those recorded in a
+    newer ComfyUI (workflows/tools/record_nodes.py)."""
+
+    def nodes(workflow):
+        return object_info | NEWER_NODES if absent(workflow, object_info) else object_info
+
+    return nodes
+
+
+def absent(workflow, object_info):
+    """Types of nodes that the ComfyUI here does not have."""
+    return {node["type"] for node in workflow["nodes"]} - NOT_EXECUTED - set(object_info)
 
 
 def refusals(server, graph):
@@ -80,21 +100,56 @@ def test_nodes_do_not_cover_each_other(path):
 
 
 @every_workflow
-def test_slots_are_those_of_the_nodes(path, object_info):
-    for node in load_workflow(path)["nodes"]:
+def test_slots_are_those_of_the_nodes(path, nodes_of):
+    workflow = load_workflow(path)
+    for node in workflow["nodes"]:
         if node["type"] in NOT_EXECUTED:
             continue
-        info = object_info[node["type"]]
+        info = nodes_of(workflow)[node["type"]]
         declared = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         for entry in node["inputs"]:
-            assert declared[entry["name"]][0] == entry["type"], (node["type"], entry["name"])
+            kind = declared[entry["name"]][0]
+            kind = "COMBO" if isinstance(kind, list) else kind
+            assert kind == entry["type"], (node["type"], entry["name"])
+            assert entry.get("widget", {"name": entry["name"]}) == {"name": entry["name"]}
         outputs = [(o["name"], o["type"]) for o in node["outputs"]]
         theirs = list(zip(info["output_name"], info["output"], strict=True))
         assert outputs == theirs[: len(outputs)]  # a newer ComfyUI may have added some
 
 
 @every_workflow
+def test_values_can_be_chosen_and_nothing_is_missing(path, nodes_of):
+    """What a server checks, by the declarations: also where this ComfyUI is too old for it."""
+    workflow = load_workflow(path)
+    nodes = nodes_of(workflow)
+    for node in to_graph(workflow, nodes).values():
+        declared = nodes[node["class_type"]]["input"]
+        assert set(declared["required"]) <= set(node["inputs"]), node
+        for name, value in node["inputs"].items():
+            kind, *rest = (declared["required"] | declared.get("optional", {}))[name]
+            options = kind if isinstance(kind, list) else (rest or [{}])[0].get("options")
+            if options and name not in MODEL_FILES and not isinstance(value, list):
+                assert value in options, (node["class_type"], name)
+
+
+def test_recorded_nodes_are_those_of_a_newer_comfyui(object_info):
+    here = {kind for kind in NEWER_NODES if kind in object_info}
+    if here != set(NEWER_NODES):
+        pytest.skip(f"this ComfyUI has no {', '.join(sorted(set(NEWER_NODES) - here))}")
+    for kind in here:
+        recorded, live = NEWER_NODES[kind], json.loads(json.dumps(brief(object_info[kind])))
+        for section, entries in recorded["input"].items():
+            for name, (declared, _) in entries.items():
+                kind_here = live["input"][section][name][0]
+                assert isinstance(declared, list) or kind_here == declared, (kind, name)
+        assert live["output"][: len(recorded["output"])] == recorded["output"]
+
+
+@every_workflow
 def test_the_server_accepts_it_but_for_missing_models(path, server, object_info):
+    lacking = absent(load_workflow(path), object_info)
+    if lacking:
+        pytest.skip(f"this ComfyUI has no {', '.join(sorted(lacking))}: see the recorded nodes")
     graph = to_graph(load_workflow(path), object_info)
     for node in graph.values():
         if "steps" in node["inputs"]:
@@ -108,8 +163,9 @@ def test_the_server_accepts_it_but_for_missing_models(path, server, object_info)
 
 
 @every_workflow
-def test_liteattention_is_the_last_before_each_sampler(path, object_info):
-    graph = to_graph(load_workflow(path), object_info)
+def test_liteattention_is_the_last_before_each_sampler(path, nodes_of):
+    workflow = load_workflow(path)
+    graph = to_graph(workflow, nodes_of(workflow))
     patches = {i for i, node in graph.items() if node["class_type"] == PATCH}
     reports = [node["inputs"] for node in graph.values() if node["class_type"] == REPORT]
     by_model = {}
@@ -138,13 +194,15 @@ def test_runs_can_be_compared(path):
 
 
 @pytest.mark.skipif(
-    version("comfyui-workflow-templates") != TEMPLATES, reason="other templates are installed"
+    version("comfyui-workflow-templates") not in {r.made_from for r in make_workflows.RECIPES},
+    reason="other templates are installed",
 )
 def test_they_are_what_the_script_writes(monkeypatch):
     """Nobody mended a file by hand: the next run of the script would lose that."""
     monkeypatch.setattr(make_workflows, "save", lambda name, made: written.update({name: made}))
     written = {}
     make_workflows.main()
+    assert len(written) > 1
     for name, made in written.items():
         assert made == load_workflow(REPOSITORY / "workflows" / f"{name}.json"), name
 
@@ -165,3 +223,60 @@ def test_the_template_browser_lists_and_serves_them(server):
     for path in FILES:
         served = server.get(f"/api/workflow_templates/liteattention/{path.name}")
         assert served == load_workflow(path)
+
+
+def folded():
+    """A node before and one after a subgraph of two, which hands its input to the second, too."""
+
+    def node(number, kind, inputs=(), outputs=()):
+        return {
+            "id": number,
+            "type": kind,
+            "inputs": [{"name": name, "link": None} for name in inputs],
+            "outputs": [{"name": name} for name in outputs],
+            "widgets_values": [kind],
+        }
+
+    def link(number, origin, output, target, entry):
+        ends = {"origin_id": origin, "origin_slot": output}
+        return ends | {"id": number, "target_id": target, "target_slot": entry}
+
+    inside = {
+        "id": "folded",
+        "name": "Folded",
+        "inputs": [{"name": "width"}, {"name": "model"}],
+        "nodes": [node(1, "A", ["model"], ["x"]), node(2, "B", ["x", "model"], ["video"])],
+        "links": [
+            link(1, -10, 1, 1, 0),
+            link(2, 1, 0, 2, 0),
+            link(3, -10, 1, 2, 1),
+            link(4, 2, 0, -20, 0),
+        ],
+    }
+    outer = [
+        node(1, "Load", (), ["model"]),
+        node(2, "folded", ["model"], ["video"]) | {"widgets_values": ["A"]},
+        node(3, "Save", ["video"]),
+    ]
+    links = [[1, 1, 0, 2, 0, "MODEL"], [2, 2, 0, 3, 0, "VIDEO"]]
+    return {"nodes": outer, "links": links, "definitions": {"subgraphs": [inside]}}
+
+
+def test_a_subgraph_is_unfolded():
+    flat = unfold(folded())
+    names = {node["id"]: node["type"] for node in flat["nodes"]}
+    assert sorted(names.values()) == ["A", "B", "Load", "Save"]
+    links = {(names[o], slot, names[t], entry) for _, o, slot, t, entry, _ in flat["links"]}
+    assert links == {
+        ("Load", 0, "A", 0),
+        ("A", 0, "B", 0),
+        ("Load", 0, "B", 1),
+        ("B", 0, "Save", 0),
+    }
+
+
+def test_a_value_that_is_only_outside_of_a_subgraph_is_refused():
+    workflow = folded()
+    workflow["nodes"][1]["widgets_values"] = ["another"]
+    with pytest.raises(ValueError, match="'another' is set outside"):
+        unfold(workflow)

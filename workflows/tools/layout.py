@@ -59,6 +59,8 @@ def _file_node(
         "mode": node.get("mode", 0),
         "inputs": [
             {"name": entry["name"], "type": entry["type"], "link": ends_in.get(k)}
+            # The place where a value can come from another node, in place of its widget.
+            | ({"widget": entry["widget"]} if "widget" in entry else {})
             for k, entry in enumerate(node["inputs"])
         ],
         "outputs": [
@@ -122,7 +124,12 @@ def _has(node: Node, kinds: set[str]) -> bool:
 
 
 #: Pixels, where the templates leave much room.
-HEIGHTS = {"SaveVideo": 450, "KSamplerAdvanced": 334, "SamplerCustomAdvanced": 126}
+HEIGHTS = {
+    "SaveVideo": 450,
+    "KSampler": 262,
+    "KSamplerAdvanced": 334,
+    "SamplerCustomAdvanced": 126,
+}
 
 
 def _height(node: Node) -> int:

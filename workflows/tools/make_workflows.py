@@ -3,20 +3,23 @@
     python -m workflows.tools.make_workflows
 
 The templates are read from the installed ``comfyui-workflow-templates`` (MIT licence), the A/B
-workflow from ``liteattention_demo.json``. The same input gives the same files: a new version of the
-templates is taken by running this again. Thumbnails are screenshots, made apart.
+workflow from ``liteattention_demo.json``. The same input gives the same files: only the workflows
+made from the installed version of the templates are written. Thumbnails are screenshots, made
+apart.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .canvas import Canvas, Link, Node, read, samplers
 from .layout import to_file
 from .nodes import GREEN, RED, colours, compare_node, note_node, patch_node, report_node
+from .subgraphs import unfold
 
 FOLDER = Path(__file__).resolve().parent.parent
 
@@ -36,7 +39,8 @@ CLOSER = "The camera moves closer slowly and steadily, light moves over the scen
 
 @dataclass(frozen=True)
 class Recipe:
-    """``widgets``: the first widget value of the nodes with this title or of this type."""
+    """``widgets``: the first widget value of the nodes with this title or of this type.
+    ``made_from``: the version of the templates."""
 
     name: str
     template: str
@@ -44,8 +48,10 @@ class Recipe:
     widgets: dict[str, str] = field(default_factory=dict)
     advice: tuple[str, ...] = ()
     compare: bool = False
+    made_from: str = "0.7.25"
 
 
+NEWER = "0.11.97"
 FEW_STEPS = (
     "**Two experts**: each has a LiteAttention of its own; give both the same preset, and "
     "bypass both to compare. With a 4-step LoRA each of them has two steps, and the first step "
@@ -104,17 +110,38 @@ RECIPES = (
         ("**Prompts** for this model should be long and detailed.",),
     ),
     Recipe("mochi_t2v", "mochi_text_to_video_example", "Mochi text to video", T2V),
+    Recipe(
+        "kandinsky5_t2v",
+        "video_kandinsky5_t2v",
+        "Kandinsky 5 text to video",
+        T2V,
+        made_from=NEWER,
+    ),
+    Recipe(
+        "ltx2_t2v",
+        "video_ltx2_t2v",
+        "LTX-2 text to video with sound",
+        T2V,
+        (
+            "**Two passes**: the second one makes the small video of the first one large. It has "
+            "only three steps, and the first of them computes everything: there is little to gain.",
+            "**Sound** has an attention of its own, which stays as it is.",
+        ),
+        made_from=NEWER,
+    ),
 )
 
 
 def main() -> None:
+    installed = version("comfyui-workflow-templates")
     for recipe in RECIPES:
-        save(f"liteattention_{recipe.name}", from_template(recipe))
+        if recipe.made_from == installed:
+            save(f"liteattention_{recipe.name}", from_template(recipe))
     save("liteattention_demo_ab", from_demo())
 
 
 def from_template(recipe: Recipe) -> dict[str, Any]:
-    canvas = with_liteattention(simplest_branch(read(template(recipe.template))))
+    canvas = with_liteattention(simplest_branch(read(unfold(template(recipe.template)))))
     canvas = replace(
         canvas, nodes={i: _dressed(node, i, canvas, recipe) for i, node in canvas.nodes.items()}
     )
@@ -148,7 +175,7 @@ def _without_bypassed(canvas: Canvas) -> Canvas:
     """Nodes that only pass their first input on are left out; a bypassed image loader stays."""
     for i, node in canvas.nodes.items():
         before = next(canvas.into(i), None)
-        if node.get("mode") == BYPASSED and before:
+        if (node.get("mode") == BYPASSED or node["type"] == "Reroute") and before:
             links = (
                 link._replace(origin=before.origin, output=before.output)
                 if link.origin == i
@@ -167,7 +194,7 @@ def with_liteattention(canvas: Canvas) -> Canvas:
         (model,) = canvas.into(guider.origin if guider else sampler, "model")
         patch = max(canvas.nodes) + 1
         report = patch + 1
-        of = _expert(canvas, model.origin) if len(samplers(canvas)) > 1 else ""
+        of = _part(canvas, sampler, model.origin)
         nodes = {patch: patch_node(of), report: report_node(of)}
         moved = {model: model._replace(origin=patch, output=0)}
         moved |= {
@@ -185,10 +212,16 @@ def with_liteattention(canvas: Canvas) -> Canvas:
     return canvas
 
 
-def _expert(canvas: Canvas, model: int) -> str:
-    """``high noise`` or ``low noise``, from the name of the file."""
+def _part(canvas: Canvas, sampler: int, model: int) -> str:
+    """What tells a sampler from the others: the expert, by the name of the file, or the pass."""
+    order = samplers(canvas)
+    if len(order) < 2:
+        return ""
     files = " ".join(str(canvas.nodes[i].get("widgets_values")) for i in canvas.ancestors(model))
-    return "high noise" if "high_noise" in files else "low noise"
+    for expert in ("high_noise", "low_noise"):
+        if expert in files:
+            return expert.replace("_", " ")
+    return ("first pass", "second pass")[order.index(sampler)]
 
 
 def _dressed(node: Node, i: int, canvas: Canvas, recipe: Recipe) -> Node:
@@ -203,7 +236,8 @@ def _dressed(node: Node, i: int, canvas: Canvas, recipe: Recipe) -> Node:
         node |= {"title": "Negative prompt" if negative else "Prompt"}
         node |= colours(RED if negative else GREEN)
     elif node["type"].startswith("Empty") or "ImageToVideo" in node["type"]:
-        node["title"] = "Video size"
+        if not any(canvas.into(i, "width")):
+            node["title"] = "Video size"
     values = list(node.get("widgets_values") or [])
     for k, value in enumerate(values):
         if value == "randomize":
