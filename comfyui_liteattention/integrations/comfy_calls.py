@@ -167,22 +167,44 @@ def _attend(
     streams, video = forward.streams, forward.form.video
     if kept is None:
         return run.attend(layer, streams, forward.progress, q, k, v, scale, video, dense)
-    bare = dict(passed, mask=None, skip_reshape=True, skip_output_reshape=True)
-    if len(kept) == 1:
-        groups = [(streams, kept[0], q, k, v, dense)]
-    else:
+    unmasked = dict(passed, mask=None, skip_reshape=True, skip_output_reshape=True)
+
+    def bare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return user(q, k, v, heads, **unmasked)
+
+    return _attend_kept(forward, layer, kept, q, k, v, scale, dense, bare)
+
+
+def _attend_kept(
+    forward: Forward,
+    layer: str,
+    kept: list[Kept],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dense: User,
+    bare: User,
+) -> Tensor | None:
+    """Attention to the tokens that count: of all streams at once where these are the same ones for
+    all. ``bare`` is the user's attention without a mask."""
+    groups: list[tuple[Any, ...]] = [(forward.streams, kept[0], q, k, v, dense)]
+    if len(kept) > 1:
         chunks = (t.chunk(len(kept)) for t in (q, k, v))
-        groups = [([s], *rest, None) for s, *rest in zip(streams, kept, *chunks, strict=True)]
-    parts = []
-    for some, places, qs, ks, vs, timed in groups:
-        rest, (qs, ks, vs) = qs[:, :, places.hidden], (t[:, :, places.tokens] for t in (qs, ks, vs))
-        out = run.attend(layer, some, forward.progress, qs, ks, vs, scale, places.video, timed)
+        parts = zip(forward.streams, kept, *chunks, strict=True)
+        groups = [([stream], *rest, None) for stream, *rest in parts]
+    outs = []
+    for streams, one, qs, ks, vs, timed in groups:
+        hidden = qs[:, :, one.hidden]
+        qs, ks, vs = (t[:, :, one.tokens] for t in (qs, ks, vs))
+        progress = forward.progress
+        out = forward.run.attend(layer, streams, progress, qs, ks, vs, scale, one.video, timed)
         if out is None:
             return None
-        if rest.shape[2]:  # no token that counts ever sees what these get
-            out = places.join(out, user(rest, ks, vs, heads, **bare))
-        parts.append(out)
-    return torch.cat(parts)
+        if hidden.shape[2]:  # no token that counts ever sees what these get
+            out = one.join(out, bare(hidden, ks, vs))
+        outs.append(out)
+    return torch.cat(outs)
 
 
 def _ineligible(form: FormOrReason, passed: Mapping[str, Any]) -> str | None:

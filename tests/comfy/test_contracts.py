@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as attention
 
 HEADS, SIZE = 2, 64
 
@@ -73,7 +74,7 @@ def never(*args, **kwargs):
 
 def expected(q, k, v):
     split = [t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v)]
-    return torch.nn.functional.scaled_dot_product_attention(*split)
+    return attention(*split)
 
 
 @pytest.mark.parametrize("call", VERSIONS)
@@ -117,6 +118,47 @@ def test_what_a_model_forbids_is_declined_untouched(setup, flags, reason):
     assert call_plain(override, func, q, k, v, transformer_options={}, **flags) == "dense"
     assert all(got[name] is value for name, value in flags.items())
     assert any(reason in r for r in run.finish().reasons)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_text_padding_is_left_out(comfy, split, rows):
+    """Both conditionings hide the same text, or each its own; the answer is the masked one."""
+    from comfyui_liteattention.backends import backend_for
+    from comfyui_liteattention.integrations.comfy_calls import Forward
+    from comfyui_liteattention.integrations.comfy_override import override
+    from comfyui_liteattention.integrations.models import Form
+    from comfyui_liteattention.order import VideoTokens
+    from comfyui_liteattention.run import Run
+    from comfyui_liteattention.settings import Settings
+
+    settings = Settings(min_tokens=0, never_slower=False)
+    run = Run(settings, backend_for(torch.device("cpu")), [1.0, 0.5, 0.0])
+    form = Form(frozenset({200}), VideoTokens((4, 5, 8), 40))  # 40 tokens of text before it
+    forward = Forward(run, run.locate(1.0), ["cond", "uncond"], form)
+    mask = torch.zeros(rows, 1, 200)
+    mask[0, :, 30:40] = mask[-1, :, 5:40] = torch.finfo(mask.dtype).min
+    heads = torch.randn(3, 2, HEADS, 200, SIZE)
+    want = attention(*heads, attn_mask=mask.unsqueeze(1))
+    joined = heads.transpose(2, 3).flatten(3)
+    asked = []
+
+    def user(q, k, v, heads, mask=None, **kwargs):
+        """For the rows that are hidden."""
+        assert mask is None and kwargs["skip_reshape"] and kwargs["skip_output_reshape"]
+        asked.append(q.shape[2])
+        return attention(q, k, v)
+
+    given = {"skip_reshape": split, "skip_output_reshape": split, "mask": mask}
+    with forward.entered():
+        q, k, v = heads if split else joined
+        out = call_plain(partial(override, None), user, q, k, v, transformer_options={}, **given)
+    torch.testing.assert_close(out, want if split else want.transpose(1, 2).flatten(2))
+    assert asked == ([35] if rows == 1 else [10, 35])
+    assert {(call.stream, call.tokens) for call in run.finish().calls} == {
+        ("cond", 200 - asked[0]),
+        ("uncond", 200 - asked[-1]),
+    }
 
 
 def test_the_models_own_layer_index_is_used(setup):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import verified
 from packaging.version import parse
 from tiny_comfy import (
     CASES,
@@ -27,7 +28,6 @@ from comfyui_liteattention.integrations.models import ModelCall, describe_call
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape
-from demo.comfy_server import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -289,11 +289,13 @@ def test_a_model_that_passes_no_call_on_is_said_to(build):
 
 
 def test_the_documentation_says_what_is_tested():
-    table = {
-        cells[0]: cells[2:]
-        for line in (REPOSITORY / "docs" / "models.md").read_text().splitlines()
-        if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 4
-    }
-    for case in CASES:
-        assert table[case.name] == ["yes" if case.since == "0.3.75" else "-", "yes"]
-    assert len(table) == len(CASES) + 2  # the head and the line below it
+    """Its table holds what was recorded, for every model; and nothing is recorded but the tests."""
+    table = verified.rows(verified.TABLE.read_text())
+    assert set(table) == {case.name for case in CASES}
+    for name, (cells, _) in table.items():
+        assert cells[1:] == verified.cells(name)
+    for recorded, passed in verified.records().items():
+        known = [case for case in CASES if parse(case.since) <= parse(recorded)]
+        assert passed == {case.name: "CDS" if case.name in SAMPLED else "DS" for case in known}, (
+            f"run `python tests/tiny/verified.py record` with ComfyUI {recorded}"
+        )
