@@ -31,7 +31,7 @@ from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileLists
 from demo.model import LATENT_SHAPE
 
-BUDGETS = (0.002, 0.01, 0.03)
+BUDGETS = (0.002, 0.01, 0.03, 0.1)
 
 
 class ShadowedBackend(CpuBackend):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from .settings import Settings
 
 PRESETS: dict[str, Settings] = {
-    "Safe": Settings(budget=0.002),
-    "Balanced": Settings(budget=0.01),
-    "Fast": Settings(budget=0.03),
+    "Safe": Settings(budget=0.01),
+    "Balanced": Settings(budget=0.03),
+    "Fast": Settings(budget=0.1),
 }
 DEFAULT = "Balanced"
 

@@ -32,7 +32,7 @@ class LiteAttentionBudget(io.ComfyNode):
                     step=0.0005,
                     round=0.0001,
                     tooltip="Fraction of the attention weight that may be lost, on average over "
-                    "the run. 0.002: closest to the original (Safe). 0.01: Balanced. 0.03: Fast.",
+                    "the run. 0.01: closest to the original (Safe). 0.03: Balanced. 0.1: Fast.",
                 ),
                 io.Float.Input(
                     "ramp",

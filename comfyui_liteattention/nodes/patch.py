@@ -35,7 +35,7 @@ class LiteAttentionPatch(io.ComfyNode):
                     options=list(PRESETS),
                     default=DEFAULT,
                     tooltip="How much of the attention may be lost; it is measured while sampling. "
-                    "Safe 0.2 %: closest to the original. Balanced 1 %: start here. Fast 3 %: most "
+                    "Safe 1 %: closest to the original. Balanced 3 %: start here. Fast 10 %: most "
                     "skipped. Ignored when a control is connected.",
                 ),
                 Control.Input(

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from comfy_api.latest import io
 
+from ..backends.base import Qk
 from ..order import TokenOrder
 from ..settings import Settings, parse_layers
 
@@ -60,6 +61,21 @@ def where_inputs() -> list[io.Input]:
             optional=True,
             tooltip="Times the first layers both ways, and switches LiteAttention off for the run "
             "where your own attention is faster.",
+        ),
+        io.Boolean.Input(
+            "tail",
+            default=DEFAULTS.tail,
+            optional=True,
+            tooltip="Skipped tiles still contribute their mean, as far as the audit finds that "
+            "this helps. Closer to the original for 2 % more work.",
+        ),
+        io.Combo.Input(
+            "qk",
+            options=list(get_args(Qk)),
+            default=DEFAULTS.qk,
+            optional=True,
+            tooltip="How a graphics card multiplies queries and keys. int8: meant to be faster on "
+            "RTX cards, and less precise; experimental, no card has timed it yet.",
         ),
     ]
 
