@@ -10,7 +10,7 @@ Graph = dict[str, dict[str, Any]]
 
 BYPASSED, MUTED = 4, 2
 MISSING = object()
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 NOT_EXECUTED = {"Note", "MarkdownNote"}
 
 

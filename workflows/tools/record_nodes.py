@@ -51,8 +51,11 @@ def brief(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _brief_input(declared: list[Any]) -> list[Any]:
-    kind, options = declared[0], declared[1] if len(declared) > 1 else {}
-    return [kind, {key: options[key] for key in OPTIONS if key in options}]
+    kind, found = declared[0], declared[1] if len(declared) > 1 else {}
+    kept = {key: found[key] for key in OPTIONS if key in found}
+    if "options" in kept:  # those of a dynamic combo bring inputs of their own
+        kept["options"] = [o["key"] if isinstance(o, dict) else o for o in kept["options"]]
+    return [kind, kept]
 
 
 def _get(url: str) -> Any:
