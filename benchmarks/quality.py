@@ -38,7 +38,7 @@ CASES = (
     Case("white cross moving down-left and yellow circle moving left", 23),
 )
 GOALS = (35.0, 40.0)
-BUDGETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
+BUDGETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7)
 THRESHOLDS = (-1.5, -0.5, -0.05)
 
 
