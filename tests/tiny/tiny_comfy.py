@@ -9,7 +9,7 @@ from packaging.version import parse
 
 from demo.comfy_server import comfyui_path
 
-NEWER = parse("0.33")  # the oldest newer version that this was run with
+NEWER = parse("0.19")  # the oldest newer version that this was run with
 
 
 @dataclass
