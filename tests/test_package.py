@@ -41,7 +41,7 @@ def test_the_wheel_holds_the_code_and_the_kernels(wheel):
             assert path.relative_to(ROOT).as_posix() in names
     assert any(name.startswith("comfyui_liteattention/backends/prebuilt/sm_") for name in names)
     assert not any(name.startswith(("tests", "demo", "benchmarks", "kernels")) for name in names)
-    assert sum(info.compress_size for info in wheel.infolist()) < 8 << 20
+    assert sum(info.compress_size for info in wheel.infolist()) < 12 << 20
 
 
 def test_installing_touches_nothing_else():
