@@ -7,7 +7,7 @@ is the same object in every run, so that one graph serves them all.
 
 from __future__ import annotations
 
-import re
+import hashlib
 from functools import partial
 from typing import Any
 
@@ -116,8 +116,9 @@ def _being_recorded(q: Tensor) -> bool:
 
 
 def _operator() -> Any:
-    """Named after this module, of which one process may have two: ComfyUI's pack and a package."""
-    name = re.sub(r"\W", "_", __name__) + "::attend"
+    """Named after this module, of which one process may have two: ComfyUI's pack and a package. The
+    pack's name is its path, in whatever script, and torch takes ASCII alone."""
+    name = f"liteattention_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}::attend"
     operator = torch.library.custom_op(name, _compiled_call, mutates_args=(), schema=SCHEMA)
     operator.register_fake(_shape)
     return operator
