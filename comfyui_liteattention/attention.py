@@ -88,7 +88,7 @@ def attend(
     if live is not None:
         audited = policy.audited_tiles(state.calls, tq, settings.audit)
         lost = _complete(state, backend, result, q, k, v, scale, live, audited, settings)
-        extra = len(audited) * tk + (tq * -(-tk // tile.k) if state.gain else 0)
+        extra = len(audited) * tk + (tq * tk // tile.k if state.gain else 0)
         computed = computed + b * h * extra
 
     bound = None

@@ -38,9 +38,10 @@ WORLD = 2
 #: Seconds until processes that wait for each other are given up.
 PATIENCE = 240
 
-BOLD = {"threshold": -2.0, "min_tokens": 0, "audit": 16, "never_slower": False}
+# So few steps that a steeper ramp would leave nothing to skip.
+BOLD = {"threshold": -2.0, "ramp": 1.0, "min_tokens": 0, "audit": 16, "never_slower": False}
 FULL = BOLD | {"warmup": 1.0}
-BUDGET = {"budget": 0.003, "min_tokens": 0, "audit": 4, "never_slower": False}
+BUDGET = {"budget": 0.003, "ramp": 1.0, "min_tokens": 0, "audit": 4, "never_slower": False}
 #: What is sampled in each mode, by name.
 CHOICES = {
     "full": FULL,
