@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..merge import merge
 from ..tiles import PART, TileShape, unpack
 from .base import Attended
 
@@ -81,8 +82,8 @@ def add_skipped(
     """Add what the skipped tiles contribute to ``kept.out`` in place, ``factor [B, H]`` times.
 
     ``live [B, H, Tq, ceil(Tk/32)]`` int32: bits of the tiles in ``kept``. With ``t`` and ``M`` the
-    output and LSE of the skipped part, ``out`` becomes ``out + g (t - out)``, ``g = sigmoid(M - LSE
-    + ln factor)``. Rows without a skipped tile stay what they are, bit for bit.
+    output and LSE of the skipped part, that is a merge with ``t`` at ``M + ln factor``. Rows
+    without a skipped tile stay what they are, bit for bit.
     """
     tk = pooled.keys.shape[2]
     step = max(1, PART // (tile.q * tk))  # query tiles at once
@@ -94,6 +95,4 @@ def add_skipped(
             rows = slice(start * tile.q, (start + step) * tile.q)
             out, lse = kept.out[head][:, :, rows], kept.lse[head][:, :, rows]
             part = skipped_part(q[head][:, :, rows], means, scale, some, tile.q)
-            weight = torch.sigmoid(part.lse - lse + factor[head].log().unsqueeze(-1)).unsqueeze(-1)
-            # A weight of 0 adds 0, and so changes no bit.
-            out.add_(part.out.sub_(out).mul_(weight))
+            out.copy_(merge(out, lse, part.out, part.lse + factor[head].log().unsqueeze(-1))[0])
