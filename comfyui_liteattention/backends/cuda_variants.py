@@ -220,8 +220,9 @@ class Variant(NamedTuple):
         return CONFIGS[self.qk].get(arch, {}).get(self.head_dim)
 
 
-class Quantiser(NamedTuple):
-    """A kernel that makes q or k 8 bits wide, before the attention kernel."""
+class Companion(NamedTuple):
+    """A kernel that works beside the attention kernel: makes q or k 8 bits wide before it, or adds
+    what skipped tiles contribute as means after it."""
 
     entry: Entry
     head_dim: int
@@ -236,13 +237,18 @@ class Quantiser(NamedTuple):
         return {"io": self.dtype}
 
     def constants(self, tile: TileShape = TILE) -> dict[str, int | bool]:
-        return {
-            "HEAD_DIM": self.head_dim,
-            "PADDED_DIM": _padded(self.head_dim),
-            "ROWS": tile.k if self.entry == QUANTISE_KEYS else QUERY_ROWS,
+        shape: dict[Entry, dict[str, int | bool]] = {
+            QUANTISE_QUERIES: {"ROWS": QUERY_ROWS},
+            QUANTISE_KEYS: {"ROWS": tile.k},
+            ADD_SKIPPED: {"BM": tile.q, "BN": tile.k, "MEANS": MEANS},
         }
+        padded = _padded(self.head_dim)
+        return {"HEAD_DIM": self.head_dim, "PADDED_DIM": padded} | shape[self.entry]
 
     def config(self, arch: int) -> Config | None:
+        if self.entry == ADD_SKIPPED:
+            # 4 warps at head_dim 64 spill on sm_12x; one pass over a few means needs no speed.
+            return Config(8, 2) if arch in ARCHS else None
         return Config(4, 1) if arch in CONFIGS["int8"] else None
 
 
@@ -268,39 +274,7 @@ class MapKernel(NamedTuple):
         return Config(4, 1) if arch in ARCHS else None
 
 
-class TailKernel(NamedTuple):
-    """The kernel that adds what skipped tiles contribute as means."""
-
-    head_dim: int
-    dtype: str
-
-    @property
-    def name(self) -> str:
-        return f"d{self.head_dim}_{self.dtype}_{self.entry.name}"
-
-    @property
-    def entry(self) -> Entry:
-        return ADD_SKIPPED
-
-    @property
-    def types(self) -> dict[str, str]:
-        return {"io": self.dtype}
-
-    def constants(self, tile: TileShape = TILE) -> dict[str, int | bool]:
-        return {
-            "HEAD_DIM": self.head_dim,
-            "PADDED_DIM": _padded(self.head_dim),
-            "BM": tile.q,
-            "BN": tile.k,
-            "MEANS": MEANS,
-        }
-
-    def config(self, arch: int) -> Config | None:
-        # 4 warps at head_dim 64 spill on sm_12x; one pass over a few means needs no speed.
-        return Config(8, 2) if arch in ARCHS else None
-
-
-#: Tiles whose means one step of that kernel reads.
+#: Tiles whose means are read at once.
 MEANS = 64
 #: Words of a map that one block works on at once.
 MAP_WORDS = 32
@@ -319,10 +293,10 @@ VARIANTS = tuple(
     )
 )
 QUANTISERS = tuple(
-    Quantiser(*x) for x in product((QUANTISE_QUERIES, QUANTISE_KEYS), HEAD_DIMS, DTYPES)
+    Companion(*x) for x in product((QUANTISE_QUERIES, QUANTISE_KEYS), HEAD_DIMS, DTYPES)
 )
 MAP_KERNELS = tuple(MapKernel(*x) for x in product((MARK_TILES, LIST_TILES), (False, True)))
-TAIL_KERNELS = tuple(TailKernel(*x) for x in product(HEAD_DIMS, DTYPES))
+TAIL_KERNELS = tuple(Companion(ADD_SKIPPED, *x) for x in product(HEAD_DIMS, DTYPES))
 KERNELS: tuple[Kernel, ...] = (*VARIANTS, *QUANTISERS, *MAP_KERNELS, *TAIL_KERNELS)
 
 

@@ -12,6 +12,7 @@ from ..tiles import TileLists, TileShape
 from . import qk_int8
 from .base import Attended, Criterion, Qk
 from .cuda_variants import (
+    ADD_SKIPPED,
     HEAD_DIMS,
     POINTER_ALIGNMENT,
     QUANTISE_KEYS,
@@ -19,9 +20,8 @@ from .cuda_variants import (
     QUERY_ROWS,
     STRIDE_ALIGNMENT,
     TILE,
+    Companion,
     Kernel,
-    Quantiser,
-    TailKernel,
     Variant,
 )
 from .pooled import Pooled
@@ -177,7 +177,7 @@ def prepare_skipped(
         *kept.out.stride()[:3],
         *(h, lq, pooled.length, tk, live.shape[3]),
     )
-    return Launch(TailKernel(d, DTYPE_NAMES[q.dtype]), (tq, b * h), arguments)
+    return Launch(Companion(ADD_SKIPPED, d, DTYPE_NAMES[q.dtype]), (tq, b * h), arguments)
 
 
 def _quantise_queries(q: Tensor, mean: Tensor, scale: float) -> tuple[qk_int8.Queries, Launch]:
@@ -187,7 +187,7 @@ def _quantise_queries(q: Tensor, mean: Tensor, scale: float) -> tuple[qk_int8.Qu
         q.new_empty(q.shape, dtype=torch.int8),
         *(q.new_empty(b, h, lq, dtype=torch.float32) for _ in range(2)),
     )
-    kernel = Quantiser(QUANTISE_QUERIES, d, DTYPE_NAMES[q.dtype])
+    kernel = Companion(QUANTISE_QUERIES, d, DTYPE_NAMES[q.dtype])
     arguments: tuple[Argument, ...] = (q, mean, *to, scale, *q.stride()[:3], h, lq)
     return to, Launch(kernel, (-(-lq // QUERY_ROWS), b * h), arguments)
 
@@ -200,7 +200,7 @@ def _quantise_keys(k: Tensor, mean: Tensor, tile: TileShape) -> tuple[qk_int8.Ke
         k.new_empty(k.shape, dtype=torch.int8), k.new_empty(b, h, tk, dtype=torch.float32)
     )
     arguments: tuple[Argument, ...] = (k, mean, *to, *k.stride()[:3], h, lk)
-    kernel = Quantiser(QUANTISE_KEYS, d, DTYPE_NAMES[k.dtype])
+    kernel = Companion(QUANTISE_KEYS, d, DTYPE_NAMES[k.dtype])
     return to, Launch(kernel, (tk, b * h), arguments)
 
 
