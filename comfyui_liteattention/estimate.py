@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 #: Steps to each side whose audits count. ``benchmarks.budget`` reports how often the truth lies
 #: within the interval; with fewer it is needlessly wide, with more the ratio has moved on.
 REACH = 3
 #: 97.5 % points of Student's t distribution with 1, 2, ... degrees of freedom.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45)
+
+K = TypeVar("K", bound=Hashable)
 
 
 class Sample(NamedTuple):
@@ -57,6 +59,23 @@ def mean(parts: Iterable[Interval]) -> Interval:
     """Of several losses, as wide as if they erred together."""
     parts = tuple(parts)
     return Interval(*(sum(values) / len(parts) for values in zip(*parts, strict=True)))
+
+
+def of_layers(cells: Mapping[tuple[str, int], Interval]) -> dict[str, Interval]:
+    """The mean over the steps of each layer."""
+    return _means((layer, interval) for (layer, _), interval in cells.items())
+
+
+def of_steps(cells: Mapping[tuple[str, int], Interval]) -> dict[int, Interval]:
+    """The mean over the layers of each step."""
+    return _means((step, interval) for (_, step), interval in cells.items())
+
+
+def _means(parts: Iterable[tuple[K, Interval]]) -> dict[K, Interval]:
+    groups: dict[K, list[Interval]] = defaultdict(list)
+    for key, interval in parts:
+        groups[key].append(interval)
+    return {key: mean(group) for key, group in groups.items()}
 
 
 def _mean(group: list[Sample]) -> tuple[float, float]:

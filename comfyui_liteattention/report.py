@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from .eligibility import CROSS_ATTENTION
-from .estimate import Interval, Sample, intervals, mean
+from .estimate import Interval, Sample, intervals, of_layers, of_steps
 from .pace import saved_seconds
 
 if TYPE_CHECKING:
@@ -149,22 +149,6 @@ def loss_intervals(report: RunReport) -> dict[tuple[str, int], Interval]:
     )
 
 
-def by_step(cells: Mapping[tuple[str, int], Interval]) -> dict[int, Interval]:
-    """The mean over the layers of each step."""
-    return {
-        step: mean(interval for (_, at), interval in cells.items() if at == step)
-        for step in {step for _, step in cells}
-    }
-
-
-def by_layer(cells: Mapping[tuple[str, int], Interval]) -> dict[str, Interval]:
-    """The mean over the steps of each layer."""
-    return {
-        layer: mean(interval for (of, _), interval in cells.items() if of == layer)
-        for layer in {layer for layer, _ in cells}
-    }
-
-
 def fraction(calls: Iterable[CallStats]) -> float:
     computed, total = tiles(calls)
     return computed / total if total else 1.0
@@ -255,15 +239,15 @@ def text_table(report: RunReport) -> str:
     ]
     if report.calls:
         cells = loss_intervals(report)
-        of_layer, of_step = by_layer(cells), by_step(cells)
+        layers, steps = of_layers(cells), of_steps(cells)
         heading = f"{'computed':>9} {'lost mass':>10}" + (f" {'95 %':>15}" if cells else "")
         lines += ["", f"{'layer':<12} {heading}"]
-        lines += [_row(name, calls, of_layer) for name, calls in by(report.calls, "layer").items()]
+        lines += [_row(name, calls, layers) for name, calls in by(report.calls, "layer").items()]
         dense = report.dense_seconds
         columns = f"{'step':<12} {heading} {'seconds':>8}"
         lines += ["", columns + (f" {'dense, est.':>12}" if dense else "")]
         for step, calls in sorted(by(report.calls, "step").items()):
-            row = _row(step, calls, of_step)
+            row = _row(step, calls, steps)
             for seconds, width in ((report.step_seconds.get(step), 8), (dense.get(step), 12)):
                 row += "" if seconds is None else f" {seconds:{width}.2f}"
             lines.append(row)
@@ -277,7 +261,7 @@ def figures(report: RunReport) -> dict[str, Any]:
     """The report as plain JSON data."""
     dense = report.dense_seconds
     cells = loss_intervals(report)
-    layers, steps = by_layer(cells), by_step(cells)
+    layers, steps = of_layers(cells), of_steps(cells)
     return {
         "active": report.active,
         "status": status_line(report),

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from .canvas import THEMES, Box, Canvas, Colour, Theme, labelled, ticks
-from .estimate import Interval
+from .estimate import Interval, of_steps
 from .report import (
     CallStats,
     MapStats,
     RunReport,
     by,
-    by_step,
     fraction,
     loss_intervals,
     mean_lost,
@@ -88,7 +87,7 @@ def step_chart(report: RunReport, theme: Theme) -> Tensor:
     lost = [_percent(mean_lost(calls)) for calls in groups.values()]
     worst = [_percent(_worst_layer(calls)) for calls in groups.values()]
     allowed = [100 * report.allowed[step] for step in steps if step < len(report.allowed)]
-    intervals = by_step(loss_intervals(report))
+    intervals = of_steps(loss_intervals(report))
     doubt = [intervals.get(step) for step in steps]
     seconds = [report.step_seconds.get(step) for step in steps]
     dense = [report.dense_seconds.get(step) for step in steps]

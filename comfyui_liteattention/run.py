@@ -218,14 +218,13 @@ class Run:
         """One line about the step that just ended, for people who are waiting."""
         with self._lock:
             calls = [_resolve(call) for call in self._calls if call.step == step]
-        if self._stopped is not None or not calls:
             if self._stopped is not None:
                 return f"inactive: {in_short(self._stopped)}"
-            return f"inactive: {next(iter(self.reasons), 'nothing to skip yet')}"
-        lost = mean_lost(calls)
-        with self._lock:
+            if not calls:
+                return f"inactive: {next(iter(self.reasons), 'nothing to skip yet')}"
             self._pace.count(step, sum(c.computed for c in calls), sum(c.total for c in calls))
             saved = self._pace.saved
+        lost = mean_lost(calls)
         return (
             f"step {step + 1}/{max(len(self.sigmas) - 1, 1)}: "
             f"{1 - fraction(calls):.0%} skipped"
@@ -270,9 +269,9 @@ class Run:
         if self.settings.budget is None or self._model is None:
             return None
         audits = (
-            Audit(call.layer, call.position, float(call.tally.lost), float(call.tally.bound))
-            for call in self._calls
-            if call.tally.lost is not None and call.tally.bound is not None
+            Audit(call.layer, call.position, stats.lost, stats.bound)
+            for call, stats in zip(self._calls, report.calls, strict=True)
+            if stats.lost is not None and stats.bound is not None
         )
         return make(audits, report, self._model, self.settings.budget, self.settings.ramp)
 
