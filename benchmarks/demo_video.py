@@ -34,6 +34,13 @@ class Case(NamedTuple):
     steps: int = 20
 
 
+#: What things are tuned on.
+DEVELOPMENT = (
+    Case("red circle moving right and blue square moving up", 7),
+    Case("white cross moving down-left and yellow circle moving left", 23),
+    Case("green triangle moving up", 31),
+    Case("cyan square moving left and orange circle moving right", 47),
+)
 #: Never looked at while anything was tuned.
 HELD_OUT = (
     Case("yellow square moving left", 101),

@@ -21,17 +21,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.demo_video import Case, DemoVideos
+from benchmarks.demo_video import DEVELOPMENT, DemoVideos
 from benchmarks.timing import describe_machine
 from comfyui_liteattention.compare import compare
 from comfyui_liteattention.settings import Settings
 
-CASES = (
-    Case("red circle moving right and blue square moving up", 7),
-    Case("white cross moving down-left and yellow circle moving left", 23),
-    Case("green triangle moving up", 31),
-    Case("cyan square moving left and orange circle moving right", 47),
-)
 BUDGETS = (0.01, 0.1, 0.3, 0.6)
 #: A run below this is one that drifted.
 CLOSE = 35.0  # dB
@@ -45,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     videos = DemoVideos()
     rows = []
-    for case in tqdm([case._replace(steps=options.steps) for case in CASES]):
+    for case in tqdm([case._replace(steps=options.steps) for case in DEVELOPMENT]):
         with predicted_noise(videos.pipe) as noise:
             dense = videos.dense(case).video
             rows.append({"seed": case.seed, "budget": 0.0, "psnr_db": None} | distances(noise))

@@ -91,7 +91,9 @@ def test_the_true_loss_stays_within_the_budget(allowed, sharpness):
     steps, tokens = 20, 512
     backend = Truth()
     sigmas = [1 - t / steps for t in range(steps + 1)]
-    run = Run(Settings(budget=allowed, audit=16, min_tokens=0), backend, sigmas)
+    # The tail would cost 1 in 16 at tiles as small as these.
+    settings = Settings(budget=allowed, audit=16, min_tokens=0, tail=False)
+    run = Run(settings, backend, sigmas)
     generator = torch.Generator().manual_seed(0)
     angle = torch.linspace(0, math.pi, tokens).unsqueeze(-1) * torch.arange(1, 17)
     place = torch.cat([angle.cos(), angle.sin()], -1)
@@ -109,4 +111,4 @@ def test_the_true_loss_stays_within_the_budget(allowed, sharpness):
     report = run.finish()
     truth = sum(backend.lost) / steps
     assert 0.3 * allowed < truth <= allowed
-    assert report.computed_fraction < 0.85
+    assert report.computed_fraction < 0.75

@@ -67,7 +67,7 @@ def where_inputs() -> list[io.Input]:
             default=DEFAULTS.tail,
             optional=True,
             tooltip="Skipped tiles still contribute their mean, as far as the audit finds that "
-            "this helps. Closer to the original for 2 % more work.",
+            "this helps: closer to the original, for a little more work.",
         ),
         io.Combo.Input(
             "qk",
