@@ -409,6 +409,22 @@ def test_torch_compile_sees_one_op(folder, library):
     assert library.launches == []
 
 
+def test_torch_compile_sees_the_tail_as_one_op_too(folder, library):
+    backend = cuda.CudaBackend(launcher=cuda.Launcher(Prebuilt(folder), Driver(library)))
+    q, k, v = (x.to("meta") for x in draw(lq=330))
+    bits = torch.zeros(1, 2, 3, 1, dtype=torch.int32, device="meta")
+    factor, pooled = torch.ones(1, 2, device="meta"), pool(k, v, TILE.k)
+
+    def layer(q, k, v):
+        kept = backend.forward(q, k, v, 0.125)
+        backend.add_skipped(kept, q, pooled, 0.125, bits, factor)
+        return kept.out * 2
+
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert compiled(q, k, v).shape == q.shape
+    assert library.launches == []
+
+
 # ---- the table ----------------------------------------------------------------------------------
 
 
