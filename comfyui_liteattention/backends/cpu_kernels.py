@@ -4,7 +4,8 @@ All functions see one head. ``T = 64`` rows make a tile and ``W = 16`` floats a 
 width of one vector of the matrix kernel. Workspaces are float32 and laid out for that kernel:
 
 * queries  ``[T/W, D, W]``: one query tile, transposed, so that a vector holds W rows;
-* keys     ``[Tk, T, D]``: the last key again behind ``Lk``, which changes no maximum;
+* keys     ``[Tk, T, D]``: the last key again behind ``Lk``, which changes no maximum; inside a tile
+  in panels of BLOCK keys, each transposed, so that the matrix kernel reads straight on;
 * values   ``[Tk, Dp/W, T, W]`` with ``Dp`` = D rounded up to W: zeros behind ``Lk`` and D;
 * scores   ``[T keys, T rows]``: transposed too, so that the softmax of W rows needs no reduction
   inside a vector.
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -32,8 +33,9 @@ Raw = NDArray[Any]  # float32, or 16-bit floats as their bits: see _widen
 TILE = 64
 LANES = 16
 GROUPS = TILE // LANES
-# 6 rows x 16 lanes is what 16 AVX registers hold: 12 sums, 2 vectors of B and a broadcast of A.
-BLOCK = 6
+# Rows of sums that the registers hold. AVX2 has 16 of 8 lanes: 12 sums, 2 vectors of B, a broadcast
+# of A. AVX-512 has 32 of 16 lanes, and it takes more than 6 sums to keep both its multipliers busy.
+BLOCK = 16 if binding.get_host_cpu_features().get("avx512f") else 6
 BLOCK_END = TILE // BLOCK * BLOCK
 BLOCK_REST = TILE - BLOCK_END
 UNROLL = 4
@@ -250,10 +252,13 @@ def pack(k: Raw, v: Raw, start: int, stop: int, keys: Floats, values: Floats) ->
     lk, d = k.shape
     groups = values.shape[1]
     for tile in range(start, stop):
+        panels = keys[tile].reshape(TILE * d)
         for r in range(TILE):
             row = tile * TILE + r
+            panel = r // BLOCK * BLOCK
+            width = min(BLOCK, TILE - panel)
             for j in range(d):
-                keys[tile, r, j] = _widen(k[min(row, lk - 1), j])
+                panels[panel * d + j * width + r - panel] = _widen(k[min(row, lk - 1), j])
             if row < lk:
                 for g in range(groups):
                     for w in range(LANES):
@@ -278,10 +283,11 @@ def _scores(keys: Floats, tile: int, queries: Floats, s: Floats, peak: Floats) -
         top = peak[g * LANES : (g + 1) * LANES]
         for r in range(0, BLOCK_END, BLOCK):
             k_at = (tile * TILE + r) * d
-            _multiply(s, r * TILE + s_at, TILE, keys, k_at, d, 1, queries, q_at, d, BLOCK, top)
+            _multiply(s, r * TILE + s_at, TILE, keys, k_at, 1, BLOCK, queries, q_at, d, BLOCK, top)
         r = BLOCK_END
         k_at = (tile * TILE + r) * d
-        _multiply(s, r * TILE + s_at, TILE, keys, k_at, d, 1, queries, q_at, d, BLOCK_REST, top)
+        s_at += r * TILE
+        _multiply(s, s_at, TILE, keys, k_at, 1, BLOCK_REST, queries, q_at, d, BLOCK_REST, top)
 
 
 @compiled
@@ -301,21 +307,18 @@ def _add_values(s: Floats, values: Floats, tile: int, o: Floats) -> None:
 @compiled
 def _softmax(
     s: Floats, n: int, m: Floats, total: Floats, alpha: Floats, peak: Floats, part: Floats
-) -> bool:
+) -> None:
     """One step of the online softmax over the first ``n`` keys of ``s [T keys, T rows]``.
 
     ``s`` becomes ``2^(s - m)``, zero behind ``n``. All others are ``[T rows]``: ``m`` and ``total``
     are the running maximum and sum, ``alpha`` the factor for what was summed before, ``peak`` (only
-    read) and ``part`` this tile's maximum and its sum relative to the new ``m``. Returns whether
-    any alpha differs from 1.
+    read) and ``part`` this tile's maximum and its sum relative to the new ``m``.
     """
-    moved = False
     for r in range(TILE):
         top = peak[r] if peak[r] > m[r] else m[r]
         alpha[r] = _exp2(m[r] - top)
         m[r] = top
         part[r] = ZERO
-        moved |= alpha[r] != ONE
     for key in range(n):
         for r in range(TILE):
             p = _exp2(s[key, r] - m[r])
@@ -326,7 +329,15 @@ def _softmax(
             s[key, r] = ZERO
     for r in range(TILE):
         total[r] = total[r] * alpha[r] + part[r]
-    return moved
+
+
+@compiled
+def _scale_rows(o: Floats, alpha: Floats) -> None:
+    """Rows of ``o [T, Dp]`` times ``alpha [T]``. After a few tiles few rows' maxima still move."""
+    for r in range(TILE):
+        if alpha[r] != ONE:
+            for d in range(o.shape[1]):
+                o[r, d] *= alpha[r]
 
 
 @compiled
@@ -419,15 +430,109 @@ def attend(
             slot = visit if criterion else 0
             peak, top, part = visits[0, slot], visits[1, slot], visits[2, slot]
             _scores(keys, j, queries, s, peak)
-            moved = _softmax(s, min(TILE, lk - j * TILE), m, total, alpha, peak, part)
+            _softmax(s, min(TILE, lk - j * TILE), m, total, alpha, peak, part)
             top[:] = m
-            if moved:
-                for r in range(TILE):
-                    for d in range(o.shape[1]):
-                        o[r, d] *= alpha[r]
+            _scale_rows(o, alpha)
             _add_values(s, values, j, o)
         _write_rows(o, m, total, count, tile, out, lse)
         if criterion:
             rows = min(TILE, q.shape[0] - tile * TILE)
             peak, top, part = visits[0], visits[1], visits[2]
             _write_scores(row, count, rows, criterion, m, total, peak, top, part, score[tile])
+
+
+# --- what skipped tiles contribute ----------------------------------------------------------------
+
+
+@compiled
+def _all_live(live: Ints, first: int, n: int) -> bool:
+    """Whether bits ``live [words]`` say so of the tiles ``first`` to ``first + n``."""
+    for tile in range(first, first + n):
+        if not live[tile >> 5] >> (tile & 31) & 1:
+            return False
+    return True
+
+
+@compiled
+def _score_means(
+    live: Ints, first: int, n: int, log_count: Floats, s: Floats, peak: Floats
+) -> None:
+    """Scores ``s [T means, T rows]`` of the mean keys of the tiles ``first`` to ``first + n`` -> of
+    the tiles: plus ``log_count [Tk]``, or ``-inf`` for tiles in ``live [words]``. Their maxima over
+    the means -> ``peak``, in which a NaN counts as nothing.
+    """
+    peak[:] = MINUS_INF
+    for mean in range(n):
+        tile = first + mean
+        if live[tile >> 5] >> (tile & 31) & 1:
+            s[mean, :] = MINUS_INF
+            continue
+        for r in range(TILE):
+            x = s[mean, r] + log_count[tile]
+            s[mean, r] = x
+            peak[r] = x if x > peak[r] else peak[r]
+
+
+@compiled
+def _merge_rows(
+    o: Floats, m: Floats, total: Floats, gain: float, tile: int, out: Raw, lse: Floats
+) -> None:
+    """Rows of ``out [Lq, D]`` with their natural ``lse [Lq]`` -> merged with ``gain`` times another
+    part: its sums ``o [T, Dp]`` and ``total [T]``, relative to ``m [T]`` in log2 units.
+    """
+    lq, d = out.shape
+    for r in range(min(TILE, lq - tile * TILE)):
+        row = tile * TILE + r
+        ahead = LN2 * (m[r] + math.log2(total[r] * gain)) - lse[row]
+        weight = np.float32(1 / (1 + math.exp(-ahead)))
+        inverse = ONE / total[r]
+        for j in range(d):
+            x = _widen(out[row, j])
+            out[row, j] = _narrow(x + weight * (o[r, j] * inverse - x), out[row, j])
+
+
+@compiled
+def add_skipped(
+    q: Raw,
+    keys: Floats,
+    values: Floats,
+    log_count: Floats,
+    live: Ints,
+    start: int,
+    stop: int,
+    factor: float,
+    gain: float,
+    out: Raw,
+    lse: Floats,
+    work: tuple[Floats, Floats, Floats, Floats, Floats],
+) -> None:
+    """Add to ``out`` what the skipped tiles contribute as means, ``gain`` times: query tiles
+    ``[start, stop)`` of one head.
+
+    As :func:`attend`, with a mean in place of each key tile: ``keys, values`` are their means from
+    :func:`pack`, ``log_count [Tk]`` the log2 of how many keys each stands for, ``live [Tq, words]``
+    the bits of the tiles in ``out``, whose log-sums are ``lse``. The twin is
+    ``pooled.add_skipped``.
+    """
+    queries, s, o, state, visits = work
+    m, total, alpha = state[0], state[1], state[2]
+    peak, part = visits[0, 0], visits[1, 0]
+    tk = log_count.shape[0]
+    for tile in range(start, stop):
+        if _all_live(live[tile], 0, tk):
+            continue
+        _pack_queries(q, tile, np.float32(factor), queries)
+        m[:] = MINUS_INF
+        total[:] = ZERO
+        o[:] = ZERO
+        for chunk in range(keys.shape[0]):
+            first = chunk * TILE
+            n = min(TILE, tk - first)
+            if _all_live(live[tile], first, n):
+                continue
+            _scores(keys, chunk, queries, s, peak)
+            _score_means(live[tile], first, n, log_count, s, peak)
+            _softmax(s, n, m, total, alpha, peak, part)
+            _scale_rows(o, alpha)
+            _add_values(s, values, chunk, o)
+        _merge_rows(o, m, total, gain, tile, out, lse)
