@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .eligibility import CROSS_ATTENTION
 from .estimate import Interval, Sample, intervals, of_layers, of_steps
-from .pace import saved_seconds
 
 if TYPE_CHECKING:
     from .map_history import StepMap
@@ -33,6 +32,7 @@ class CallStats(NamedTuple):
     total: int
     lost: float | None
     bound: float | None = None
+    seconds: float = 0.0
 
 
 class MapStats(NamedTuple):
@@ -48,10 +48,9 @@ class MapStats(NamedTuple):
 class RunReport:
     """What remains of a run.
 
-    ``ratio``: our time over the user's own for a full attention call, None if it wasn't timed;
-    ``dense_rate``: seconds of the user's own for a tile of such a call, None likewise; ``timing``:
-    seconds spent on finding out, all of them in the first step. ``history``: small maps of a few
-    layers at each step but the first, which is dense.
+    ``dense_rate``: seconds that the user's own attention takes for a tile of a call, None if it
+    wasn't timed; ``timing``: seconds spent on finding out, all of them in the first step.
+    ``history``: small maps of a few layers at each step but the first, which is dense.
     ``allowed``: lost mass that the budget allows at each step, empty without one. ``stopped``: why
     the run went on densely from some point. ``notes``: what else people should know. ``learned``:
     what a run with a budget can pass on to later ones.
@@ -67,7 +66,6 @@ class RunReport:
     maps: tuple[MapStats, ...]
     allowed: tuple[float, ...] = ()
     stopped: str | None = None
-    ratio: float | None = None
     notes: tuple[str, ...] = ()
     learned: Profile | None = None
     dense_rate: float | None = None
@@ -91,14 +89,17 @@ class RunReport:
 
     @property
     def attention_speedup(self) -> float | None:
-        """How many times faster than the user's own the calls were that skipped, as far as one can
-        tell from full calls timed both ways and from the computed fraction."""
-        return None if self.ratio is None else 1 / (self.ratio * self.computed_fraction)
+        """How many times faster the calls of LiteAttention were than the user's own would have
+        been, estimated from a few that were done both ways; None where none was."""
+        taken = sum(call.seconds for call in self.calls)
+        if self.dense_rate is None or taken == 0:
+            return None
+        return self.dense_rate * tiles(self.calls)[1] / taken
 
     @property
     def saved_seconds(self) -> float | None:
-        """Seconds that the run took less than it would have taken densely, estimated from calls
-        timed both ways; None where none was. The time that this took is subtracted."""
+        """Seconds that the run took less than it would have taken densely, estimated likewise. What
+        finding that out took is subtracted."""
         saved = self.saved_in(self.calls)
         return None if saved is None else saved - self.timing
 
@@ -118,10 +119,10 @@ class RunReport:
 
     def saved_in(self, calls: Iterable[CallStats]) -> float | None:
         """Seconds of attention saved in some calls, estimated; negative where they cost more."""
-        if self.ratio is None or self.dense_rate is None:
+        if self.dense_rate is None:
             return None
-        computed, total = tiles(calls)
-        return saved_seconds(self.dense_rate, self.ratio, computed, total)
+        calls = tuple(calls)
+        return self.dense_rate * tiles(calls)[1] - sum(call.seconds for call in calls)
 
     @property
     def lost_mass_allowed(self) -> float | None:

@@ -19,7 +19,8 @@ from .budget import allowance
 from .learning import Audit
 from .map_history import MapHistory
 from .order import VideoTokens
-from .pace import TIMED_LAYERS, Pace, timed
+from .pace import TIMED_LAYERS, Pace, stopwatch
+from .policy import marks
 from .profile import Fingerprint, Profile, fingerprint, make
 from .report import CallStats, MapStats, RunReport, fraction, in_short, mean_lost, saving
 from .schedule import Progress, locate
@@ -42,6 +43,7 @@ class _Call(NamedTuple):
     stream: Stream
     tokens: int
     tally: Tally
+    seconds: float
 
 
 class _Key(NamedTuple):
@@ -74,7 +76,7 @@ class Run:
         self._notes: tuple[str, ...] = ()
         self._seconds: defaultdict[int, float] = defaultdict(float)
         self._lock = threading.Lock()
-        self._pace = Pace(len(self.sigmas) - 1)
+        self._pace = Pace(len(self.sigmas) - 1, self._dense_steps())
         self._history = MapHistory()
         self._step = 0
         self._started = time.perf_counter()
@@ -122,61 +124,65 @@ class Run:
         if self._watch(progress.step):
             return None
 
-        def compute() -> Tensor:
+        tq, tk = self.backend.tile_shape(q.shape[3]).grid(q.shape[2], k.shape[2])
+        tiles = q.shape[0] * q.shape[1] * tq * tk
+        first = self._state(layer, streams[0], q).calls == 0
+        seconds = stopwatch(q.device)
+        try:
             parts = [
-                self._attend_one(layer, stream, progress, qs, ks, vs, scale, video)
+                attend(
+                    self._state(layer, stream, qs),
+                    self.backend,
+                    qs,
+                    ks,
+                    vs,
+                    scale,
+                    self.settings,
+                    progress.position,
+                    video,
+                )
                 for stream, qs, ks, vs in zip(
                     streams, *(t.chunk(len(streams)) for t in (q, k, v)), strict=True
                 )
             ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        first = self._state(layer, streams[0], q).calls == 0
-        try:
+            out = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
+            finite = bool(torch.isfinite(out).all())
+            self._count(progress, layer, streams, q.shape[2], [t for _, t in parts], seconds())
             if dense is not None and self.settings.never_slower and first and index < TIMED_LAYERS:
-                out, ours = timed(compute, q.device)
-                tq, tk = self.backend.tile_shape(q.shape[3]).grid(q.shape[2], k.shape[2])
-                tiles = q.shape[0] * q.shape[1] * tq * tk
-                self._pace.compare(ours, timed(dense, q.device)[1], tiles)
-            else:
-                out = compute()
+                seconds = stopwatch(q.device)
+                dense()
+                self._pace.compare(seconds(), tiles)
         except torch.OutOfMemoryError:
             self._stop(OUT_OF_MEMORY)
             return None
-        if not torch.isfinite(out).all():
+        if not finite:
             self._failed.add(layer)
             self.decline(NOT_FINITE)
             return None
         return out
 
-    def _attend_one(
+    def _count(
         self,
-        layer: str,
-        stream: Stream,
         progress: Progress,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        video: VideoTokens | None,
-    ) -> Tensor:
-        """One stream of a call."""
-        state = self._state(layer, stream, q)
-        out, tally = attend(
-            state, self.backend, q, k, v, scale, self.settings, progress.position, video
-        )
+        layer: str,
+        streams: Sequence[Stream],
+        tokens: int,
+        tallies: Sequence[Tally],
+        seconds: float,
+    ) -> None:
+        """Note a call that took so long; each stream is an equal part of it."""
+        share = seconds / len(streams)
         with self._lock:
-            self._calls.append(_Call(*progress, layer, stream, q.shape[2], tally))
-        return out
+            for stream, tally in zip(streams, tallies, strict=True):
+                self._calls.append(_Call(*progress, layer, stream, tokens, tally, share))
+                self._pace.count(progress.step, share, tally.total)
 
     def _watch(self, step: int) -> bool:
         """Whether the run goes on densely because that is faster; looks once a step."""
         with self._lock:
-            if self._pace.doubtful and step > self._step:
-                tallies = [call.tally for call in self._calls if call.step == self._step]
-                if tallies:
-                    computed = sum(int(tally.computed) for tally in tallies)
-                    self._pace.end_step(computed / sum(tally.total for tally in tallies))
+            if step > self._step and self._pace.dense_rate is not None:
+                calls = [_resolve(call) for call in self._calls if call.step == self._step]
+                self._pace.end_step(self._step, fraction(calls))
             if step > self._step:
                 self._history.note(step, ((key.layer, s) for key, s in self._states.items()))
             self._step = max(step, self._step)
@@ -207,8 +213,7 @@ class Run:
                 history=self._history.maps(),
                 allowed=self._allowed(),
                 stopped=self._stopped,
-                ratio=self._pace.ratio or None,
-                dense_rate=self._pace.dense_rate or None,
+                dense_rate=self._pace.dense_rate,
                 timing=self._pace.spent,
                 notes=self._notes,
             )
@@ -222,7 +227,6 @@ class Run:
                 return f"inactive: {in_short(self._stopped)}"
             if not calls:
                 return f"inactive: {next(iter(self.reasons), 'nothing to skip yet')}"
-            self._pace.count(step, sum(c.computed for c in calls), sum(c.total for c in calls))
             saved = self._pace.saved
         lost = mean_lost(calls)
         return (
@@ -283,6 +287,11 @@ class Run:
         budget, ramp = self.settings.budget, self.settings.ramp
         return tuple(allowance(budget, ramp, (step + 0.5) / steps) for step in range(steps))
 
+    def _dense_steps(self) -> int:
+        """Steps at the start of the run in which nothing can be skipped yet."""
+        steps = len(self.sigmas) - 1
+        return 1 + sum(not marks(self.settings, (step + 1) / steps) for step in range(steps))
+
     def _maps(self):
         """Final tile maps, one per layer and stream, heads and batch averaged."""
         for key, state in self._states.items():
@@ -303,4 +312,5 @@ def _resolve(call: _Call) -> CallStats:
         total=total,
         lost=None if lost is None else float(lost),
         bound=None if bound is None else float(bound),
+        seconds=call.seconds,
     )

@@ -331,8 +331,8 @@ def test_numba_is_loaded_late_and_its_absence_explained() -> None:
 
 
 def test_skipping_is_faster_than_sdpa() -> None:
-    """75 % skipped: 0.2 to 0.4 of SDPA's time on an idle machine; the bound leaves room. In float32:
-    CPUs with matrix units for bfloat16 (AMX) are faster at all tiles than anything without them.
+    """75 % skipped: 0.2 to 0.4 of SDPA's time on an idle machine; the bound leaves room. Only in
+    float32: matrix units for bfloat16 (AMX) do all tiles faster than other CPUs a quarter of them.
     """
     tokens, d = 2048, 64
     q, k, v = make_qkv(1, 4, tokens, tokens, d)

@@ -90,27 +90,30 @@ def test_text_has_a_line_per_layer_step_and_reason():
 
 
 def timed(**changes):
-    """A dense tile takes 1 ms and ours as long; 0.4 s were spent on finding out."""
-    return replace(report(), ratio=1.0, dense_rate=0.001, timing=0.4, **changes)
+    """A dense tile takes 1 ms, a call of ours 0.09 s; 0.4 s were spent on finding out."""
+    plain = report()
+    calls = tuple(call._replace(seconds=0.09) for call in plain.calls)
+    return replace(plain, calls=calls, dense_rate=0.001, timing=0.4, **changes)
 
 
 def test_seconds_saved_are_told_everywhere():
-    saved = 0.001 * 5 * 2 * (10 + 20 + 30) - 0.4
+    saved = 6 * 8 * (0.1 - 0.09) - 0.4
     assert timed().saved_seconds == pytest.approx(saved)
-    assert timed().dense_seconds == pytest.approx({0: 1.6} | dict.fromkeys(range(1, 6), 2.12))
-    assert "saved about 0.2 s (estimated)" in status_line(timed())
-    assert node_line(timed()).endswith("saved about 0.2 s")
-    assert any(line.endswith("2.00         2.12") for line in text_table(timed()).splitlines())
+    assert timed().attention_speedup == pytest.approx(0.1 / 0.09)
+    assert timed().dense_seconds == pytest.approx({0: 1.68} | dict.fromkeys(range(1, 6), 2.08))
+    assert "1.11x as fast, saved about 0.1 s (estimated)" in status_line(timed())
+    assert node_line(timed()).endswith("saved about 0.1 s")
+    assert any(line.endswith("2.00         2.08") for line in text_table(timed()).splitlines())
     plain = figures(timed())
     assert plain["saved_seconds"] == pytest.approx(saved)
-    assert plain["per_step"][0]["dense_seconds"] == pytest.approx(1.6)
+    assert plain["per_step"][0]["dense_seconds"] == pytest.approx(1.68)
     for line in (status_line(report()), node_line(report()), text_table(report())):
         assert "saved" not in line
         assert "est." not in line
 
 
 def test_a_node_says_why_a_run_was_stopped_in_few_words():
-    stopped = "your own attention is faster here: a full call takes 1.52 times as long"
+    stopped = "your own attention is faster here: computing a tile takes 1.52 times as long"
     some = replace(report(), stopped=stopped)
     assert node_line(some).endswith("; your own attention is faster here")
     none = replace(report(layers=1), stopped=stopped, reasons={stopped: 3})

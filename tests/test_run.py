@@ -9,8 +9,8 @@ import torch
 from comfyui_liteattention import run as run_module
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.pace import too_slow
-from comfyui_liteattention.report import saving, status_line, text_table
+from comfyui_liteattention.pace import full_pace, stopwatch, too_slow, trend
+from comfyui_liteattention.report import status_line, text_table
 from comfyui_liteattention.run import DENSE_LAYER, NOT_FINITE, OUT_OF_MEMORY, Run
 from comfyui_liteattention.settings import SAFEST, Settings
 from comfyui_liteattention.tiles import TileShape, unpack
@@ -180,20 +180,16 @@ def test_threads_do_not_disturb_each_other():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that the next timed functions take, instead of real ones."""
+    """Seconds that the next stopwatches show, instead of real ones."""
     seconds = []
-
-    def timed(function, device):
-        return function(), seconds.pop(0)
-
-    monkeypatch.setattr(run_module, "timed", timed)
+    monkeypatch.setattr(run_module, "stopwatch", lambda device: lambda: seconds.pop(0))
     return seconds
 
 
 def test_a_run_stops_skipping_where_the_users_attention_is_faster(clock):
     run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
     q, k, v = local_qkv(0)
-    clock += [3.0, 1.0]
+    clock += [3.0, 1.0]  # ours, dense
     outs = [
         run.attend("0", ["x"], run.locate(s), q, k, v, SCALE, dense=v.clone) for s in SIGMAS[:-1]
     ]
@@ -208,33 +204,30 @@ def test_a_run_stops_skipping_where_the_users_attention_is_faster(clock):
 def test_a_faster_run_is_left_alone(clock):
     run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
     q, k, v = local_qkv(0)
-    clock += [1.0, 1.2]
+    clock += [1.0, 1.2, 1.0, 0.8, 0.6, 0.6]
     outs = [
         run.attend("0", ["x"], run.locate(s), q, k, v, SCALE, dense=v.clone) for s in SIGMAS[:-1]
     ]
     assert all(out is not None for out in outs)
     report = run.finish()
-    assert report.attention_speedup == pytest.approx(1.2 / report.computed_fraction)
+    assert report.attention_speedup == pytest.approx(5 * 1.2 / 4.0)
     assert "x as fast" in status_line(report)
 
 
-def test_the_seconds_saved_are_estimated_from_the_calls_that_were_timed(clock):
-    """A dense call takes 12 s and ours 10: that is what the tiles that were skipped cost."""
+def test_the_seconds_saved_are_what_dense_calls_take_beyond_ours(clock):
     run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
     q, k, v = local_qkv(0)
-    clock += [10.0, 12.0]
+    clock += [10.0, 12.0, 9.0, 8.0, 6.0, 5.0]  # the second is dense
     for step, sigma in enumerate(SIGMAS[:-1]):
         run.attend("0", ["x"], run.locate(sigma), q, k, v, SCALE, dense=v.clone)
         run.time_step(step, 30.0)
         text = run.progress_text(step)
     report = run.finish()
-    skipped = sum(1 - call.computed / call.total for call in report.calls)
-    # 2 s a call, 10 s for what was skipped, and the 12 s that the dense call took beside ours.
-    assert report.saved_seconds == pytest.approx(5 * 2 + 10 * skipped - 12)
-    assert text.endswith(f", {saving(report.saved_seconds)}")
-    assert f"{saving(report.saved_seconds)} (estimated)" in status_line(report)
-    assert report.dense_seconds[0] == pytest.approx(30 + 2 - 12)
-    assert sum(report.dense_seconds.values()) == pytest.approx(5 * 30 + report.saved_seconds)
+    # The dense call beside ours is no saving.
+    assert report.saved_seconds == pytest.approx(5 * 12 - 38 - 12)
+    assert text.endswith(", saved about 10 s")
+    assert "saved about 10 s (estimated)" in status_line(report)
+    assert report.dense_seconds == pytest.approx({0: 20, 1: 33, 2: 34, 3: 36, 4: 37})
 
 
 def test_the_time_that_timing_takes_is_not_called_saved(clock):
@@ -254,7 +247,8 @@ def test_two_layers_and_two_conditionings_share_one_rate(clock):
         run.attend(layer, ["u", "c"], run.locate(0.2), q, k, v, SCALE, dense=v.clone)
     report = run.finish()
     assert report.timing == 92
-    assert report.saved_seconds == pytest.approx(2 * (2 - 1) - 92)
+    assert report.saved_seconds == pytest.approx(2 * 2 - 91 - 92)
+    assert [call.seconds for call in report.calls] == [45, 45, 0.5, 0.5]
 
 
 def test_nothing_is_estimated_where_nothing_was_timed():
@@ -273,12 +267,45 @@ def test_nothing_is_estimated_where_nothing_was_timed():
         (0.9, [1.0, 1.0, 1.0], False),  # never behind
         (1.1, [1.0, 0.9, 0.85], False),  # a little behind, catching up
         (1.1, [1.0, 1.0, 1.0, 1.0, 1.0], True),  # nothing to skip
-        (2.0, [1.0], True),  # hopeless
+        (2.5, [1.0], True),  # hopeless
+        (1.4, [1.0], False),  # behind, but nothing could be skipped yet
+        (1.4, [1.0, 0.93], False),  # goes on like that, it is ahead at the end
+        (1.4, [1.0, 0.97, 0.96, 0.95], True),  # too little
         (1.3, [1.0, 0.6], False),  # behind at first, ahead at the end
     ],
 )
 def test_when_to_stop(ratio, fractions, stops):
-    assert too_slow(ratio, fractions, 20) == stops
+    assert too_slow([ratio * f for f in fractions], fractions, 20) == stops
+
+
+def test_a_few_steps_are_not_given_up_for_one_slow_first_step():
+    assert not too_slow([1.3], [1.0], 4)
+    assert not too_slow([1.3, 0.8], [1.0, 0.75], 4)
+    assert too_slow([1.3, 1.2], [1.0, 0.95], 4)
+
+
+def test_a_dense_start_is_no_reason_to_stop():
+    assert not too_slow([1.1] * 5, [1.0] * 5, 20, dense_steps=5)
+    assert too_slow([1.1] * 7, [1.0] * 7, 20, dense_steps=5)
+    warm = Run(Settings(threshold=-4.0, warmup=0.4), BACKEND, SIGMAS)
+    assert warm._dense_steps() == 3
+    assert Run(Settings(threshold=-4.0), BACKEND, SIGMAS)._dense_steps() == 1
+
+
+def test_one_disturbed_step_does_not_count():
+    assert full_pace([1.0, 0.9, 5.0], [1.0, 0.9, 0.8]) == pytest.approx(1.0)
+
+
+def test_a_trend_never_rises_and_never_falls_far():
+    assert trend([1.0, 0.8], 4) == pytest.approx([0.6, 0.4, 0.25, 0.25])
+    assert trend([1.0, 0.8, 0.9], 2) == pytest.approx([0.9, 0.9])
+    assert trend([0.5, 0.2], 2) == pytest.approx([0.2, 0.2])
+    assert trend([1.0], 2) == [1.0, 1.0]
+
+
+def test_a_stopwatch_counts_seconds():
+    read = stopwatch(torch.device("cpu"))
+    assert 0 <= read() <= read() < 5
 
 
 def test_the_line_about_a_step():
