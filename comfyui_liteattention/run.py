@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -146,7 +147,7 @@ class Run:
                 )
             ]
             out = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
-            finite = bool(torch.isfinite(out).all())
+            finite = _finite(out)
             self._count(progress, layer, streams, q.shape[2], [t for _, t in parts], seconds())
             if dense is not None and self.settings.never_slower and first and index < TIMED_LAYERS:
                 seconds = stopwatch(q.device)
@@ -299,6 +300,12 @@ class Run:
                 continue
             live = unpack(state.live, state.pinned.shape[1]).float().mean((0, 1)).cpu()
             yield MapStats(key.layer, str(key.stream), key.length, live)
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite: either would be the smallest or the largest. In one pass
+    and without a copy, unlike ``torch.isfinite(x).all()``."""
+    return all(math.isfinite(value) for value in torch.stack(torch.aminmax(x)).tolist())
 
 
 def _resolve(call: _Call) -> CallStats:

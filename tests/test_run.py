@@ -303,6 +303,16 @@ def test_a_trend_never_rises_and_never_falls_far():
     assert trend([1.0], 2) == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_that_is_not_finite_is_found(dtype):
+    x = torch.randn(1, 2, 70, 16).to(dtype)
+    assert run_module._finite(x)
+    for bad in (math.nan, math.inf, -math.inf):
+        y = x.clone()
+        y[0, 1, 33, 5] = bad
+        assert not run_module._finite(y)
+
+
 def test_a_stopwatch_counts_seconds():
     read = stopwatch(torch.device("cpu"))
     assert 0 <= read() <= read() < 5
