@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.orders import GRIDS, ORDERS, hilbert, radius
 from comfyui_liteattention import policy
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.reference import ReferenceBackend
@@ -31,6 +32,23 @@ def test_a_divisible_grid_is_cut_into_cubes():
     order = compact_order(places((8, 16, 16)), (128, 64))
     sides = np.ptp(places((8, 16, 16))[order].reshape(-1, 64, 3), axis=1) + 1
     assert (sides == 4).all()
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("grid", [(3, 5, 9), (8, 8, 8)])
+def test_orders_to_compare_with_are_permutations(name, grid):
+    assert sorted(ORDERS[name](grid)) == list(range(np.prod(grid)))
+
+
+def test_a_hilbert_curve_goes_from_neighbour_to_neighbour():
+    steps = np.diff(places((8, 8, 8))[hilbert((8, 8, 8))], axis=0)
+    assert (np.abs(steps).sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["raster", "blocks 4 x 4 x 4", "blocks 1 x 8 x 8", "Hilbert"])
+def test_no_other_order_has_clearly_more_compact_tiles(name):
+    for grid in GRIDS.values():
+        assert radius(ORDERS["compact"](grid), grid) < 1.05 * radius(ORDERS[name](grid), grid)
 
 
 @pytest.mark.parametrize("grid", [(21, 45, 80), (21, 30, 52), (31, 22, 40)])

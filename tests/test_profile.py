@@ -188,6 +188,10 @@ def test_a_layer_that_it_does_not_know_starts_without(learned):
     assert not report.notes
 
 
+def untimed(report):
+    return [call._replace(seconds=0.0) for call in report.calls]
+
+
 @pytest.mark.parametrize(
     ("model", "layers"),
     [
@@ -208,7 +212,7 @@ def test_the_profile_of_another_model_is_ignored_with_the_reason(learned, model,
     assert note in text_table(report)
     assert report.active
     if model[1:] != (2, 32, 16, 16):  # known from the first call on
-        assert report.calls == sample(3, layers=layers)[0].calls
+        assert untimed(report) == untimed(sample(3, layers=layers)[0])
 
 
 # Files
