@@ -76,7 +76,8 @@ class Sampled(NamedTuple):
 class DemoVideos:
     """The demo model under diffusers' own pipeline."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_frames: int = 61, height: int = 256, width: int = 256) -> None:
+        self._size = {"num_frames": num_frames, "height": height, "width": width}
         self._text = load_table(TEXT_TABLE)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
         pipeline: Any = WanPipeline
@@ -121,9 +122,7 @@ class DemoVideos:
         latent = self.pipe(
             prompt_embeds=text,
             negative_prompt_embeds=empty,
-            height=256,
-            width=256,
-            num_frames=61,
+            **self._size,
             num_inference_steps=case.steps,
             guidance_scale=3.0,
             generator=torch.Generator().manual_seed(case.seed),
