@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 SETTINGS = {"threshold": -0.1, "criterion": "gap", "ramp": 0.0, "warmup": 0.0, "dense_layers": ""}
 SETTINGS |= {"audit": 0, "min_tokens": 0, "order": "compact", "never_slower": False}
 EASYCACHE = {"reuse_threshold": 3.0, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
-GROWTH = 24  # MB that may come and go
+GROWTH = 24  # MB that come and go: the allocator takes 8 at a time
 
 KINDS = {
     "wan": dict(model="Wan T2V", frames=4),
@@ -33,6 +33,8 @@ KINDS = {
 }
 CUT = dict(model="Wan T2V", frames=16, seed=7, steps=200)
 ONCE = [*KINDS, "interrupted"]
+# ComfyUI doesn't run the same graph twice in a row.
+SERIES = ONCE + ONCE[::-1] + ONCE[1:] + ONCE[:1]
 
 
 def graph(name, model, frames, seed=1, steps=5, batch=1, lite=True, easycache=False, split=False):
@@ -112,21 +114,21 @@ def alone(new_base):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
-def test_twenty_generations_leave_nothing_behind(server, alone):
+def test_thirty_generations_leave_nothing_behind(server, alone):
     memory, reports = [], []
-    for kind in ONCE + ONCE[::-1]:
+    for kind in SERIES:
         outputs = run(server, kind)
         reports += [outputs["report"]["report"][0]] if "report" in outputs else []
         memory.append(resident(server))
     for name in KINDS:
         fresh = latent_in(alone, name, 1)
         assert fresh.isfinite().all()
-        for number in (1, 2):
+        for number in (1, 2, 3):
             assert torch.equal(latent_in(server.base, name, number), fresh), (name, number)
     assert not torch.equal(latent_in(alone, "wan", 1), latent_in(alone, "without", 1))
-    assert len(reports) == 2 * (len(KINDS) - 1)
+    assert len(reports) == 3 * (len(KINDS) - 1)
     assert all(report["active"] and report["computed_fraction"] < 1 for report in reports)
-    assert max(memory[10:]) < max(memory[:10]) + GROWTH
+    assert max(memory[20:]) < max(memory[:20]) + GROWTH
 
     last = server.run({"1": node("Leftovers")} | graph("without", **KINDS["without"], seed=9))
     assert last.outputs["1"]["leftovers"] == [{}]

@@ -1,0 +1,113 @@
+"""How much does an error at one step matter? ``python -m benchmarks.sensitivity``.
+
+The least important tiles are left out at one step only, all other steps are dense, and the video is
+compared with the dense one. Sensitivity of a step: mean square error of the video over the square
+of the lost mass. What it says of the ramp: with errors that add in squares, and computed tiles that
+fall with the logarithm of the loss, the error at a given number of tiles is least where the loss of
+a step goes with its sensitivity to the power -1/2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+
+from benchmarks.demo_video import DEVELOPMENT, Case, DemoVideos, Moment
+from benchmarks.timing import describe_machine
+from comfyui_liteattention.backends.cpu import CpuBackend
+from comfyui_liteattention.policy import lost_mass
+from comfyui_liteattention.tiles import make_lists
+
+STEPS = (0, 1, 2, 4, 7, 10, 14, 19)
+#: Mean over the query tiles of what the tiles left out hold at most; about a third of it is lost.
+LEFT_OUT = 0.06
+
+
+class OneStep:
+    """Dense attention, but for one step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._backend = CpuBackend()
+        self._lost: list[float] = []
+
+    @property
+    def lost(self) -> float:
+        """Mean lost mass of that step."""
+        return sum(self._lost) / len(self._lost)
+
+    def __call__(self, at: Moment, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if at.step != self._step:
+            return scaled_dot_product_attention(q, k, v, scale=scale)
+        full = self._backend.forward(q, k, v, scale, None, "mass")
+        assert full.score is not None
+        kept = self._backend.forward(q, k, v, scale, make_lists(_worth_keeping(full.score)))
+        self._lost.append(float(lost_mass(kept.lse, full.lse).mean()))
+        return kept.out
+
+
+def _worth_keeping(score: Tensor) -> Tensor:
+    """All tiles of ``score [B, H, Tq, Tk]`` (log2 of their mass) but the least important ones."""
+    mass, order = score.exp2().flatten().sort()
+    left_out = mass.cumsum(0) <= LEFT_OUT * score[..., 0].numel()
+    live = torch.ones_like(mass, dtype=torch.bool)
+    live[order[left_out]] = False
+    return live.view(score.shape).scatter(-1, score.argmax(-1, keepdim=True), True)
+
+
+def measure(videos: DemoVideos, case: Case) -> list[dict[str, Any]]:
+    """A row for every step of ``STEPS``."""
+    dense = videos.dense(case).video
+    rows = []
+    for step in tqdm(STEPS, desc=f"seed {case.seed}"):
+        one = OneStep(step)
+        video, _ = videos.through(one, case)
+        error = float((video.double() - dense).square().mean())
+        position = (step + 1) / case.steps
+        sensitivity = error / one.lost**2
+        rows.append(
+            {"seed": case.seed, "step": step, "position": position, "lost_mass": one.lost}
+            | {"mean_square_error": error, "sensitivity": sensitivity}
+        )
+    return rows
+
+
+def best_ramp(rows: list[dict[str, Any]]) -> float:
+    """The ramp ``p`` for which ``position ** p`` follows the sensitivity to the power -1/2 best."""
+    x, y = (np.log([row[key] for row in rows]) for key in ("position", "sensitivity"))
+    return float(-np.polyfit(x, y, 1)[0] / 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.sensitivity", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args()
+    videos = DemoVideos()
+    rows = [row for case in DEVELOPMENT[: options.seeds] for row in measure(videos, case)]
+    print("seed  step    lost  mean square error  sensitivity")
+    for row in rows:
+        print(
+            f"{row['seed']:>4} {row['step']:>5} {row['lost_mass']:>7.2%} "
+            f"{row['mean_square_error']:>18.2e} {row['sensitivity']:>12.4f}"
+        )
+    ramps = {
+        seed: best_ramp([row for row in rows if row["seed"] == seed])
+        for seed in sorted({row["seed"] for row in rows})
+    }
+    print("ramp that fits, by seed:", {seed: round(ramp, 2) for seed, ramp in ramps.items()})
+    if options.json:
+        document = {"machine": describe_machine(), "ramp": ramps, "rows": rows}
+        options.json.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()
