@@ -120,7 +120,8 @@ def too_slow(
         expected = [HOPED] * remaining
     else:
         expected = trend(fractions, remaining)
-    to_come = sum(full_pace(paces, fractions) * f - 1 for f in expected)
+    ratio = full_pace(paces, fractions)
+    to_come = sum(ratio * f - 1 for f in expected)
     return behind > allowed and behind + to_come > allowed
 
 

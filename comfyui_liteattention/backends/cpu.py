@@ -135,7 +135,7 @@ class CpuBackend:
     def add_skipped(
         self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
     ) -> None:
-        """As :func:`~.pooled.add_skipped`, in less than half its time."""
+        """As :func:`~.pooled.add_skipped`, compiled."""
         kernels = _load_kernels()
         b, h, _, d = q.shape
         tk = pooled.keys.shape[2]
