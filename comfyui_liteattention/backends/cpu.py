@@ -35,6 +35,9 @@ HEAD_DIMS = range(32, 257, 8)
 # Packed keys and values of this many bytes live at once: bounds memory, not speed.
 WORKSPACE_BYTES = 64 << 20
 
+#: Called as (slot, head, start, stop), see :func:`_run_all`.
+Task = Callable[[int, int, int, int], None]
+
 
 class CpuBackend:
     """Tile attention on the CPU through numba. See :class:`~.base.Backend`."""
@@ -91,7 +94,7 @@ class CpuBackend:
         score = None
         if criterion:
             score = torch.full((b, h, tq, tk), -math.inf, dtype=torch.float32, device="cpu")
-        q_heads, k_heads, v_heads = _head_arrays(q), _head_arrays(k), _head_arrays(v)
+        q_heads = _head_arrays(q)
         out_heads = _head_arrays(out)
         lse_heads = lse.view(b * h, lq).numpy()
         score_heads = _floats(b * h, 0, tk) if score is None else score.view(-1, tq, tk).numpy()
@@ -102,10 +105,8 @@ class CpuBackend:
         heads_at_once = min(b * h, max(1, WORKSPACE_BYTES // bytes_per_head))
         keys = _floats(heads_at_once, tk, kernels.TILE, d)
         values = _floats(heads_at_once, tk, d_padded // kernels.LANES, kernels.TILE, kernels.LANES)
+        packing = _packing(kernels, k, v, keys, values)
         threads = torch.get_num_threads()
-
-        def pack(slot: int, head: int, start: int, stop: int) -> None:
-            kernels.pack(k_heads[head], v_heads[head], start, stop, keys[slot], values[slot])
 
         def attend(slot: int, head: int, start: int, stop: int) -> None:
             kernels.attend(
@@ -128,7 +129,7 @@ class CpuBackend:
         with ThreadPoolExecutor(threads) as pool:  # per call: safe after fork and in any thread
             for first in range(0, b * h, heads_at_once):
                 heads = list(enumerate(range(first, min(first + heads_at_once, b * h))))
-                _run_all(pool, pack, heads, _runs(tk, threads))
+                _run_all(pool, packing, heads, _runs(tk, threads))
                 _run_all(pool, attend, heads, _runs(tq, 4 * threads))
         return Attended(out, lse, score)
 
@@ -144,14 +145,11 @@ class CpuBackend:
         keys = _floats(b * h, chunks, kernels.TILE, d)
         values = _floats(b * h, chunks, d_padded // kernels.LANES, kernels.TILE, kernels.LANES)
         q_heads, out_heads = _head_arrays(q), _head_arrays(kept.out)
-        k_heads, v_heads = _head_arrays(pooled.keys), _head_arrays(pooled.values)
+        packing = _packing(kernels, pooled.keys, pooled.values, keys, values)
         lse_heads = kept.lse.flatten(0, 1).numpy()
         live_heads = live.flatten(0, 1).numpy()
         log_count = (pooled.log_count / math.log(2)).numpy()
         gains = factor.flatten().tolist()
-
-        def pack(slot: int, head: int, start: int, stop: int) -> None:
-            kernels.pack(k_heads[head], v_heads[head], start, stop, keys[slot], values[slot])
 
         def add(slot: int, head: int, start: int, stop: int) -> None:
             kernels.add_skipped(
@@ -172,7 +170,7 @@ class CpuBackend:
         heads = [(head, head) for head in range(b * h)]
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(threads) as pool:
-            _run_all(pool, pack, heads, [(0, chunks)])
+            _run_all(pool, packing, heads, [(0, chunks)])
             _run_all(pool, add, heads, _runs(live.shape[2], threads))
 
     def tile_map(self, device: torch.device) -> None:
@@ -224,6 +222,16 @@ def _workspace(kernels: Any, d: int, d_padded: int, visits: int) -> tuple[Any, .
     return tuple(_floats(*shape) for shape in (*shapes, (3, tile), (3, visits, tile)))
 
 
+def _packing(kernels: Any, k: Tensor, v: Tensor, keys: Any, values: Any) -> Task:
+    """The task that packs ``k, v [B, H, L, D]`` into workspaces: see ``cpu_kernels.pack``."""
+    k_heads, v_heads = _head_arrays(k), _head_arrays(v)
+
+    def pack(slot: int, head: int, start: int, stop: int) -> None:
+        kernels.pack(k_heads[head], v_heads[head], start, stop, keys[slot], values[slot])
+
+    return pack
+
+
 def _head_arrays(x: Tensor) -> list[Any]:
     """``x [B, H, L, D]`` -> B * H numpy views ``[L, D]``; 16-bit formats as their bits."""
     x = x.detach()
@@ -260,7 +268,7 @@ def _runs(length: int, parts: int) -> list[tuple[int, int]]:
 
 def _run_all(
     pool: ThreadPoolExecutor,
-    task: Callable[[int, int, int, int], None],
+    task: Task,
     heads: list[tuple[int, int]],
     runs: list[tuple[int, int]],
 ) -> None:
