@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import budget, policy, tail
+from . import allocation, budget, policy, tail
+from .allocation import Stock
 from .backends.base import Attended, Backend
 from .backends.pooled import pool, skipped_part
 from .budget import Ledger
@@ -40,7 +41,8 @@ class LayerState:
     ``live [B, H, Tq, ceil(Tk/32)]`` int32, one bit a tile, updated in place; None until a call has
     marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once. ``ledger``: see
     budget.py, None where there is none to hold. ``gain``: see tail.py. ``ratios [PHASES]``: what a
-    profile knows of this layer, see :func:`learning.learn`.
+    profile knows of this layer, see :func:`learning.learn`. ``stocks``: those of all layers of the
+    stream by ``name``, see allocation.py; all states of a stream have the same one.
     """
 
     live: Tensor | None = None
@@ -49,6 +51,8 @@ class LayerState:
     gain: tail.Gain | None = None
     calls: int = 0
     ratios: tuple[float, ...] | None = None
+    name: str = ""
+    stocks: dict[str, Stock] = field(default_factory=dict)
 
 
 def attend(
@@ -129,12 +133,17 @@ def _mark(
     aim = budget.target(settings.budget, settings.ramp, position)
     ledger = state.ledger or budget.open_ledger(score.device)
     start = state.ratios[phase(position)] if state.ratios else budget.PRIOR
+    ratio = budget.lost_per_bound(ledger, start).double()
     before = torch.ones_like(score, dtype=torch.bool) if live is None else live
-    limit = budget.threshold_for(score, before & ~state.pinned, budget.room(ledger, aim, start))
+    own = Stock(ratio * ledger.bound, ratio * allocation.bounds(score, before & ~state.pinned))
+    others = [stock for name, stock in state.stocks.items() if name != state.name]
+    limit = allocation.threshold(own, others, aim)
     kept = _next_live(state, backend, live, score, limit)
     ledger = budget.enter_dropped(ledger, score, before & ~unpack(kept, score.shape[-1]))
-    fresh = budget.overspent(ledger, aim, start)
+    own = allocation.after(own, limit, ratio * ledger.bound)
+    fresh = allocation.overspent(own, others, aim)
     state.ledger = ledger._replace(bound=ledger.bound.masked_fill(fresh, 0))
+    state.stocks[state.name] = own._replace(spent=own.spent.masked_fill(fresh, 0))
     return torch.where(fresh, all_live(1, 1, 1, score.shape[-1], score.device), kept)
 
 

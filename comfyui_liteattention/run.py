@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .allocation import Stock
 from .attention import LayerState, Tally, attend
 from .backends.base import Backend
 from .budget import allowance
@@ -68,6 +69,7 @@ class Run:
         self.sigmas = tuple(sigmas)
         self.reasons: Counter[str] = Counter()
         self._states: dict[_Key, LayerState] = {}
+        self._stocks: defaultdict[Hashable, dict[str, Stock]] = defaultdict(dict)
         self._failed: set[str] = set()
         self._stopped: str | None = None
         self._calls: list[_Call] = []
@@ -196,7 +198,7 @@ class Run:
         """Go on densely to the end of the run; the skip state is of no more use."""
         with self._lock:
             self._stopped = reason
-            self._states.clear()
+            self._forget()
         self.decline(reason)
 
     def report(self) -> RunReport:
@@ -241,15 +243,22 @@ class Run:
         """End the run: drop all state and return what is worth keeping."""
         report = self.report()
         with self._lock:
-            self._states.clear()
+            self._forget()
             self._calls.clear()
         return report
+
+    def _forget(self) -> None:
+        self._states.clear()
+        self._stocks.clear()
 
     def _state(self, layer: str, stream: Stream, q: Tensor) -> LayerState:
         with self._lock:
             ratios = self._profile.ratios_of(layer) if self._profile else None
             key = _Key(layer, stream, *q.shape[1:])
-            return self._states.setdefault(key, LayerState(ratios=ratios))
+            stocks = self._stocks[key._replace(layer=""), q.device]
+            return self._states.setdefault(
+                key, LayerState(ratios=ratios, name=layer, stocks=stocks)
+            )
 
     def _enter(self, layer: str, stream: Stream, q: Tensor) -> int:
         """Number of a layer, in the order of execution. Sees to it that the profile, if there is

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfyui_liteattention import budget, policy
+from comfyui_liteattention import allocation, budget, policy
+from comfyui_liteattention.allocation import BIN, BINS, Stock
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
@@ -16,15 +17,26 @@ from comfyui_liteattention.tiles import TileShape
 CPU = torch.device("cpu")
 
 
+def stock(score, droppable, ratio=1.0, spent=0.0):
+    return Stock(
+        torch.tensor(spent, dtype=torch.float64), ratio * allocation.bounds(score, droppable)
+    )
+
+
+def some_scores(seed):
+    generator = torch.Generator().manual_seed(seed)
+    score = -20 * torch.rand(2, 3, 6, 40, generator=generator)
+    return score, torch.rand(score.shape, generator=generator) < 0.7
+
+
 @given(seed=st.integers(0, 10**6), allowed=st.floats(0, 2))
 def test_the_threshold_spends_what_is_allowed_and_no_more(seed, allowed):
-    score = -20 * torch.rand(2, 3, 6, 40, generator=torch.Generator().manual_seed(seed))
-    droppable = torch.rand(score.shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.7
-    limit = budget.threshold_for(score, droppable, torch.tensor(allowed))
+    score, droppable = some_scores(seed)
+    limit = allocation.threshold(stock(score, droppable), [], allowed)
     spent = torch.where(droppable & (score <= limit), score.exp2(), 0).sum().double() / 36
     assert spent <= allowed + 1e-6
     # One bin more would be too much, unless everything went already.
-    next_bin = droppable & (score <= limit + budget.BIN)
+    next_bin = droppable & (score <= limit + BIN)
     if (droppable & ~next_bin).any():
         more = torch.where(next_bin, score.exp2(), 0).sum().double() / 36
         assert more > allowed - 1e-6
@@ -33,13 +45,38 @@ def test_the_threshold_spends_what_is_allowed_and_no_more(seed, allowed):
 def test_scores_of_tiles_that_were_not_visited_cost_nothing():
     score = torch.linspace(-12, -0.1, 24).view(1, 1, 3, 8)
     everywhere = torch.ones_like(score, dtype=torch.bool)
-    allowed = torch.tensor(0.02)
-    limit = budget.threshold_for(score, everywhere, allowed)
+    limit = allocation.threshold(stock(score, everywhere), [], 0.02)
     assert -12 < limit < -0.1
     unvisited = torch.full((1, 1, 3, 5), -math.inf)
     wider = torch.cat([score, unvisited], -1)
     visited = torch.cat([everywhere, torch.zeros_like(unvisited, dtype=torch.bool)], -1)
-    assert budget.threshold_for(wider, visited, allowed) == limit
+    assert allocation.threshold(stock(wider, visited), [], 0.02) == limit
+
+
+@given(seed=st.integers(0, 10**6), aim=st.floats(1e-4, 0.5))
+def test_layers_share_one_threshold_up_to_the_largest_share(seed, aim):
+    (score, droppable), ratios = some_scores(seed), (1.0, 0.3, 0.05)
+    layers = [
+        stock(score - 3 * i, droppable, ratio, spent=0.1 * i * aim)
+        for i, ratio in enumerate(ratios)
+    ]
+    lost = []
+    for i, own in enumerate(layers):
+        limit = allocation.threshold(own, layers[:i] + layers[i + 1 :], aim)
+        gone = (torch.arange(-BINS, 0) * BIN) <= limit
+        lost.append(own.spent + own.left[gone].sum())
+        assert lost[-1] <= allocation.LARGEST_SHARE * aim + 1e-9
+    assert sum(lost) <= 3 * aim + 1e-9
+
+
+def test_a_layer_that_loses_little_leaves_its_share_to_the_others():
+    score, droppable = some_scores(3)
+    own, idle = stock(score, droppable), stock(score, torch.zeros_like(droppable))
+    alone = allocation.threshold(own, [], 0.01)
+    assert allocation.threshold(own, [own], 0.01) == alone  # twins share evenly
+    assert allocation.threshold(own, [idle], 0.01) > alone
+    spent = idle._replace(spent=torch.tensor(0.015, dtype=torch.float64))
+    assert allocation.threshold(own, [spent], 0.01) < alone
 
 
 def test_the_mean_of_the_target_over_a_run_is_the_budget_with_its_margin():
@@ -56,8 +93,6 @@ def test_the_ratio_of_loss_to_bound_is_learned():
     for _ in range(30):
         ledger = budget.enter_audit(ledger, torch.tensor(0.02))
     assert float(budget.lost_per_bound(ledger)) == pytest.approx(0.2, rel=0.15)
-    assert float(budget.room(ledger, 0.01)) == 0.0  # 0.02 is lost already
-    assert float(budget.room(ledger, 0.03)) == pytest.approx(0.03 / 0.2 - 0.1, rel=0.3)
 
 
 class Truth(ReferenceBackend):
@@ -76,12 +111,17 @@ class Truth(ReferenceBackend):
 
 
 def test_a_layer_that_lost_far_too_much_starts_over():
-    ledger = budget.open_ledger(CPU)._replace(bound=torch.tensor(0.1))
-    for _ in range(5):
-        ledger = budget.enter_audit(ledger, torch.tensor(0.05))
-    assert budget.overspent(ledger, 0.01)
-    assert not budget.overspent(ledger, 0.05)
-    assert not budget.overspent(budget.open_ledger(CPU), 1e-6)
+    def having_lost(spent):
+        return Stock(torch.tensor(spent, dtype=torch.float64), torch.zeros(BINS))
+
+    most = allocation.TOO_MUCH * allocation.LARGEST_SHARE
+    assert allocation.overspent(having_lost(0.011 * most), [], 0.01)
+    assert allocation.overspent(having_lost(0.011 * most), [having_lost(0.0)] * 9, 0.01)
+    assert not allocation.overspent(having_lost(0.012), [having_lost(0.012)] * 9, 0.01)
+    # Where all lose too much, those above the mean start over.
+    assert allocation.overspent(having_lost(0.02), [having_lost(0.016)] * 9, 0.01)
+    assert not allocation.overspent(having_lost(0.016), [having_lost(0.02)] * 9, 0.01)
+    assert not allocation.overspent(having_lost(0.0), [], 1e-6)
 
 
 @pytest.mark.parametrize("allowed", [0.002, 0.01, 0.03])
