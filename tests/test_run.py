@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from comfyui_liteattention import run as run_module
 from comfyui_liteattention.attention import LayerState, attend
@@ -282,6 +284,25 @@ def test_a_few_steps_are_not_given_up_for_one_slow_first_step():
     assert not too_slow([1.3], [1.0], 4)
     assert not too_slow([1.3, 0.8], [1.0, 0.75], 4)
     assert too_slow([1.3, 1.2], [1.0, 0.95], 4)
+
+
+@given(
+    steps=st.integers(4, 50),
+    ratio=st.floats(1.0, 2.0),
+    fall=st.floats(0.001, 0.2),
+    lowest=st.floats(0.1, 1.0),
+)
+def test_however_the_tiles_fall_little_is_lost(steps, ratio, fall, lowest):
+    """They fall as if it would pay, and stop falling."""
+    paces: list[float] = []
+    fractions: list[float] = []
+    for step in range(steps):
+        fractions.append(max(1 - fall * step, lowest))
+        paces.append(ratio * fractions[-1])
+        if too_slow(paces, fractions, steps):
+            break
+    # One step more: it must have been taken to be seen.
+    assert sum(pace - 1 for pace in paces) <= max(0.05 * steps, 0.4) + ratio - 1
 
 
 def test_a_dense_start_is_no_reason_to_stop():
