@@ -1,10 +1,12 @@
 """What people combine with it, on tiny models in ComfyUI's own sampling code."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import tiny_comfy
 import torch
+from safetensors.torch import load_file
 
 from comfyui_liteattention.settings import Settings
 from demo.comfy_server import REPOSITORY, WEIGHTS
@@ -87,13 +89,12 @@ def test_two_experts_are_two_runs(plain):
         assert torch.equal(again, before)
 
 
-def test_weights_in_fp8(comfy):
-    """Load Diffusion Model with ``fp8_e4m3fn``: ComfyUI computes in another type, as ever."""
-    weights = str(REPOSITORY / "demo" / "weights" / WEIGHTS)
-    options = {"dtype": torch.float8_e4m3fn}
-    plain = comfy.sd.load_diffusion_model(weights, model_options=options)
-    weight = plain.model.diffusion_model.blocks[0].self_attn.q.weight
-    assert weight.dtype == torch.float8_e4m3fn
+def demo_weights():
+    return str(REPOSITORY / "demo" / "weights" / WEIGHTS)
+
+
+def skips_and_stays_close(plain):
+    """The demo model, as loaded in some format."""
     text = torch.zeros(1, 8, 4096)
     prompts = [[[text, {}]], [[text, {}]]]
     latent = torch.zeros(1, 16, 4, 16, 16)
@@ -103,6 +104,44 @@ def test_weights_in_fp8(comfy):
     assert report(model).active
     assert not torch.equal(out, dense)
     assert (out - dense).std() < 0.2 * dense.std()
+
+
+def test_weights_in_fp8(comfy):
+    """Load Diffusion Model with ``fp8_e4m3fn``: ComfyUI computes in another type, as ever."""
+    options = {"dtype": torch.float8_e4m3fn}
+    plain = comfy.sd.load_diffusion_model(demo_weights(), model_options=options)
+    weight = plain.model.diffusion_model.blocks[0].self_attn.q.weight
+    assert weight.dtype == torch.float8_e4m3fn
+    skips_and_stays_close(plain)
+
+
+@pytest.mark.parametrize("scheme", ["float8_e4m3fn", "int8_tensorwise"])
+def test_quantised_checkpoints(comfy, scheme):
+    """Files that name a format and scales for each matrix, as ComfyUI's own QUANTIZATION.md has
+    it."""
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    if not hasattr(comfy.utils, "convert_old_quants"):
+        pytest.skip("this ComfyUI is older")
+    stored = QUANT_ALGOS[scheme]["storage_t"]
+    largest = 127.0 if stored == torch.int8 else torch.finfo(stored).max
+    weights, layers = {}, {}
+    for name, tensor in load_file(demo_weights()).items():
+        weights[name] = tensor
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and "blocks." in name and tensor.ndim == 2:
+            scale = tensor.float().abs().max() / largest
+            scaled = tensor.float() / scale
+            weights[name] = (scaled.round() if stored == torch.int8 else scaled).to(stored)
+            weights[f"{layer}.weight_scale"] = scale
+            layers[layer] = {"format": scheme}
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    weights, metadata = comfy.utils.convert_old_quants(weights, metadata=metadata)
+    with torch.inference_mode():  # as nodes are run
+        plain = comfy.sd.load_diffusion_model_state_dict(weights, metadata=metadata)
+    weight = plain.model.diffusion_model.blocks[0].self_attn.q.weight
+    assert isinstance(weight, QuantizedTensor)
+    skips_and_stays_close(plain)
 
 
 def test_weights_that_stay_offloaded(comfy, plain, monkeypatch):
@@ -194,3 +233,29 @@ def test_lazycache(plain):
     steps = {call.step for call in report(model).calls}
     assert report(model).active
     assert 0 in steps < set(range(8))
+
+
+def test_two_devices(comfy, monkeypatch):
+    """ComfyUI's MultiGPU CFG Split: each conditioning on a device of its own, in a thread of its
+    own. Both devices are this CPU."""
+    pytest.importorskip("comfy.multigpu", reason="this ComfyUI is older")
+    management = comfy.model_management
+    devices = [torch.device("cpu"), torch.device("cpu", 0)]
+    monkeypatch.setattr(management, "get_all_torch_devices", lambda **_: devices)
+    monkeypatch.setattr(management, "set_torch_device", lambda device: None)
+    plain = comfy.sd.load_diffusion_model(demo_weights())
+    text = tiny_comfy.noise((2, 1, 8, 4096), 3)
+    setup = dict(latent=torch.zeros(1, 16, 4, 16, 16), prompts=[[[text[0], {}]], [[text[1], {}]]])
+    alone = patched(plain)
+    want = sample(alone, **setup)
+    split = comfy.multigpu.create_multigpu_deepclones(alone, 2)
+    (other,) = split.get_additional_models_with_key("multigpu")
+    assert other.load_device == devices[1]
+    assert other.model is not split.model
+    asked = []
+    other.model.diffusion_model.register_forward_pre_hook(lambda *_: asked.append(1))
+    torch.testing.assert_close(sample(split, **setup), want, rtol=1e-3, atol=1e-3)
+    assert len(asked) == 3
+    assert report(split).active
+    assert len(streams(split)) == 2
+    assert report(split).computed_fraction == report(alone).computed_fraction
