@@ -136,7 +136,7 @@ def _mark(
     ratio = budget.lost_per_bound(ledger, start).double()
     before = torch.ones_like(score, dtype=torch.bool) if live is None else live
     own = Stock(ratio * ledger.bound, ratio * allocation.bounds(score, before & ~state.pinned))
-    others = [stock for name, stock in state.stocks.items() if name != state.name]
+    others = [stock for name, stock in [*state.stocks.items()] if name != state.name]
     limit = allocation.threshold(own, others, aim)
     kept = _next_live(state, backend, live, score, limit)
     ledger = budget.enter_dropped(ledger, score, before & ~unpack(kept, score.shape[-1]))
