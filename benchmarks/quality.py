@@ -36,6 +36,12 @@ from comfyui_liteattention.settings import Settings
 GOALS = (35.0, 40.0)
 BUDGETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7)
 THRESHOLDS = (-1.5, -0.5, -0.05)
+COLOURS = {
+    "ours": "tab:orange",
+    "upstream": "tab:blue",
+    "sol_attn": "tab:green",
+    "window": "tab:purple",
+}
 
 
 class Point(NamedTuple):
@@ -204,7 +210,8 @@ def summary(goals: dict[str, dict[float, list[float | None]]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """PSNR against computed fraction, one line per method, the mean of the cases."""
+    """PSNR against computed fraction, the mean of the cases: a line for every method, a mark for
+    every change to ours, and how much rounding alone changes."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -213,23 +220,35 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     groups: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[row["method"]][row["setting"]].append(row)
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for method, settings in groups.items():
-        curve = sorted(
+    curves = {
+        method: sorted(
             tuple(
                 sum(row[key] for row in group) / len(group)
                 for key in ("computed_fraction", "psnr_db")
             )
             for group in settings.values()
         )
-        main = "," not in method
+        for method, settings in groups.items()
+    }
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    marks = iter("sD^v<>P*Xdph")
+    for method, curve in curves.items():
+        family = method.split(",")[0]
+        if method == "dense":
+            floor = min(db for _, db in curve)
+            axes.axhline(floor, color="0.6", linewidth=1, label="dense, rounded to bfloat16")
+            continue
         axes.plot(
             *zip(*curve, strict=True),
-            marker="o",
             label=method,
-            linewidth=2.5 if method == "ours" else 1.5 if main else 0.8,
-            linestyle="-" if main else ":",
+            color=COLOURS.get(family),
+            linewidth={"ours": 2.5}.get(method, 0.6 if family == "ours" else 1.5),
+            linestyle="-" if method == family else ":",
+            marker="o" if method == family else next(marks),
+            markersize=6 if method == "ours" else 5,
+            alpha=1 if method == family else 0.7,
         )
+    axes.set_ylim(15, 72)
     axes.set_xlabel("tiles computed, fraction of all")
     axes.set_ylabel("PSNR to the dense video, dB")
     axes.grid(alpha=0.3)

@@ -1,0 +1,143 @@
+"""What a newcomer sees: the demo in a real browser, with pictures for the docs.
+
+    pip install playwright; apt install chromium
+    .dev/venv/bin/python tests/environment/browser.py OUT [--chromium /usr/bin/chromium]
+
+Searches the node by "faster video", opens every workflow, runs the demo's two, and prints what
+the nodes say. Not among the tests: it needs a browser. Writes into OUT ``search.png`` and, of the
+demo's workflows, the canvas after a run and the thumbnail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from demo.comfy_server import ComfyServer, make_base  # noqa: E402
+
+WORKFLOWS = REPOSITORY / "workflows"
+DEMO, AB = "liteattention_demo", "liteattention_demo_ab"
+SIZE = {"width": 1760, "height": 900}
+THUMBNAIL = (400, 300)
+CLIP = {"x": 400, "y": 110, "width": 1000, "height": 750}  # beside the menus
+#: What the thumbnail of a workflow shows.
+SHOWN = {AB: ("LiteAttentionCompare",), DEMO: ("LiteAttentionReport", "SaveAnimatedWEBP")}
+FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking".split()
+
+
+def main() -> None:
+    from playwright.sync_api import sync_playwright
+
+    options = _parse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ComfyServer(make_base(Path(scratch)), options.out / "comfyui.log") as server,
+        sync_playwright() as playwright,
+    ):
+        browser = playwright.chromium.launch(executable_path=options.chromium, args=FLAGS)
+        page = browser.new_page(viewport=SIZE)
+        page.goto(f"http://{server.address}")
+        page.wait_for_function("window.app?.graph && window.LiteGraph", timeout=120_000)
+        page.wait_for_timeout(3000)
+        for name in sorted(path.stem for path in WORKFLOWS.glob("*.json")):
+            missing = open_workflow(page, name)
+            print(f"{name}: {'all nodes known' if not missing else f'missing: {missing}'}")
+        search(page, options.out / "search.png")
+        for name, kinds in SHOWN.items():
+            open_workflow(page, name)
+            run(page, server)
+            page.screenshot(path=options.out / f"{name}.png")
+            thumbnail(page, options.out / f"{name}.jpg", kinds)
+        texts = page.evaluate(
+            "app.graph.nodes.flatMap(n => (n.widgets || []).map(w => [n.type, String(w.value)]))"
+        )
+        print(*(f"{kind}: {text}" for kind, text in texts if "LiteAttention" in kind), sep="\n")
+        browser.close()
+
+
+def open_workflow(page: Any, name: str) -> list[str]:
+    """Load it and fit it to the window; returns the types of nodes that the page does not know."""
+    graph = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    page.evaluate("graph => app.loadGraphData(graph)", graph)
+    page.wait_for_timeout(1500)
+    page.keyboard.press("Escape")
+    page.mouse.click(SIZE["width"] / 2, SIZE["height"] - 60)
+    page.keyboard.press(".")  # fit view
+    page.wait_for_timeout(1500)
+    return page.evaluate(
+        "app.graph.nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])"
+    )
+
+
+def search(page: Any, path: Path) -> None:
+    """Double-click on the canvas and type what one hopes for."""
+    page.evaluate("app.graph.clear()")
+    page.mouse.dblclick(SIZE["width"] / 2, SIZE["height"] / 2)
+    page.wait_for_timeout(1000)
+    page.keyboard.type("faster video")
+    page.wait_for_timeout(2000)
+    page.screenshot(path=path)
+    assert page.get_by_text("LiteAttention", exact=False).count(), "the node was not found"
+    page.keyboard.press("Escape")
+
+
+def run(page: Any, server: ComfyServer) -> None:
+    """Press Run and wait for the end."""
+    before = len(server.get("/history"))
+    page.get_by_role("button", name="Run", exact=True).first.click()
+    for _ in range(600):
+        history = server.get("/history")
+        if len(history) > before:
+            status = list(history.values())[-1]["status"]
+            assert status["status_str"] == "success", status
+            break
+        time.sleep(1)
+    else:
+        raise TimeoutError("the run did not end")
+    page.wait_for_timeout(5000)
+
+
+def thumbnail(page: Any, path: Path, kinds: tuple[str, ...]) -> None:
+    """A picture of the nodes of these kinds."""
+    left, top, width, height = CLIP.values()
+    page.evaluate(
+        """([kinds, left, top, width, height]) => {
+            const shown = app.graph.nodes.filter(n => kinds.includes(n.type));
+            const boxes = shown.map(n => n.boundingRect);
+            const x0 = Math.min(...boxes.map(b => b[0])), y0 = Math.min(...boxes.map(b => b[1]));
+            const x1 = Math.max(...boxes.map(b => b[0] + b[2]));
+            const y1 = Math.max(...boxes.map(b => b[1] + b[3]));
+            const view = app.canvas.ds;
+            view.scale = Math.min(width / (x1 - x0), height / (y1 - y0));
+            view.offset[0] = (left + width / 2) / view.scale - (x0 + x1) / 2;
+            view.offset[1] = (top + height / 2) / view.scale - (y0 + y1) / 2;
+            app.canvas.setDirty(true, true);
+        }""",
+        [list(kinds), left, top, width, height],
+    )
+    page.wait_for_timeout(1500)
+    picture = Image.open(io.BytesIO(page.screenshot(clip=CLIP))).convert("RGB")
+    picture.resize(THUMBNAIL, Image.Resampling.LANCZOS).save(path, quality=85)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--chromium", default="/usr/bin/chromium")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
