@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.demo_video import DEVELOPMENT, DemoVideos, Moment
 from benchmarks.timing import describe_machine
+from comfyui_liteattention.allocation import Stock
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.cpu import CpuBackend
 from comfyui_liteattention.compare import compare
@@ -120,12 +121,14 @@ class Ordered:
         self._place = self._order.argsort()
         self._steps = steps
         self._backend = CpuBackend()
-        self._states: defaultdict[Hashable, LayerState] = defaultdict(LayerState)
+        self._states: dict[Hashable, LayerState] = {}
+        self._stocks: defaultdict[str, dict[str, Stock]] = defaultdict(dict)
         self.computed = self.total = 0
 
     def __call__(self, at: Moment, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v = (t.index_select(2, self._order) for t in (q, k, v))
-        state = self._states[at.layer, at.stream]
+        fresh = LayerState(name=at.layer, stocks=self._stocks[at.stream])
+        state = self._states.setdefault((at.layer, at.stream), fresh)
         position = (at.step + 1) / self._steps
         out, tally = attend(state, self._backend, q, k, v, scale, self._settings, position)
         self.computed += int(tally.computed)
