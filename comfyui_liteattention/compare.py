@@ -1,9 +1,9 @@
-"""How close two videos are: PSNR, SSIM, and both side by side with their difference."""
+"""How close two videos are: PSNR, SSIM, LPIPS where it is at hand, and where they differ."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from .canvas import THEMES, Canvas, fit
+from .perceptual import SMALLEST, Distance
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM, as in its paper
 C1, C2 = 0.01**2, 0.03**2
@@ -21,10 +22,12 @@ STRIP = 36
 
 @dataclass(frozen=True)
 class Closeness:
-    """Figures per frame; ``psnr`` in dB, infinite where the frames are equal."""
+    """Figures per frame; ``psnr`` in dB, infinite where the frames are equal. ``lpips`` is empty
+    where it was not measured."""
 
     psnr: tuple[float, ...]
     ssim: tuple[float, ...]
+    lpips: tuple[float, ...] = ()
 
     @property
     def psnr_all(self) -> float:
@@ -34,6 +37,10 @@ class Closeness:
     @property
     def ssim_mean(self) -> float:
         return sum(self.ssim) / len(self.ssim)
+
+    @property
+    def lpips_mean(self) -> float | None:
+        return sum(self.lpips) / len(self.lpips) if self.lpips else None
 
     @property
     def worst(self) -> int:
@@ -61,20 +68,30 @@ def problem(reference: Tensor, candidate: Tensor) -> str | None:
 
 
 def compare(
-    reference: Tensor, candidate: Tensor, on_frame: Callable[[], object] | None = None
+    reference: Tensor,
+    candidate: Tensor,
+    on_frame: Callable[[], object] | None = None,
+    lpips: Distance | None = None,
 ) -> Closeness:
     """Two ``[N, H, W, C]`` batches, 0..1. ValueError: they can't be compared, and why.
 
-    ``on_frame`` is called after each frame.
+    ``on_frame`` is called after each frame. ``lpips`` is measured too, if given, in frames that are
+    large enough for it.
     """
     if reason := problem(reference, candidate):
         raise ValueError(f"LiteAttention Compare: {reason}.")
+    if min(reference.shape[1:3]) < SMALLEST:
+        lpips = None
     figures: list[tuple[float, float]] = []
+    distances: list[float] = []
     for a, b in zip(map(_rgb, reference), map(_rgb, candidate), strict=True):
         figures.append((psnr(a, b), ssim(a, b)))
+        if lpips:
+            distances.append(lpips(a, b))
         if on_frame:
             on_frame()
-    return Closeness(*zip(*figures, strict=True))
+    decibels_of, similarity_of = zip(*figures, strict=True)
+    return Closeness(decibels_of, similarity_of, tuple(distances))
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -100,30 +117,34 @@ def text_table(closeness: Closeness) -> str:
     """A summary, and a line per frame."""
     worst = closeness.worst
     same = math.isinf(closeness.psnr_all)
+    mean = closeness.lpips_mean
     summary = (
         f"PSNR {decibels(closeness.psnr_all)}, SSIM {closeness.ssim_mean:.4f}"
-        f" over {len(closeness.psnr)} frames"
+        + ("" if mean is None else f", LPIPS {mean:.4f}")
+        + f" over {len(closeness.psnr)} frames"
     )
     lines = [summary]
     if not same:
         lines += [f"furthest apart: frame {worst}, {decibels(closeness.psnr[worst])}"]
-    lines += ["", f"{'frame':<6} {'PSNR':>10} {'SSIM':>8}"]
+    lines += ["", f"{'frame':<6} {'PSNR':>10} {'SSIM':>8}" + ("" if mean is None else "    LPIPS")]
     lines += [
-        f"{i:<6} {decibels(p):>10} {s:>8.4f}"
-        for i, (p, s) in enumerate(zip(closeness.psnr, closeness.ssim, strict=True))
+        f"{i:<6} {decibels(p):>10} {s:>8.4f}" + "".join(f" {d:>8.4f}" for d in distance)
+        for i, (p, s, *distance) in enumerate(_frames(closeness))
     ]
     return "\n".join(lines)
 
 
 def figures(closeness: Closeness) -> dict[str, Any]:
     """Plain JSON data, which has no infinity: None stands for identical frames."""
+    mean = closeness.lpips_mean
     return {
         "psnr_db": _finite(closeness.psnr_all),
         "ssim": closeness.ssim_mean,
+        **({} if mean is None else {"lpips": mean}),
         "worst_frame": closeness.worst,
         "per_frame": [
-            {"psnr_db": _finite(p), "ssim": s}
-            for p, s in zip(closeness.psnr, closeness.ssim, strict=True)
+            dict(zip(("psnr_db", "ssim", "lpips"), (_finite(p), *rest), strict=False))
+            for p, *rest in _frames(closeness)
         ],
     }
 
@@ -150,6 +171,12 @@ def side_by_side(
         row = torch.cat([a, b, ((a - b).abs() * amplify).clamp(max=1)], 1)
         out[i, STRIP:] = row.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
     return out
+
+
+def _frames(closeness: Closeness) -> Iterable[tuple[float, ...]]:
+    """PSNR, SSIM and, where measured, LPIPS of each frame."""
+    columns = [closeness.psnr, closeness.ssim, *([closeness.lpips] if closeness.lpips else [])]
+    return zip(*columns, strict=True)
 
 
 def _labels(width: int, *texts: str) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from comfyui_liteattention import perceptual
 from comfyui_liteattention.compare import (
     STRIP,
     compare,
@@ -129,6 +130,62 @@ def test_every_frame_is_announced():
     seen = []
     compare(video(), video(), on_frame=lambda: seen.append(1))
     assert len(seen) == 3
+
+
+@pytest.fixture
+def weights_at_hand(tmp_path, monkeypatch):
+    """AlexNet as torchvision would have left it, but for its training."""
+    pytest.importorskip("lpips")
+    from torchvision.models import alexnet
+
+    (tmp_path / "checkpoints").mkdir()
+    torch.manual_seed(0)
+    torch.save(alexnet().state_dict(), tmp_path / "checkpoints" / perceptual.WEIGHTS)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    return tmp_path / "checkpoints" / perceptual.WEIGHTS
+
+
+def test_lpips_where_it_is_at_hand(weights_at_hand):
+    distance = perceptual.lpips_distance()
+    assert distance is not None
+    clean = video()
+    near, far = noisy(clean, 0.01), noisy(clean, 0.3)
+    assert compare(clean, clean, lpips=distance).lpips == (0, 0, 0)
+    closeness = compare(clean, far, lpips=distance)
+    assert 0 < compare(clean, near, lpips=distance).lpips_mean < closeness.lpips_mean
+    assert f"LPIPS {closeness.lpips_mean:.4f} over 3 frames" in text_table(closeness)
+    told = json.loads(json.dumps(figures(closeness)))
+    assert told["lpips"] == closeness.lpips_mean
+    assert [frame["lpips"] for frame in told["per_frame"]] == list(closeness.lpips)
+
+
+def test_lpips_is_that_of_its_own_package(weights_at_hand):
+    import lpips
+
+    want = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    known = torch.load(weights_at_hand)
+    for name, parameter in want.net.named_parameters():
+        parameter.data = known["features." + name.split(".", 1)[1]]
+    clean = video()[0]
+    other = noisy(clean, 0.1)
+    planes = [2 * x.permute(2, 0, 1)[None] - 1 for x in (clean, other)]
+    distance = perceptual.lpips_distance()
+    assert distance is not None
+    assert distance(clean, other) == pytest.approx(float(want(*planes)), rel=1e-5)
+
+
+def test_no_lpips_without_weights_or_with_damaged_ones(weights_at_hand, caplog):
+    weights_at_hand.write_bytes(b"nothing to read")
+    assert perceptual.lpips_distance() is None
+    assert "no LPIPS" in caplog.text
+    weights_at_hand.unlink()
+    assert perceptual.lpips_distance() is None
+    assert "LPIPS" not in text_table(compare(video(), video()))
+
+
+def test_frames_too_small_for_lpips_go_without(weights_at_hand):
+    small = video(2, 20, 64)
+    assert compare(small, small, lpips=perceptual.lpips_distance()).lpips == ()
 
 
 @pytest.mark.parametrize(("width", "zoom"), [(64, 4), (300, 1)])

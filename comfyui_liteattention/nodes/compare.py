@@ -6,6 +6,7 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..compare import compare, figures, side_by_side, text_table
+from ..perceptual import lpips_distance
 from .schema import CATEGORY, schema
 
 
@@ -49,7 +50,9 @@ class LiteAttentionCompare(io.ComfyNode):
     @classmethod
     def execute(cls, reference, candidate, amplify: float) -> io.NodeOutput:
         progress = comfy.utils.ProgressBar(len(reference))
-        closeness = compare(reference, candidate, on_frame=lambda: progress.update(1))
+        closeness = compare(
+            reference, candidate, on_frame=lambda: progress.update(1), lpips=lpips_distance()
+        )
         text = text_table(closeness)
         image = side_by_side(reference, candidate, closeness, amplify)
         # On the node: the frame in which they are furthest apart.
