@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -340,11 +339,13 @@ def test_skipping_is_faster_than_sdpa(dtype: torch.dtype) -> None:
     q, k, v = make_qkv(1, 4, tokens, tokens, d, dtype)
     tq, tk = TILE.grid(tokens, tokens)
     lists = make_lists(torch.rand(1, 4, tq, tk).argsort(-1) < tk // 4)
-    ratios = []
+    dense, ours = [], []
     for _ in range(6):
         start = time.perf_counter()
         scaled_dot_product_attention(q, k, v)
         middle = time.perf_counter()
         BACKEND.forward(q, k, v, d**-0.5, lists, "mass")
-        ratios.append((time.perf_counter() - middle) / (middle - start))
-    assert statistics.median(ratios[1:]) < 0.7, ratios
+        dense.append(middle - start)
+        ours.append(time.perf_counter() - middle)
+    # The shortest of each: other work on the machine only adds to them.
+    assert min(ours) < 0.7 * min(dense), (dense, ours)
