@@ -124,16 +124,8 @@ def test_a_layer_that_lost_far_too_much_starts_over():
     assert not allocation.overspent(having_lost(0.0), [], 1e-6)
 
 
-@pytest.mark.parametrize("allowed", [0.002, 0.01, 0.03])
-@pytest.mark.parametrize("sharpness", [2.0, 4.0])
-def test_the_true_loss_stays_within_the_budget(allowed, sharpness):
-    """Attention that drifts over the steps, broad and local heads mixed."""
-    steps, tokens = 20, 512
-    backend = Truth()
-    sigmas = [1 - t / steps for t in range(steps + 1)]
-    # The tail would cost 1 in 16 at tiles as small as these.
-    settings = Settings(budget=allowed, audit=16, min_tokens=0, tail=False)
-    run = Run(settings, backend, sigmas)
+def drifting(steps, tokens=512, sharpness=4.0):
+    """``q, k, v [1, 2, tokens, 32]`` of every step: broad and local heads mixed."""
     generator = torch.Generator().manual_seed(0)
     angle = torch.linspace(0, math.pi, tokens).unsqueeze(-1) * torch.arange(1, 17)
     place = torch.cat([angle.cos(), angle.sin()], -1)
@@ -145,10 +137,47 @@ def test_the_true_loss_stays_within_the_budget(allowed, sharpness):
         q_t, k_t = (
             math.cos(turn) * x + math.sin(turn) * d for x, d in zip((q, k), drift, strict=True)
         )
-        run.attend(
-            "0", ["x"], run.locate(sigmas[t]), heads * place + q_t, heads * place + k_t, v, 32**-0.5
-        )
+        yield heads * place + q_t, heads * place + k_t, v
+
+
+@pytest.mark.parametrize("allowed", [0.002, 0.01, 0.03])
+@pytest.mark.parametrize("sharpness", [2.0, 4.0])
+def test_the_true_loss_stays_within_the_budget(allowed, sharpness):
+    steps, tokens = 20, 512
+    backend = Truth()
+    sigmas = [1 - t / steps for t in range(steps + 1)]
+    # The tail would cost 1 in 16 at tiles as small as these.
+    settings = Settings(budget=allowed, audit=16, min_tokens=0, tail=False)
+    run = Run(settings, backend, sigmas)
+    for t, (q, k, v) in enumerate(drifting(steps, tokens, sharpness)):
+        run.attend("0", ["x"], run.locate(sigmas[t]), q, k, v, 32**-0.5)
     report = run.finish()
     truth = sum(backend.lost) / steps
     assert 0.3 * allowed < truth <= allowed
     assert report.computed_fraction < 0.75
+
+
+def test_the_loss_goes_where_it_saves_most_and_is_held():
+    """A layer with sharp attention and one with broad attention, two streams."""
+    steps, allowed = 20, 0.02
+    backend = Truth()
+    sigmas = [1 - t / steps for t in range(steps + 1)]
+    settings = Settings(budget=allowed, audit=16, min_tokens=0, tail=False)
+    run = Run(settings, backend, sigmas)
+    layers = {"sharp": drifting(steps, sharpness=5.0), "broad": drifting(steps, sharpness=2.0)}
+    for t, inputs in enumerate(zip(*layers.values(), strict=True)):
+        for layer, qkv in zip(layers, inputs, strict=True):
+            for stream in ("cond", "uncond"):
+                run.attend(layer, [stream], run.locate(sigmas[t]), *qkv, 32**-0.5)
+    assert [set(stocks) for stocks in run._stocks.values()] == [set(layers)] * 2
+    report = run.finish()
+    assert not run._stocks
+    computed, lost = ([], [])
+    for i, layer in enumerate(layers):
+        calls = [call for call in report.calls if call.layer == layer]
+        computed.append(sum(call.computed for call in calls) / sum(call.total for call in calls))
+        per_step = zip(backend.lost[2 * i :: 4], backend.lost[2 * i + 1 :: 4], strict=True)
+        lost.append(sum(a + b for a, b in per_step) / (2 * steps))
+    assert computed[0] < computed[1] - 0.1
+    assert 0.3 * allowed < sum(lost) / 2 <= allowed
+    assert max(lost) <= 2 * allowed
