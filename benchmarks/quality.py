@@ -55,7 +55,7 @@ class Point(NamedTuple):
 def main() -> None:
     options = _parse()
     print(check_sol_attention())
-    chosen = (HELD_OUT if options.held_out else DEVELOPMENT)[:2]
+    chosen = (HELD_OUT if options.held_out else DEVELOPMENT)[: options.seeds]
     cases = tuple(case._replace(steps=options.steps) for case in chosen)
     points = [p for p in all_points() if not options.only or p.method in options.only]
     rows = measure(points, cases)
@@ -266,6 +266,7 @@ def _mean(values: list[float | None]) -> float | None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--held-out", action="store_true", help="prompts kept out of tuning")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods alone")
     for name in ("json", "csv", "plot"):
