@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-#: Share of the run's attention time that may be lost without a prospect of gaining more.
+#: Share of the run's attention time that may be lost in the end, by all that is known.
 ALLOWANCE = 0.02
 #: Share of it that is lost at most, whatever the prospect, until the step in which that shows; of a
 #: run of few steps, this part of one step.
-LIMIT = 0.05
+LIMIT = 0.1
 LIMIT_OF_STEP = 0.4
 #: Layers, in the order of execution, whose first call is also done densely.
 TIMED_LAYERS = 3
@@ -112,14 +112,15 @@ def full_pace(paces: Sequence[float], fractions: Sequence[float]) -> float:
 def too_slow(
     paces: Sequence[float], fractions: Sequence[float], steps: int, dense_steps: int = 1
 ) -> bool:
-    """Whether to stop: the run is behind by more than the allowance, and its prospect isn't worth
-    that: what it would gain in the end is less than what it is behind now, or that is too much.
+    """Whether to stop: the run is behind by more than the allowance and would end up there, or is
+    so far behind that no prospect is worth it.
 
     ``paces``: time over dense of each step so far, ``fractions`` what it computed; ``steps`` of the
     whole run, of which ``dense_steps`` at the start say nothing about what will be skipped.
     """
+    allowed = ALLOWANCE * steps
     behind = sum(p - 1 for p in paces)
-    if behind <= ALLOWANCE * steps:
+    if behind <= allowed:
         return False
     remaining = steps - len(paces)
     if len(paces) <= dense_steps:
@@ -127,8 +128,8 @@ def too_slow(
     else:
         expected = trend(fractions, remaining)
     ratio = full_pace(paces, fractions)
-    gained = sum(1 - ratio * f for f in expected) - behind
-    return gained < behind or behind > max(LIMIT * steps, LIMIT_OF_STEP)
+    to_come = sum(ratio * f - 1 for f in expected)
+    return behind + to_come > allowed or behind > max(LIMIT * steps, LIMIT_OF_STEP)
 
 
 def trend(fractions: Sequence[float], steps: int) -> list[float]:
