@@ -243,12 +243,14 @@ def text_table(report: RunReport) -> str:
         layers, steps = of_layers(cells), of_steps(cells)
         heading = f"{'computed':>9} {'lost mass':>10}" + (f" {'95 %':>15}" if cells else "")
         lines += ["", f"{'layer':<12} {heading}"]
-        lines += [_row(name, calls, layers) for name, calls in by(report.calls, "layer").items()]
+        lines += [
+            _row(name, calls, layers, 12) for name, calls in by(report.calls, "layer").items()
+        ]
         dense = report.dense_seconds
-        columns = f"{'step':<12} {heading} {'seconds':>8}"
+        columns = f"{'step':<5} {heading} {'seconds':>8}"
         lines += ["", columns + (f" {'dense, est.':>12}" if dense else "")]
         for step, calls in sorted(by(report.calls, "step").items()):
-            row = _row(step, calls, steps)
+            row = _row(step, calls, steps, 5)
             for seconds, width in ((report.step_seconds.get(step), 8), (dense.get(step), 12)):
                 row += "" if seconds is None else f" {seconds:{width}.2f}"
             lines.append(row)
@@ -295,9 +297,9 @@ def _pair(calls: list[CallStats], interval: Interval | None) -> dict[str, Any]:
     }
 
 
-def _row(key: K, calls: list[CallStats], cells: Mapping[K, Interval]) -> str:
+def _row(key: K, calls: list[CallStats], cells: Mapping[K, Interval], width: int) -> str:
     lost = mean_lost(calls)
-    row = f"{key!s:<12} {fraction(calls):>9.1%} {'-' if lost is None else f'{lost:.3%}':>10}"
+    row = f"{key!s:<{width}} {fraction(calls):>9.1%} {'-' if lost is None else f'{lost:.3%}':>10}"
     if cells:
         found = cells.get(key)
         row += f" {'-' if found is None else f'{found.low:.2%} - {found.high:.2%}':>15}"
