@@ -48,15 +48,13 @@ def main() -> None:
         sync_playwright() as playwright,
     ):
         browser = playwright.chromium.launch(executable_path=options.chromium, args=FLAGS)
-        page = browser.new_page(viewport=SIZE)
-        page.goto(f"http://{server.address}")
-        page.wait_for_function("window.app?.graph && window.LiteGraph", timeout=120_000)
-        page.wait_for_timeout(3000)
+        page = fresh_page(browser, server)
         for name in sorted(path.stem for path in WORKFLOWS.glob("*.json")):
             missing = open_workflow(page, name)
             print(f"{name}: {'all nodes known' if not missing else f'missing: {missing}'}")
         search(page, options.out / "search.png")
         for name, kinds in SHOWN.items():
+            page = fresh_page(browser, server)
             open_workflow(page, name)
             run(page, server)
             page.screenshot(path=options.out / f"{name}.png")
@@ -74,6 +72,14 @@ def _plain(base: Path) -> Path:
     chosen = json.loads(settings.read_text()) | {"Comfy.Minimap.Visible": False}
     settings.write_text(json.dumps(chosen))
     return base
+
+
+def fresh_page(browser: Any, server: ComfyServer) -> Any:
+    page = browser.new_page(viewport=SIZE)
+    page.goto(f"http://{server.address}")
+    page.wait_for_function("window.app?.graph && window.LiteGraph", timeout=120_000)
+    page.wait_for_timeout(4000)
+    return page
 
 
 def open_workflow(page: Any, name: str) -> list[str]:
