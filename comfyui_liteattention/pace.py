@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-#: Share of the run's attention time that may be lost in the end, by all that is known.
+#: Share of the run's attention time that may be lost before anything is decided.
 ALLOWANCE = 0.02
-#: Share of it that is lost at most, whatever the prospect, until the step in which that shows; of a
-#: run of few steps, this part of one step.
+#: Share of it that may be lost in the hope of gaining later; of a run of few steps, this part of
+#: one step.
 LIMIT = 0.1
 LIMIT_OF_STEP = 0.4
 #: Layers, in the order of execution, whose first call is also done densely.
@@ -112,15 +112,17 @@ def full_pace(paces: Sequence[float], fractions: Sequence[float]) -> float:
 def too_slow(
     paces: Sequence[float], fractions: Sequence[float], steps: int, dense_steps: int = 1
 ) -> bool:
-    """Whether to stop: the run is behind by more than the allowance and would end up there, or is
-    so far behind that no prospect is worth it.
+    """Whether to stop: the run is behind by more than the allowance, still slower than dense, and
+    would lose more by going on, or is so far behind that no prospect is worth it.
+
+    A run that is faster than dense by now goes on, however far behind: tiles only go, so that each
+    step wins some of it back.
 
     ``paces``: time over dense of each step so far, ``fractions`` what it computed; ``steps`` of the
     whole run, of which ``dense_steps`` at the start say nothing about what will be skipped.
     """
-    allowed = ALLOWANCE * steps
     behind = sum(p - 1 for p in paces)
-    if behind <= allowed:
+    if behind <= ALLOWANCE * steps or paces[-1] < 1:
         return False
     remaining = steps - len(paces)
     if len(paces) <= dense_steps:
@@ -129,7 +131,7 @@ def too_slow(
         expected = trend(fractions, remaining)
     ratio = full_pace(paces, fractions)
     to_come = sum(ratio * f - 1 for f in expected)
-    return behind + to_come > allowed or behind > max(LIMIT * steps, LIMIT_OF_STEP)
+    return to_come >= 0 or behind > max(LIMIT * steps, LIMIT_OF_STEP)
 
 
 def trend(fractions: Sequence[float], steps: int) -> list[float]:

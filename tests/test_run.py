@@ -305,6 +305,14 @@ def test_however_the_tiles_fall_little_is_lost(steps, ratio, fall, lowest):
     assert sum(pace - 1 for pace in paces) <= max(0.1 * steps, 0.4) + ratio - 1
 
 
+def test_a_run_that_is_faster_by_now_goes_on():
+    """However far behind: to stop would only keep it there."""
+    fractions = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.75, 0.75, 0.75]
+    assert too_slow([1.4 * f for f in fractions], fractions, 20)  # still slower
+    paces = [1.4 * f for f in fractions[:-1]] + [0.98]
+    assert not too_slow(paces, fractions, 20)
+
+
 def test_a_dense_start_is_no_reason_to_stop():
     assert not too_slow([1.1] * 5, [1.0] * 5, 20, dense_steps=5)
     assert too_slow([1.1] * 7, [1.0] * 7, 20, dense_steps=5)
