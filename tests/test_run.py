@@ -40,8 +40,10 @@ def test_the_first_call_is_dense_and_later_ones_skip():
     run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
     outs = sample(run)
     q, k, v = local_qkv(0)
-    dense = torch.nn.functional.scaled_dot_product_attention(q + 0.1, k, v, scale=SCALE)
-    torch.testing.assert_close(outs[0], dense, rtol=1e-5, atol=1e-5)
+    # In float64: torch's own float32 attention is off by more than ours.
+    exact = (x.double() for x in (q + 0.1, k, v))
+    dense = torch.nn.functional.scaled_dot_product_attention(*exact, scale=SCALE)
+    torch.testing.assert_close(outs[0].double(), dense, rtol=1e-5, atol=1e-5)
     report = run.finish()
     computed = [c.computed / c.total for c in report.calls]
     assert computed[0] == 1.0
@@ -307,7 +309,7 @@ def test_however_the_tiles_fall_little_is_lost(steps, ratio, fall, lowest):
 
 def test_a_run_that_is_faster_by_now_goes_on():
     """However far behind: to stop would only keep it there."""
-    fractions = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.75, 0.75, 0.75]
+    fractions = [1.0, 0.95, 0.9, 0.85, 0.8] + [0.75] * 8
     assert too_slow([1.4 * f for f in fractions], fractions, 20)  # still slower
     paces = [1.4 * f for f in fractions[:-1]] + [0.98]
     assert not too_slow(paces, fractions, 20)
