@@ -36,7 +36,8 @@ class LiteAttentionPatch(io.ComfyNode):
                     default=DEFAULT,
                     tooltip="How much of the attention may be lost; it is measured while sampling. "
                     "Safe 1 %: closest to the original. Balanced 3 %: start here. Fast 10 %: most "
-                    "skipped. Ignored when a control is connected.",
+                    "skipped. On the demo's small model they skip 28, 36 and 48 % and come to 53, "
+                    "47 and 40 dB of the original. Ignored when a control is connected.",
                 ),
                 Control.Input(
                     "control",
