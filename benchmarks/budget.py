@@ -8,7 +8,6 @@ should lie between 0.5 and 1.0 of the budget, and no layer's own above 2.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.demo_video import HELD_OUT, Case, DemoVideos, Moment
-from benchmarks.timing import describe_machine
+from benchmarks.record import write_json
 from comfyui_liteattention.backends.base import Attended, Criterion
 from comfyui_liteattention.backends.cpu import CpuBackend
 from comfyui_liteattention.budget import target
@@ -75,8 +74,7 @@ def main() -> None:
             f"{row['cells_within_interval']:>13.0%}"
         )
     if options.json:
-        document = {"machine": describe_machine(), "steps": options.steps, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1))
+        write_json(options.json, steps=options.steps, rows=rows)
 
 
 def measure(

@@ -11,7 +11,6 @@ out close: by the area under the ROC curve, 0.5 for no separation and 1 for a pe
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.demo_video import DEVELOPMENT, DemoVideos
-from benchmarks.timing import describe_machine
+from benchmarks.record import write_json
 from comfyui_liteattention.compare import compare
 from comfyui_liteattention.settings import Settings
 
@@ -55,8 +54,7 @@ def main() -> None:
         print(f"seed {row['seed']:>3}  budget {row['budget']:>5.1%}  {psnr:>8}  {shown}")
     print("area under the ROC curve, step by step:", "  ".join(f"{area:.2f}" for area in areas))
     if options.json:
-        document = {"machine": describe_machine(), "rows": rows, "roc_area_by_step": areas}
-        options.json.write_text(json.dumps(document, indent=1))
+        write_json(options.json, rows=rows, roc_area_by_step=areas)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ worth: the demo model with LiteAttention, its tokens listed in each order.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.demo_video import DEVELOPMENT, DemoVideos, Moment
-from benchmarks.timing import describe_machine
+from benchmarks.record import write_json
 from comfyui_liteattention.allocation import Stock
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.cpu import CpuBackend
@@ -177,8 +176,7 @@ def main() -> None:
             computed, db = (sum(row[key] for row in some) / len(some) for key in keys)
             print(f"{name:<18} {budget:>6.1%} {computed:>7.1%} of the tiles {db:>6.1f} dB")
     if options.json:
-        document = {"machine": describe_machine(), "radius": radii, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1))
+        write_json(options.json, radius=radii, rows=rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ and numbers of steps, beside runs without it. The true loss is that of a dense s
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.budget import measure
 from benchmarks.demo_video import HELD_OUT, DemoVideos
-from benchmarks.timing import describe_machine
+from benchmarks.record import write_json
 from comfyui_liteattention.profile import learned_in
 
 BUDGET = 0.01
@@ -44,7 +43,7 @@ def main() -> None:
             f"{row['computed_fraction']:>9.1%}"
         )
     if options.json:
-        options.json.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1))
+        write_json(options.json, rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.demo_video import DEVELOPMENT, HELD_OUT, Case, DemoVideos, Sampled
+from benchmarks.record import write_json
 from benchmarks.rivals import (
     Everything,
     SolAttention,
@@ -29,7 +29,6 @@ from benchmarks.rivals import (
     Window,
     check_sol_attention,
 )
-from benchmarks.timing import describe_machine
 from comfyui_liteattention.compare import compare
 from comfyui_liteattention.settings import Settings
 
@@ -62,7 +61,7 @@ def main() -> None:
     goals = goal_table(rows)
     print(table(rows), summary(goals), sep="\n")
     if options.json:
-        options.json.write_text(json.dumps(document(rows, goals, options.steps), indent=1))
+        write_json(options.json, **document(rows, goals, options.steps))
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
@@ -170,10 +169,9 @@ def goal_table(rows: list[dict[str, Any]]) -> dict[str, dict[float, list[float |
 
 
 def document(rows: list[dict[str, Any]], goals: Any, steps: int) -> dict[str, Any]:
-    """What ``--json`` writes."""
+    """What ``--json`` writes beside the machine."""
     at_35 = {method: _mean(by_goal[35.0]) for method, by_goal in goals.items()}
     return {
-        "machine": describe_machine(),
         "steps": steps,
         "computed_fraction_at_35db": at_35,
         "computed_fraction_at_goal_per_seed": goals,
@@ -242,13 +240,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             *zip(*curve, strict=True),
             label=method,
             color=COLOURS.get(family),
-            linewidth={"ours": 2.5}.get(method, 0.6 if family == "ours" else 1.5),
+            linewidth=2.5 if method == "ours" else 0.6 if family == "ours" else 1.5,
             linestyle="-" if method == family else ":",
             marker="o" if method == family else next(marks),
             markersize=6 if method == "ours" else 5,
             alpha=1 if method == family else 0.7,
         )
-    axes.set_ylim(15, 72)
     axes.set_xlabel("tiles computed, fraction of all")
     axes.set_ylabel("PSNR to the dense video, dB")
     axes.grid(alpha=0.3)

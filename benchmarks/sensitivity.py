@@ -10,7 +10,6 @@ a step goes with its sensitivity to the power -1/2.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from benchmarks.demo_video import DEVELOPMENT, Case, DemoVideos, Moment
-from benchmarks.timing import describe_machine
+from benchmarks.record import write_json
 from comfyui_liteattention.backends.cpu import CpuBackend
 from comfyui_liteattention.policy import lost_mass
 from comfyui_liteattention.tiles import make_lists
@@ -86,10 +85,22 @@ def best_ramp(rows: list[dict[str, Any]]) -> float:
     return float(-np.polyfit(x, y, 1)[0] / 2)
 
 
+def by_step(rows: list[dict[str, Any]]) -> dict[int, float]:
+    """Sensitivity of each step over that of the seed's most sensitive one, geometric mean of the
+    seeds."""
+    most: dict[int, float] = {}
+    for row in rows:
+        most[row["seed"]] = max(row["sensitivity"], most.get(row["seed"], 0.0))
+    logs: dict[int, list[float]] = {step: [] for step in STEPS}
+    for row in rows:
+        logs[row["step"]].append(np.log(row["sensitivity"] / most[row["seed"]]))
+    return {step: float(np.exp(np.mean(some))) for step, some in logs.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.sensitivity", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=len(DEVELOPMENT))
     options = parser.parse_args()
     videos = DemoVideos()
     rows = [row for case in DEVELOPMENT[: options.seeds] for row in measure(videos, case)]
@@ -99,14 +110,14 @@ def main() -> None:
             f"{row['seed']:>4} {row['step']:>5} {row['lost_mass']:>7.2%} "
             f"{row['mean_square_error']:>18.2e} {row['sensitivity']:>12.4f}"
         )
+    print("over the most sensitive step's:", {s: f"{x:.2g}" for s, x in by_step(rows).items()})
     ramps = {
         seed: best_ramp([row for row in rows if row["seed"] == seed])
         for seed in sorted({row["seed"] for row in rows})
     }
     print("ramp that fits, by seed:", {seed: round(ramp, 2) for seed, ramp in ramps.items()})
     if options.json:
-        document = {"machine": describe_machine(), "ramp": ramps, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1))
+        write_json(options.json, ramp=ramps, rows=rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from benchmarks.timing import Paired, Spread, describe_machine, time_pairs
+from benchmarks.record import describe_machine
+from benchmarks.timing import Paired, Spread, time_pairs
 from comfyui_liteattention.backends.cpu import CpuBackend
 from comfyui_liteattention.tiles import make_lists
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib import metadata
 from typing import NamedTuple
-
-import torch
 
 
 class Spread(NamedTuple):
@@ -54,35 +49,3 @@ def time_pairs(baseline: Callable[[], object], ours: Callable[[], object], repea
             seconds[which].append(time_once(calls[which]))
     ratios = [o / b for b, o in zip(*seconds, strict=True)]
     return Paired(Spread.of(seconds[0]), Spread.of(seconds[1]), Spread.of(ratios))
-
-
-def describe_machine() -> dict[str, str | int]:
-    """What the numbers depend on: CPU, threads, versions."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numba": _version("numba"),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "missing"
