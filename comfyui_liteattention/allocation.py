@@ -1,10 +1,10 @@
 """How the allowed loss is shared out over layers: it goes where it saves the most tiles.
 
-Rate-distortion at equal slope, where the rate is tiles computed and the distortion lost mass: the
-tiles of all layers of a stream compete, and the least important go first, whichever layer has them.
-No other choice skips as many for the same expected loss. A layer chooses when it is called; the
-others then count with what their last call left. Pure functions; tensors stay on their device,
-nothing waits.
+Rate-distortion at equal slope, where the rate is tiles computed and the distortion the bound on
+their mass: one threshold for all layers of a stream, so that the tiles with the lowest scores go
+first, whichever layer has them. It is as high as the loss expected of all layers allows. A layer
+chooses when it is called; the others then count with what their last call left. Pure functions;
+tensors stay on their device, nothing waits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BIN = 0.25
 BINS = 160
 #: One, in fixed point.
 UNIT = 1 << 36
-#: No layer takes more than this many times the mean.
+#: No layer takes more than this many times what they may lose on average.
 LARGEST_SHARE = 1.6
 #: Losing this many times what may be lost won't do.
 TOO_MUCH = 1.5
