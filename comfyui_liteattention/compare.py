@@ -90,8 +90,8 @@ def compare(
             distances.append(lpips(a, b))
         if on_frame:
             on_frame()
-    decibels_of, similarity_of = zip(*figures, strict=True)
-    return Closeness(decibels_of, similarity_of, tuple(distances))
+    psnrs, ssims = zip(*figures, strict=True)
+    return Closeness(psnrs, ssims, tuple(distances))
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

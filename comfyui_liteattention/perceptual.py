@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 Distance = Callable[[Tensor, Tensor], float]
 
 WEIGHTS = "alexnet-owt-7be5be79.pth"
-SMALLEST = 32  # pixels: of less the network leaves nothing
+SMALLEST = 31  # pixels: of less the network leaves nothing
 
 
 def lpips_distance() -> Distance | None:

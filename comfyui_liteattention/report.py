@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 K = TypeVar("K", bound=Hashable)
+LAYER, STEP = 12, 5  # widths of the first column: with the steps' others it fits on the node
 
 
 class CallStats(NamedTuple):
@@ -242,15 +243,15 @@ def text_table(report: RunReport) -> str:
         cells = loss_intervals(report)
         layers, steps = of_layers(cells), of_steps(cells)
         heading = f"{'computed':>9} {'lost mass':>10}" + (f" {'95 %':>15}" if cells else "")
-        lines += ["", f"{'layer':<12} {heading}"]
+        lines += ["", f"{'layer':<{LAYER}} {heading}"]
         lines += [
-            _row(name, calls, layers, 12) for name, calls in by(report.calls, "layer").items()
+            _row(name, calls, layers, LAYER) for name, calls in by(report.calls, "layer").items()
         ]
         dense = report.dense_seconds
-        columns = f"{'step':<5} {heading} {'seconds':>8}"
+        columns = f"{'step':<{STEP}} {heading} {'seconds':>8}"
         lines += ["", columns + (f" {'dense, est.':>12}" if dense else "")]
         for step, calls in sorted(by(report.calls, "step").items()):
-            row = _row(step, calls, steps, 5)
+            row = _row(step, calls, steps, STEP)
             for seconds, width in ((report.step_seconds.get(step), 8), (dense.get(step), 12)):
                 row += "" if seconds is None else f" {seconds:{width}.2f}"
             lines.append(row)

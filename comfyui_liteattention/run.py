@@ -248,6 +248,7 @@ class Run:
         return report
 
     def _forget(self) -> None:
+        """Drop all skip state; the lock is held."""
         self._states.clear()
         self._stocks.clear()
 

@@ -172,7 +172,7 @@ def test_the_loss_goes_where_it_saves_most_and_is_held():
     assert [set(stocks) for stocks in run._stocks.values()] == [set(layers)] * 2
     report = run.finish()
     assert not run._stocks
-    computed, lost = ([], [])
+    computed, lost = [], []
     for i, layer in enumerate(layers):
         calls = [call for call in report.calls if call.layer == layer]
         computed.append(sum(call.computed for call in calls) / sum(call.total for call in calls))
