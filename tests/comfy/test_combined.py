@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from comfyui_liteattention.settings import Settings
-from demo.comfy_server import REPOSITORY, WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,30 +88,13 @@ def test_two_experts_are_two_runs(plain):
         assert torch.equal(again, before)
 
 
-def demo_weights():
-    return str(REPOSITORY / "demo" / "weights" / WEIGHTS)
-
-
-def skips_and_stays_close(plain):
-    """The demo model, as loaded in some format."""
-    text = torch.zeros(1, 8, 4096)
-    prompts = [[[text, {}]], [[text, {}]]]
-    latent = torch.zeros(1, 16, 4, 16, 16)
-    model = patched(plain)
-    dense = tiny_comfy.sample(plain, WAN, latent=latent, prompts=prompts)
-    out = tiny_comfy.sample(model, WAN, latent=latent, prompts=prompts)
-    assert report(model).active
-    assert not torch.equal(out, dense)
-    assert (out - dense).std() < 0.2 * dense.std()
-
-
 def test_weights_in_fp8(comfy):
     """Load Diffusion Model with ``fp8_e4m3fn``: ComfyUI computes in another type, as ever."""
     options = {"dtype": torch.float8_e4m3fn}
-    plain = comfy.sd.load_diffusion_model(demo_weights(), model_options=options)
+    plain = comfy.sd.load_diffusion_model(tiny_comfy.demo_weights(), model_options=options)
     weight = plain.model.diffusion_model.blocks[0].self_attn.q.weight
     assert weight.dtype == torch.float8_e4m3fn
-    skips_and_stays_close(plain)
+    tiny_comfy.skips_and_stays_close(plain, SETTINGS)
 
 
 @pytest.mark.parametrize("scheme", ["float8_e4m3fn", "int8_tensorwise"])
@@ -126,7 +108,7 @@ def test_quantised_checkpoints(comfy, scheme):
     stored = QUANT_ALGOS[scheme]["storage_t"]
     largest = 127.0 if stored == torch.int8 else torch.finfo(stored).max
     weights, layers = {}, {}
-    for name, tensor in load_file(demo_weights()).items():
+    for name, tensor in load_file(tiny_comfy.demo_weights()).items():
         weights[name] = tensor
         layer, _, kind = name.rpartition(".")
         if kind == "weight" and "blocks." in name and tensor.ndim == 2:
@@ -141,7 +123,7 @@ def test_quantised_checkpoints(comfy, scheme):
         plain = comfy.sd.load_diffusion_model_state_dict(weights, metadata=metadata)
     weight = plain.model.diffusion_model.blocks[0].self_attn.q.weight
     assert isinstance(weight, QuantizedTensor)
-    skips_and_stays_close(plain)
+    tiny_comfy.skips_and_stays_close(plain, SETTINGS)
 
 
 def test_weights_that_stay_offloaded(comfy, plain, monkeypatch):
@@ -243,7 +225,7 @@ def test_two_devices(comfy, monkeypatch):
     devices = [torch.device("cpu"), torch.device("cpu", 0)]
     monkeypatch.setattr(management, "get_all_torch_devices", lambda **_: devices)
     monkeypatch.setattr(management, "set_torch_device", lambda device: None)
-    plain = comfy.sd.load_diffusion_model(demo_weights())
+    plain = comfy.sd.load_diffusion_model(tiny_comfy.demo_weights())
     text = tiny_comfy.noise((2, 1, 8, 4096), 3)
     setup = dict(latent=torch.zeros(1, 16, 4, 16, 16), prompts=[[[text[0], {}]], [[text[1], {}]]])
     alone = patched(plain)

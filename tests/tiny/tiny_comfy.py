@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from packaging.version import parse
 
-from demo.comfy_server import comfyui_path
+from demo.comfy_server import REPOSITORY, WEIGHTS, comfyui_path
 
 NEWER = parse("0.19")  # the oldest newer version that this was run with
 
@@ -424,6 +424,26 @@ def sample(
             seed=1,
             **options,
         )
+
+
+def demo_weights():
+    return str(REPOSITORY / "demo" / "weights" / WEIGHTS)
+
+
+def skips_and_stays_close(plain, settings):
+    """The demo model, as loaded in some format: these settings skip and change little."""
+    from comfyui_liteattention.integrations.comfy import apply_patch, patch_of
+
+    prompts = [[[torch.zeros(1, 8, 4096), {}]], [[torch.zeros(1, 8, 4096), {}]]]
+    latent = torch.zeros(1, 16, 4, 16, 16)
+    model = apply_patch(plain, settings)
+    assert type(model) is type(plain)
+    dense, out = (
+        sample(one, find("Wan T2V"), latent=latent, prompts=prompts) for one in (plain, model)
+    )
+    assert patch_of(model).last_report.active
+    assert not torch.equal(out, dense)
+    assert (out - dense).std() < 0.2 * dense.std()
 
 
 def _tensors(value):
