@@ -1,86 +1,151 @@
 """Never slower than dense: is skipping worth it on this machine, for this run?
 
-A few calls of the first step are done both ways, which tells what the user's own attention takes
-for a tile. Each call of ours is timed whole, with its audits and all else that it needs. So it is
-known what a step took, what it would have taken densely, and what was saved.
+The first calls of a run are left to the user's own attention, which tells what it takes for a tile.
+Each call of ours is timed whole, with its audits and all else that it needs. So it is known what
+each call took, what it would have taken densely, and what was saved.
+
+Where a full call of ours is the slower one, a few layers begin, and the others wait, densely, until
+those few are faster than dense because of what they skip. A full call of each is the price of
+joining them; as many join at a time as the run can afford. A run that lost its allowance all the
+same goes on densely.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
-#: Share of the run's attention time that may be lost before anything is decided.
+from .attention import Tally
+
+#: Share of the run's attention time that may be lost.
 ALLOWANCE = 0.02
-#: Share of it that may be lost in the hope of gaining later; of a run of few steps, this part of
-#: one step.
-LIMIT = 0.1
-LIMIT_OF_STEP = 0.4
-#: Layers, in the order of execution, whose first call is also done densely.
-TIMED_LAYERS = 3
-#: Computed fraction that is hoped for while nothing could be skipped yet.
-HOPED = 0.5
-#: Computed fraction below which no trend is believed.
-LOWEST = 0.25
+#: Calls at the start that are left to the user's own attention, to be timed.
+TIMED_CALLS = 3
+#: Layers join in so many groups; each has layers of all depths.
+GROUPS = 8
+#: Time of a full call of ours over that of a dense one: so little more is soon saved, and all
+#: layers begin at once.
+AT_ONCE = 1.05
+#: Likewise: so much is never saved.
+HOPELESS = 2.0
+#: Share of what is left of the allowance that may be spent on joining.
+STAKE = 0.5
+#: A full call takes what it took in the best of so many steps: other work on the machine disturbs
+#: single measurements.
+REMEMBERED = 3
 
 
 class Pace:
-    """Whether one run of ``steps`` steps, the first ``dense_steps`` of them without skipping, is
-    worth it. ``reason`` is set once it isn't."""
+    """Which calls of one run are ours. The run has ``steps`` steps; before the step ``first``
+    nothing can be marked. ``reason`` is set once none is ours any more."""
 
-    def __init__(self, steps: int, dense_steps: int = 1) -> None:
+    def __init__(self, steps: int, first: int = 0) -> None:
         self.reason: str | None = None
-        self.spent = 0.0  # seconds of dense calls that only told the time
         self._steps = steps
-        self._dense_steps = dense_steps
+        self._first = first
         self._rates: list[float] = []
-        self._taken: dict[int, tuple[float, int]] = {}  # by step: seconds and tiles of all calls
-        self._fractions: list[float] = []
-        self._paces: list[float] = []
+        self._step_tiles: defaultdict[int, int] = defaultdict(int)
+        self._seconds = 0.0
+        self._tiles = 0
+        self._opening: tuple[float, int] | None = None
+        self._step_calls: list[tuple[float, Tally]] = []
+        self._ratios: list[float] = []
+        self._first_layer: int | None = None
+        self._groups = 1
 
     @property
     def dense_rate(self) -> float | None:
         """Seconds that the user's own attention takes for a tile, None before a call was timed.
 
-        The shortest: whatever disturbs a measurement only adds to it, and would be called saved.
-        The first doesn't count once there are others: it also loads and prepares things.
+        One of the shorter ones: whatever disturbs a measurement only adds to it, and would be
+        called saved. The first doesn't count once there are others: it also loads and prepares
+        things.
         """
-        return min(self._rates[1:] or self._rates, default=None)
+        rates = sorted(self._rates[1:] or self._rates)
+        return rates[len(rates) // 4] if rates else None
 
     @property
     def saved(self) -> float | None:
         """Seconds of attention saved so far, estimated; None where nothing was timed."""
-        if self.dense_rate is None:
-            return None
-        seconds, tiles = map(sum, zip((0.0, 0), *self._taken.values(), strict=True))
-        return self.dense_rate * tiles - seconds - self.spent
+        rate = self.dense_rate
+        return None if rate is None else rate * self._tiles - self._seconds
 
-    def compare(self, dense: float, tiles: int) -> None:
-        """Note the seconds that the user's own attention took for a call of so many tiles."""
-        self._rates.append(dense / tiles)
-        self.spent += dense
+    def takes_part(self, layer: int, step: int) -> bool:
+        """Whether a call is ours; ``layer`` counts in the order of execution."""
+        if len(self._rates) < TIMED_CALLS or step < self._first:
+            return False
+        if self._first_layer is None:
+            self._first_layer = layer
+        return (layer - self._first_layer) % GROUPS < self._groups
 
-    def count(self, step: int, seconds: float, tiles: int) -> None:
-        """Note one call of ours: its seconds, and the tiles of its matrix."""
-        before = self._taken.get(step, (0.0, 0))
-        self._taken[step] = before[0] + seconds, before[1] + tiles
+    def compare(self, step: int, seconds: float, tiles: int) -> None:
+        """Note a call that the user's own attention did, and the tiles of its matrix."""
+        self._rates.append(seconds / tiles)
+        self._step_tiles[step] += tiles
 
-    def end_step(self, step: int, fraction: float) -> None:
-        """Note the computed fraction of a step; decide whether to go on."""
-        if self.dense_rate is None or step not in self._taken:
+    def count(self, step: int, seconds: float, tally: Tally) -> None:
+        """Note a call of ours; give up if too much is lost."""
+        self._step_tiles[step] += tally.total
+        self._seconds += seconds
+        self._tiles += tally.total
+        if self._opening is None:
+            self._opening = seconds, tally.total
+        else:
+            self._step_calls.append((seconds, tally))
+        rate = self.dense_rate
+        if rate is None:
             return
-        seconds, tiles = self._taken[step]
-        self._fractions.append(fraction)
-        self._paces.append(seconds / (self.dense_rate * tiles))
-        if too_slow(self._paces, self._fractions, self._steps, self._dense_steps):
-            self.reason = (
-                "your own attention is faster here: computing a tile takes "
-                f"{full_pace(self._paces, self._fractions):.2f} times as long with LiteAttention, "
-                f"which still computes {fraction:.0%} of them; switched off for the rest of this "
-                "run"
-            )
+        if not self._ratios and seconds <= AT_ONCE * rate * tally.total:
+            self._groups = GROUPS
+        if self._left(rate) < 0:
+            self._give_up(seconds / (rate * int(tally.computed)))
+
+    def end_step(self, step: int) -> None:
+        """Note that no more calls of this step come; let more layers join if that pays."""
+        rate, calls, self._step_calls = self.dense_rate, self._step_calls, []
+        if rate is None or not calls:
+            return
+        seconds = sum(seconds for seconds, _ in calls)
+        pace = seconds / (rate * sum(tally.total for _, tally in calls))
+        ratio = seconds / (rate * sum(int(tally.computed) for _, tally in calls))
+        self._ratios = [*self._ratios, ratio][-REMEMBERED:]
+        ratio = min(self._ratios)
+        if pace > 1 and ratio > HOPELESS:
+            self._give_up(ratio)
+        left = self._left(rate) / (rate * self._largest_step())
+        self._groups += joining(ratio, pace, self._steps - step - 1, left)
+
+    def _left(self, rate: float) -> float:
+        """Seconds that may still be lost. Our first call loads and prepares things, too, and is
+        forgiven."""
+        seconds, tiles = self._opening or (0.0, 0)
+        allowed = ALLOWANCE * rate * self._largest_step() * self._steps
+        return allowed - (self._seconds - seconds) + rate * (self._tiles - tiles)
+
+    def _largest_step(self) -> int:
+        """Tiles of a whole step; as far as known, in the first."""
+        return max(self._step_tiles.values())
+
+    def _give_up(self, ratio: float) -> None:
+        self.reason = (
+            "your own attention is faster here: computing a tile takes "
+            f"{ratio:.2f} times as long with LiteAttention; switched off for the rest of this run"
+        )
+
+
+def joining(ratio: float, pace: float, steps: int, left: float) -> int:
+    """How many more groups of layers join, with ``steps`` steps to go.
+
+    ``ratio``: time of a full call over that of a dense one; ``pace``: the same for those that
+    skip already; ``left``: what may still be lost, in dense steps.
+    """
+    price = ratio - 1
+    if pace >= 1 or (steps - 1) * (1 - pace) <= price:
+        return 0
+    return GROUPS if price <= 0 else int(STAKE * left / price * GROUPS)
 
 
 def stopwatch(device: torch.device) -> Callable[[], float]:
@@ -97,51 +162,6 @@ def stopwatch(device: torch.device) -> Callable[[], float]:
         return start.elapsed_time(end) / 1000
 
     return read
-
-
-def full_pace(paces: Sequence[float], fractions: Sequence[float]) -> float:
-    """Our time over dense for a tile that is computed, from the time over dense of each step and
-    the fraction that it computed.
-
-    The best of the last three steps: other work on the machine disturbs single measurements, and
-    what is done beside the tiles weighs more the fewer they are.
-    """
-    return min(p / f for p, f in zip(paces[-3:], fractions[-3:], strict=True))
-
-
-def too_slow(
-    paces: Sequence[float], fractions: Sequence[float], steps: int, dense_steps: int = 1
-) -> bool:
-    """Whether to stop: the run is behind by more than the allowance, still slower than dense, and
-    would lose more by going on, or is so far behind that no prospect is worth it.
-
-    A run that is faster than dense by now goes on, however far behind: tiles only go, so that each
-    step wins some of it back.
-
-    ``paces``: time over dense of each step so far, ``fractions`` what it computed; ``steps`` of the
-    whole run, of which ``dense_steps`` at the start say nothing about what will be skipped.
-    """
-    behind = sum(p - 1 for p in paces)
-    if behind <= ALLOWANCE * steps or paces[-1] < 1:
-        return False
-    remaining = steps - len(paces)
-    if len(paces) <= dense_steps:
-        expected = [HOPED] * remaining
-    else:
-        expected = trend(fractions, remaining)
-    ratio = full_pace(paces, fractions)
-    to_come = sum(ratio * f - 1 for f in expected)
-    return to_come >= 0 or behind > max(LIMIT * steps, LIMIT_OF_STEP)
-
-
-def trend(fractions: Sequence[float], steps: int) -> list[float]:
-    """Computed fractions of ``steps`` more steps, if they go on to fall as in the later half of
-    those known. Never above the last one: tiles only go, but for a few."""
-    middle = (len(fractions) - 1) // 2
-    distance = len(fractions) - 1 - middle
-    slope = min(0.0, (fractions[-1] - fractions[middle]) / distance) if distance else 0.0
-    lowest = min(LOWEST, fractions[-1])
-    return [max(fractions[-1] + slope * step, lowest) for step in range(1, steps + 1)]
 
 
 def _event(device: torch.device) -> torch.cuda.Event:

@@ -23,7 +23,8 @@ LAYER, STEP = 12, 5  # widths of the first column: with the steps' others it fit
 
 class CallStats(NamedTuple):
     """One attention call of one stream; ``lost`` is None where nothing was audited, ``bound`` (at
-    most that much was expected) where no budget was held either."""
+    most that much was expected) where no budget was held either. ``waits``: the user's own
+    attention did it, since it was the faster one yet."""
 
     step: int
     layer: str
@@ -34,6 +35,7 @@ class CallStats(NamedTuple):
     lost: float | None
     bound: float | None = None
     seconds: float = 0.0
+    waits: bool = False
 
 
 class MapStats(NamedTuple):
@@ -50,7 +52,7 @@ class RunReport:
     """What remains of a run.
 
     ``dense_rate``: seconds that the user's own attention takes for a tile of a call, None if it
-    wasn't timed; ``timing``: seconds spent on finding out, all of them in the first step.
+    wasn't timed.
     ``history``: small maps of a few layers at each step but the first, which is dense.
     ``allowed``: lost mass that the budget allows at each step, empty without one. ``stopped``: why
     the run went on densely from some point. ``notes``: what else people should know. ``learned``:
@@ -70,7 +72,6 @@ class RunReport:
     notes: tuple[str, ...] = ()
     learned: Profile | None = None
     dense_rate: float | None = None
-    timing: float = 0.0
     history: tuple[StepMap, ...] = ()
 
     @property
@@ -84,46 +85,44 @@ class RunReport:
 
     @property
     def computed_fraction(self) -> float:
-        """Tiles computed over all tiles of the calls that LiteAttention computed, 0..1, audits
-        counted; 1.0 where there were none. Calls left to the user's own attention don't count."""
+        """Tiles computed over all tiles of the calls that LiteAttention computed or that waited for
+        it, 0..1, audits counted; 1.0 where there were none. What else was left to the user's own
+        attention doesn't count."""
         return fraction(self.calls)
 
     @property
     def attention_speedup(self) -> float | None:
         """How many times faster the calls of LiteAttention were than the user's own would have
-        been, estimated from a few that were done both ways; None where none was."""
-        taken = sum(call.seconds for call in self.calls)
+        been, estimated from some that these did; None where none was timed."""
+        ours = [call for call in self.calls if not call.waits]
+        taken = sum(call.seconds for call in ours)
         if self.dense_rate is None or taken == 0:
             return None
-        return self.dense_rate * tiles(self.calls)[1] / taken
+        return self.dense_rate * tiles(ours)[1] / taken
 
     @property
     def saved_seconds(self) -> float | None:
-        """Seconds that the run took less than it would have taken densely, estimated likewise. What
-        finding that out took is subtracted."""
-        saved = self.saved_in(self.calls)
-        return None if saved is None else saved - self.timing
+        """Seconds that the run took less than it would have taken densely, estimated likewise."""
+        return self.saved_in(self.calls)
 
     @property
     def dense_seconds(self) -> dict[int, float]:
         """Seconds that each step would have taken densely, estimated; empty where nothing was
         timed. Attention alone is estimated: all else is taken to cost the same."""
         dense = {}
-        timing = self.timing
         for step, calls in sorted(by(self.calls, "step").items()):
             seconds, saved = self.step_seconds.get(step), self.saved_in(calls)
             if seconds is not None and saved is not None:
                 # Not below 0, where a step was timed less exactly than its calls.
-                dense[step] = max(seconds + saved - timing, 0.0)
-            timing = 0.0
+                dense[step] = max(seconds + saved, 0.0)
         return dense
 
     def saved_in(self, calls: Iterable[CallStats]) -> float | None:
         """Seconds of attention saved in some calls, estimated; negative where they cost more."""
         if self.dense_rate is None:
             return None
-        calls = tuple(calls)
-        return self.dense_rate * tiles(calls)[1] - sum(call.seconds for call in calls)
+        ours = [call for call in calls if not call.waits]
+        return self.dense_rate * tiles(ours)[1] - sum(call.seconds for call in ours)
 
     @property
     def lost_mass_allowed(self) -> float | None:

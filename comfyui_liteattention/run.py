@@ -21,7 +21,7 @@ from .budget import allowance
 from .learning import Audit
 from .map_history import MapHistory
 from .order import VideoTokens
-from .pace import TIMED_LAYERS, Pace, stopwatch
+from .pace import Pace, stopwatch
 from .policy import marks
 from .profile import Fingerprint, Profile, fingerprint, make
 from .report import CallStats, MapStats, RunReport, fraction, in_short, mean_lost, saving
@@ -35,6 +35,7 @@ Stream = Hashable
 NOT_FINITE = "the result was not finite (NaN or infinity): this layer stays dense for the run"
 
 DENSE_LAYER = "a layer of dense_layers: it stays dense, as asked"
+WAITING = "your own attention is timed at first, and used until LiteAttention is faster"
 OUT_OF_MEMORY = "not enough memory for LiteAttention on this device: switched off for this run"
 
 
@@ -46,6 +47,7 @@ class _Call(NamedTuple):
     tokens: int
     tally: Tally
     seconds: float
+    waits: bool = False
 
 
 class _Key(NamedTuple):
@@ -79,7 +81,7 @@ class Run:
         self._notes: tuple[str, ...] = ()
         self._seconds: defaultdict[int, float] = defaultdict(float)
         self._lock = threading.Lock()
-        self._pace = Pace(len(self.sigmas) - 1, self._dense_steps())
+        self._pace = Pace(len(self.sigmas) - 1, self._first_step())
         self._history = MapHistory()
         self._step = 0
         self._started = time.perf_counter()
@@ -113,9 +115,9 @@ class Run:
         """Attention of one layer, ``[B, H, L, D]``; the batch holds ``len(streams)`` equal parts.
 
         ``video`` says which of the ``L`` tokens are video; None: all of them, on an unknown grid.
-        ``dense`` does the same call with the user's own attention; it is asked a few times at the
-        start of a run, to see which is faster. None: the caller has to do this call densely; the
-        reason is counted.
+        ``dense`` does the same call with the user's own attention, once, and remembers what came
+        out. It is asked here where the time that it takes is worth knowing. None: the caller has to
+        do this call densely; the reason is counted.
         """
         if self._stopped or layer in self._failed:
             self.decline(self._stopped or NOT_FINITE)
@@ -127,9 +129,13 @@ class Run:
         if self._watch(progress.step):
             return None
 
-        tq, tk = self.backend.tile_shape(q.shape[3]).grid(q.shape[2], k.shape[2])
-        tiles = q.shape[0] * q.shape[1] * tq * tk
-        first = self._state(layer, streams[0], q).calls == 0
+        if dense is not None and self.settings.never_slower:
+            with self._lock:
+                ours = self._pace.takes_part(index, progress.step)
+            if not ours:
+                self._wait(progress, layer, streams, q, k, dense)
+                return None
+
         seconds = stopwatch(q.device)
         try:
             parts = [
@@ -151,10 +157,6 @@ class Run:
             out = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
             finite = _finite(out)
             self._count(progress, layer, streams, q.shape[2], [t for _, t in parts], seconds())
-            if dense is not None and self.settings.never_slower and first and index < TIMED_LAYERS:
-                seconds = stopwatch(q.device)
-                dense()
-                self._pace.compare(seconds(), tiles)
         except torch.OutOfMemoryError:
             self._stop(OUT_OF_MEMORY)
             return None
@@ -178,15 +180,35 @@ class Run:
         with self._lock:
             for stream, tally in zip(streams, tallies, strict=True):
                 self._calls.append(_Call(*progress, layer, stream, tokens, tally, share))
-                self._pace.count(progress.step, share, tally.total)
+                self._pace.count(progress.step, share, tally)
+
+    def _wait(
+        self,
+        progress: Progress,
+        layer: str,
+        streams: Sequence[Stream],
+        q: Tensor,
+        k: Tensor,
+        dense: Callable[[], Tensor],
+    ) -> None:
+        """Note a call that the user's own attention does, and how long that takes."""
+        seconds = stopwatch(q.device)
+        dense()
+        share = seconds() / len(streams)
+        tq, tk = self.backend.tile_shape(q.shape[3]).grid(q.shape[2], k.shape[2])
+        tiles = q.shape[0] // len(streams) * q.shape[1] * tq * tk
+        tally = Tally(torch.tensor(tiles), tiles, None)
+        self.decline(WAITING)
+        with self._lock:
+            for stream in streams:
+                self._calls.append(_Call(*progress, layer, stream, q.shape[2], tally, share, True))
+            self._pace.compare(progress.step, share * len(streams), tiles * len(streams))
 
     def _watch(self, step: int) -> bool:
         """Whether the run goes on densely because that is faster; looks once a step."""
         with self._lock:
-            if step > self._step and self._pace.dense_rate is not None:
-                calls = [_resolve(call) for call in self._calls if call.step == self._step]
-                self._pace.end_step(self._step, fraction(calls))
             if step > self._step:
+                self._pace.end_step(self._step)
                 self._history.note(step, ((key.layer, s) for key, s in self._states.items()))
             self._step = max(step, self._step)
             reason = self._pace.reason
@@ -217,7 +239,6 @@ class Run:
                 allowed=self._allowed(),
                 stopped=self._stopped,
                 dense_rate=self._pace.dense_rate,
-                timing=self._pace.spent,
                 notes=self._notes,
             )
             return replace(report, learned=self._learned(report))
@@ -298,10 +319,10 @@ class Run:
         budget, ramp = self.settings.budget, self.settings.ramp
         return tuple(allowance(budget, ramp, (step + 0.5) / steps) for step in range(steps))
 
-    def _dense_steps(self) -> int:
-        """Steps at the start of the run in which nothing can be skipped yet."""
+    def _first_step(self) -> int:
+        """The first step whose calls can mark tiles."""
         steps = len(self.sigmas) - 1
-        return 1 + sum(not marks(self.settings, (step + 1) / steps) for step in range(steps))
+        return sum(not marks(self.settings, (step + 1) / steps) for step in range(steps))
 
     def _maps(self):
         """Final tile maps, one per layer and stream, heads and batch averaged."""
@@ -330,4 +351,5 @@ def _resolve(call: _Call) -> CallStats:
         lost=None if lost is None else float(lost),
         bound=None if bound is None else float(bound),
         seconds=call.seconds,
+        waits=call.waits,
     )

@@ -56,7 +56,8 @@ class Settings:
     min_tokens
         Shorter sequences stay dense.
     never_slower
-        Switch off for a run in which the attention that would be used otherwise is faster.
+        Use the attention that would be used otherwise as long as it is the faster one, and switch
+        off for a run in which it stays so (pace.py).
     qk
         How a graphics card multiplies queries and keys: ``native``, in their own dtype, or
         ``int8``, meant to be faster on some cards, and less precise. Where there is no INT8 kernel,

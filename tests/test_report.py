@@ -90,23 +90,24 @@ def test_text_has_a_line_per_layer_step_and_reason():
 
 
 def timed(**changes):
-    """A dense tile takes 1 ms, a call of ours 0.09 s; 0.4 s were spent on finding out."""
+    """A dense tile takes 1 ms, a call of ours 0.09 s; one layer waits in the first step."""
     plain = report()
     calls = tuple(call._replace(seconds=0.09) for call in plain.calls)
-    return replace(plain, calls=calls, dense_rate=0.001, timing=0.4, **changes)
+    waiting = (calls[0]._replace(seconds=5.0, waits=True), *calls[1:])
+    return replace(plain, calls=waiting, dense_rate=0.001, **changes)
 
 
 def test_seconds_saved_are_told_everywhere():
-    saved = 6 * 8 * (0.1 - 0.09) - 0.4
+    saved = (6 * 8 - 1) * (0.1 - 0.09)
     assert timed().saved_seconds == pytest.approx(saved)
     assert timed().attention_speedup == pytest.approx(0.1 / 0.09)
-    assert timed().dense_seconds == pytest.approx({0: 1.68} | dict.fromkeys(range(1, 6), 2.08))
-    assert "1.11x as fast, saved about 0.1 s (estimated)" in status_line(timed())
-    assert node_line(timed()).endswith("saved about 0.1 s")
+    assert timed().dense_seconds == pytest.approx({0: 2.07} | dict.fromkeys(range(1, 6), 2.08))
+    assert "1.11x as fast, saved about 0.5 s (estimated)" in status_line(timed())
+    assert node_line(timed()).endswith("saved about 0.5 s")
     assert any(line.endswith("2.00         2.08") for line in text_table(timed()).splitlines())
     plain = figures(timed())
     assert plain["saved_seconds"] == pytest.approx(saved)
-    assert plain["per_step"][0]["dense_seconds"] == pytest.approx(1.68)
+    assert plain["per_step"][0]["dense_seconds"] == pytest.approx(2.07)
     for line in (status_line(report()), node_line(report()), text_table(report())):
         assert "saved" not in line
         assert "est." not in line

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -132,9 +132,10 @@ def answer(
     split = (q, k, v)
     if not passed["skip_reshape"]:
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in split)
-    out = _attend(forward, user, q, k, v, heads, passed, partial(user, *split, heads, **passed))
+    dense = cache(partial(user, *split, heads, **passed))
+    out = _attend(forward, user, q, k, v, heads, passed, dense)
     if out is None:
-        return user(*split, heads, **passed)
+        return dense()
     return out if passed["skip_output_reshape"] else out.transpose(1, 2).flatten(2)
 
 

@@ -78,7 +78,8 @@ class TransformerCall:
         if padding is None:
             return self._attend(name, stream, q, k, v, scale, extra.dense)
         if len(set(padding.kept)) == 1:
-            return self._padded(name, stream, q, k, v, scale, padding.kept[0], padding.blind)
+            kept, blind = padding.kept[0], padding.blind
+            return self._padded(name, stream, q, k, v, scale, kept, blind, extra.dense)
         rows = []
         for i, kept in enumerate(padding.kept):
             qs, ks, vs = (t[i : i + 1] for t in (q, k, v))
@@ -153,10 +154,11 @@ class TransformerCall:
         scale: float,
         kept: int,
         blind: bool,
+        dense: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
         """Attention to the first ``kept`` tokens."""
         rest, q, k, v = q[:, :, kept:], *(t[:, :, :kept] for t in (q, k, v))
-        out = self._attend(name, stream, q, k, v, scale, reason_if_short=MASK)
+        out = self._attend(name, stream, q, k, v, scale, dense, reason_if_short=MASK)
         if out is None or not rest.shape[2]:
             return out
         # No kept token ever sees what the padding gets here; it gets what it would have got.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch.nn.functional as F
@@ -128,9 +128,9 @@ class _Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         self.ran |= func is F.linear
         if func is F.scaled_dot_product_attention:
-            out = self._attend(partial(func, *args, **kwargs), *args, **kwargs)
-            if out is not None:
-                return out
+            dense = cache(partial(func, *args, **kwargs))
+            out = self._attend(dense, *args, **kwargs)
+            return dense() if out is None else out
         return func(*args, **kwargs)
 
     def _attend(
@@ -206,6 +206,7 @@ def _answer(
 ) -> Tensor:
     """Attention of ``query, key, value [B, L, H, D]`` in this process alone: ours, or dense."""
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    dense = cache(dense)
     out = site.call.attend(site.layer, q, k, v, scale, extra._replace(dense=dense))
     return dense() if out is None else out.transpose(1, 2)
 

@@ -59,8 +59,8 @@ def where_inputs() -> list[io.Input]:
             "never_slower",
             default=DEFAULTS.never_slower,
             optional=True,
-            tooltip="Times the first layers both ways, and switches LiteAttention off for the run "
-            "where your own attention is faster.",
+            tooltip="Times your own attention, uses it as long as it is the faster one, and "
+            "switches LiteAttention off for the run if it stays so.",
         ),
         io.Boolean.Input(
             "tail",
