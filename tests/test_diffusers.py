@@ -9,11 +9,10 @@ import torch
 from diffusers import (
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
-    LTXPipeline,
     WanPipeline,
 )
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from tiny_wan import hooks_left, make_ltx, make_wan
+from tiny_wan import hooks_left, make_wan
 
 import comfyui_liteattention as lite
 from comfyui_liteattention import SAFEST
@@ -313,18 +312,6 @@ def test_batch_rows_have_their_own_maps():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_given_frames_are_never_skipped():
-    """Image-to-video with a noise level per token: the clean first frame stays live."""
-    model, (text,) = make_wan(), texts(1)
-    session = lite.enable(model, **BOLD)
-    for t in (900.0, 600.0, 300.0):
-        call(model, text, torch.cat([torch.zeros(64), torch.full((TOKENS - 64,), t)])[None], int(t))
-    report = session.report()
-    assert report.active and "dense_keys=((0, 64),)" in report.settings
-    for tile_map in report.maps:
-        assert bool((tile_map.live[0] == 1).all() and (tile_map.live[:, 0] == 1).all())
-
-
 def test_the_second_transformer_of_wan_2_2(pipe):
     pipe = make_pipe(transformer_2=make_wan(1), boundary_ratio=0.8)
     plain = run(pipe, steps=5)
@@ -366,43 +353,6 @@ def test_a_profile_is_saved_and_used(tmp_path):
     with pytest.raises(ValueError, match="is not there"):
         lite.enable(pipe, profile=tmp_path / "none.safetensors", **choices)
     assert "profile=wan.safetensors" in lite.summary(pipe)  # a bad file changes nothing
-
-
-def test_ltx_video():
-    """One call for both conditionings, no step in the cache context: the scheduler tells it."""
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipe = LTXPipeline(scheduler, None, None, None, make_ltx())
-    pipe.set_progress_bar_config(disable=True)
-
-    def sample(seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        text, negative = torch.randn(2, 1, 6, 16, generator=generator)
-        ones = torch.ones(1, 6, dtype=torch.bool)
-        return pipe(
-            prompt_embeds=text,
-            prompt_attention_mask=ones,
-            negative_prompt_embeds=negative,
-            negative_prompt_attention_mask=ones,
-            height=256,
-            width=256,
-            num_frames=33,
-            num_inference_steps=4,
-            output_type="latent",
-            generator=generator,
-        ).frames
-
-    plain = sample()
-    session = lite.enable(pipe, **BOLD)
-    fresh = sample()
-    report = session.report()
-    assert report.steps == 4 and sorted(report.step_seconds) == [0, 1, 2, 3]
-    assert {c.stream for c in report.calls} == {"cond_uncond x2"}
-    assert report.computed_fraction < 1
-    sample(seed=1)
-    assert torch.equal(sample(), fresh)
-    lite.disable(pipe)
-    assert torch.equal(sample(), plain)
-    assert hooks_left(pipe.transformer) == []
 
 
 def test_other_models_are_declined_with_a_reason():

@@ -8,6 +8,7 @@ from tiny_families import (
     GRID,
     MODELS,
     RESET,
+    SAMPLED,
     STEPS,
     VIDEO,
     WAN,
@@ -93,10 +94,10 @@ def parts(output):
     return [t for t in output if t is not None] if isinstance(output, tuple) else [output]
 
 
-@pytest.fixture(params=MODELS, ids=lambda make: make.__name__)
+@pytest.fixture(params=MODELS)
 def made(request):
     torch.manual_seed(0)
-    return request.param()
+    return MODELS[request.param]()
 
 
 def hooks_left(model):
@@ -114,51 +115,66 @@ def named(streams):
     return {"text" + s[21:] if s.startswith("text-") else s for s in streams}
 
 
-def test_model(made, recorder):
+def test_with_nothing_to_skip_the_result_is_the_dense_one(made, recorder):
     plain = made.sample()
     assert torch.isfinite(plain).all()
-
-    # Nothing is negligible: the plain result, but for rounding.
     session = lite.enable(made.target, **NOTHING)
     torch.testing.assert_close(made.sample(), plain, rtol=1e-4, atol=1e-4)
-    report = session.report()
-    assert report.computed_fraction == 1 and report.reasons == {}
-    assert named({c.stream for c in report.calls}) == made.streams
-    assert len({c.layer for c in report.calls}) == made.layers
-    steps = {c.step for c in report.calls}
-    assert len(report.calls) == made.layers * len(steps) * len(made.streams)
-    assert steps == set(range(len(steps))) and len(steps) >= STEPS
-    assert {c.tokens for c in report.calls} == made.kept
+    assert session.report().computed_fraction == 1
 
-    # The halves of the video are negligible for each other.
-    recorder.changed.clear()
+
+def test_only_video_tiles_are_skipped(made, recorder):
+    """The halves of the video are negligible for each other."""
     session = lite.enable(made.target, **BOLD)
-    bold = made.sample()
+    witness = Witness(made)
+    made.sample()
     report = session.report()
-    assert report.active and report.computed_fraction < 0.9
-    assert recorder.changed and any(rows.any() for rows in recorder.changed)
+    assert report.active and report.computed_fraction < 0.9 and report.reasons == {}
+    assert len({c.layer for c in report.calls}) == made.layers
+    assert {c.tokens for c in report.calls} == made.kept
+    assert named({c.stream for c in report.calls}) == made.streams
+    steps = {c.step for c in report.calls}
+    assert steps == set(range(len(steps))) and len(steps) >= STEPS
+    assert len(report.calls) == made.layers * len(steps) * len(made.streams)
+    assert max(witness.text) < 1e-5
+    assert max(witness.video) > 1e-4
     for tile_map in report.maps:
         # What is not video is listed first: the longest text, or less.
         dense = made.dense - (max(made.kept) - tile_map.tokens)
         tiles = -(-dense // TILE)
         assert bool((tile_map.live[:tiles] == 1).all() and (tile_map.live[:, :tiles] == 1).all())
     fewest = made.dense - (max(made.kept) - min(made.kept))
+    assert recorder.changed and any(rows.any() for rows in recorder.changed)
     assert not any(rows[:fewest].any() for rows in recorder.changed)
-    assert session._trajectory is None  # the run's state went with it
-    assert torch.equal(made.sample(), bold)
 
+
+@pytest.mark.parametrize("made", SAMPLED, indirect=True)
+def test_its_own_pipeline_samples_it_with_cfg(made, recorder):
+    """Each conditioning begins with a dense step, and has a map of its own for the later ones."""
+    assert isinstance(made.target, d.DiffusionPipeline)
+    session = lite.enable(made.target, **BOLD)
+    made.sample()
+    report = session.report()
+    maps = {(tile_map.layer, tile_map.stream) for tile_map in report.maps}
+    assert len(maps) == made.layers * len(made.streams)
+    assert all((call.computed == call.total) == (call.step == 0) for call in report.calls)
+
+
+def test_a_second_run_gives_the_same_bits(made, recorder):
+    session = lite.enable(made.target, **BOLD)
+    first = made.sample()
+    assert session._trajectory is None  # the run's state went with it
+    assert torch.equal(made.sample(), first)
+
+
+def test_disable_brings_the_plain_result_back(made, recorder):
+    plain = made.sample()
+    lite.enable(made.target, **BOLD)
+    assert not torch.equal(made.sample(), plain)
     lite.disable(made.target)
     assert torch.equal(made.sample(), plain)
     assert hooks_left(made.transformer) == []
     assert "liteattention" not in map(str, _AttentionBackendRegistry._backends)
-
-
-def test_text_and_given_frames_are_dense(made, recorder):
-    lite.enable(made.target, **BOLD)
-    witness = Witness(made)
-    made.sample()
-    assert max(witness.text) < 1e-5
-    assert max(witness.video) > 1e-4
 
 
 @torch.no_grad()
@@ -199,17 +215,6 @@ def test_prompts_of_one_length_share_a_call(recorder):
     session = lite.enable(model, **NOTHING)
     call_hunyuan(model, (9, 9))
     assert [c.stream[-3:] for c in session.report().calls] == [" x2", " x2"]
-
-
-def test_a_replaced_first_frame_is_pinned(recorder):
-    model = make_hunyuan(image_condition_type="token_replace")
-    session = lite.enable(model, **BOLD)
-    for t in (900.0, 500.0):
-        call_hunyuan(model, (20,), t=t)
-    report = session.report()
-    assert report.active and "dense_keys=((0, 64),)" in report.settings
-    tiles = (64 + 20) // TILE
-    assert all(bool((m.live[:tiles] == 1).all()) for m in report.maps)
 
 
 def test_vace_without_references_pins_nothing():

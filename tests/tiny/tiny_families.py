@@ -1,4 +1,4 @@
-"""Tiny transformers of every family that diffusers has, of the real classes.
+"""Tiny transformers of every family that we know in diffusers, of the real classes.
 
 Each is sampled for a few steps, by its real pipeline where that needs no encoders. Weights are
 random, but queries and keys are made alike, and the left half of the video looks different from the
@@ -45,9 +45,21 @@ def latent(channels, scale=(1, 2, 2), frames=GRID[0]):
     return 3 * halves.expand(1, channels, *sizes) + 0.1 * noise
 
 
+def tokens():
+    """The latent of models that are given tokens ``[1, L, C]``."""
+    return latent(4, (1, 1, 1)).flatten(2).transpose(1, 2)
+
+
 def texts(*shape):
     """Two prompts' states ``shape`` each."""
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(5)).unbind()
+
+
+def given_first_frame(t):
+    """Noise levels ``[1, L]`` of tokens of which a frame is clean."""
+    levels = t.repeat(1, VIDEO)
+    levels[:, :64] = 0
+    return levels
 
 
 def sharpen(model, gain=1.4):
@@ -134,6 +146,19 @@ def hunyuan_video():
         ).frames
 
     return Made(pipe, transformer, sample, 20, {"cond", "uncond"}, {VIDEO + 20, VIDEO + 9})
+
+
+def hunyuan_video_from_image():
+    """The model takes the first frame as it is."""
+    transformer = make_hunyuan(image_condition_type="token_replace")
+    (text, _), (pooled, _) = texts(1, 20, 16), texts(1, 8)
+    mask, guidance = torch.ones(1, 20), torch.tensor([6000.0])
+
+    def step(x, t):
+        return transformer(x, t, text, mask, pooled, guidance=guidance, return_dict=False)[0]
+
+    sample = loop(transformer, latent(4), step)
+    return Made(transformer, transformer, sample, 64 + 20, {"text"}, {VIDEO + 20}, given=slice(64))
 
 
 def hunyuan_video_15():
@@ -343,12 +368,8 @@ WAN = {
 }
 
 
-def skyreels_v2():
-    transformer = make_skyreels()
-    scheduler = d.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
-    )
-    pipe = quiet(d.SkyReelsV2Pipeline(None, None, transformer, None, scheduler))
+def from_text(pipe):
+    """Sampling by a pipeline of Wan's kind."""
     text, negative = texts(1, 6, 16)
 
     def sample():
@@ -363,7 +384,35 @@ def skyreels_v2():
             output_type="latent",
         ).frames
 
-    return Made(pipe, transformer, sample, 0, {"cond", "uncond"}, {VIDEO})
+    return sample
+
+
+def wan():
+    transformer = sharpen(d.WanTransformer3DModel(**WAN))
+    scheduler = d.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = quiet(d.WanPipeline(None, None, None, scheduler, transformer))
+    return Made(pipe, transformer, from_text(pipe), 0, {"cond", "uncond"}, {VIDEO})
+
+
+def wan_from_image():
+    """As Wan 2.2 5B does it: a noise level per token."""
+    transformer = sharpen(d.WanTransformer3DModel(**WAN))
+    text, _ = texts(1, 6, 16)
+
+    def step(x, t):
+        return transformer(x, given_first_frame(t), text, return_dict=False)[0]
+
+    sample = loop(transformer, latent(4), step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO}, given=slice(64))
+
+
+def skyreels_v2():
+    transformer = make_skyreels()
+    scheduler = d.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+    )
+    pipe = quiet(d.SkyReelsV2Pipeline(None, None, transformer, None, scheduler))
+    return Made(pipe, transformer, from_text(pipe), 0, {"cond", "uncond"}, {VIDEO})
 
 
 def skyreels_v2_diffusion_forcing():
@@ -433,8 +482,7 @@ def ltx_2():
         num_layers=2,
         caption_channels=16,
     )
-    video = latent(4, (1, 1, 1)).flatten(2).transpose(1, 2)
-    start = torch.cat([video, video[:, :20]], dim=1)
+    start = torch.cat([tokens(), tokens()[:, :20]], dim=1)
     (text, _), (audio, _) = texts(1, 6, 16), texts(1, 30, 4)
     coords = transformer.rope.prepare_video_coords(1, *GRID, torch.device("cpu"), fps=24.0)
     coords = torch.cat([coords, coords[:, :, :20]], dim=2)
@@ -459,6 +507,58 @@ def ltx_2():
     return Made(
         transformer, transformer, sample, 20, {"text"}, {VIDEO + 20}, given=slice(-20, None)
     )
+
+
+def make_ltx_video():
+    transformer = d.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        cross_attention_dim=64,
+        num_layers=2,
+        caption_channels=16,
+    )
+    return sharpen(transformer)
+
+
+def ltx_video():
+    """One call for both conditionings; the scheduler alone tells the step."""
+    scheduler = d.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    transformer = make_ltx_video()
+    pipe = quiet(d.LTXPipeline(scheduler, None, None, None, transformer))
+    text, negative = texts(1, 6, 16)
+    mask = torch.ones(1, 6, dtype=torch.bool)
+
+    def sample():
+        return pipe(
+            prompt_embeds=text,
+            prompt_attention_mask=mask,
+            negative_prompt_embeds=negative,
+            negative_prompt_attention_mask=mask,
+            height=256,
+            width=256,
+            num_frames=25,
+            latents=tokens(),
+            num_inference_steps=STEPS,
+            output_type="latent",
+        ).frames
+
+    return Made(pipe, transformer, sample, 0, {"cond_uncond x2"}, {VIDEO})
+
+
+def ltx_video_from_image():
+    """A noise level per token: the first frame is given."""
+    transformer = make_ltx_video()
+    text, _ = texts(1, 6, 16)
+    sizes = dict(zip(("num_frames", "height", "width"), GRID, strict=True))
+
+    def step(x, t):
+        levels = given_first_frame(t)
+        return transformer(x, text, levels, torch.ones(1, 6), **sizes, return_dict=False)[0]
+
+    sample = loop(transformer, tokens(), step)
+    return Made(transformer, transformer, sample, 64, {"text"}, {VIDEO}, given=slice(64))
 
 
 def wan_vace():
@@ -652,24 +752,36 @@ def easy_animate():
     return Made(transformer, transformer, sample, 10, {"text"}, {VIDEO + 10})
 
 
-MODELS = (
-    hunyuan_video,
-    hunyuan_video_15,
-    cogvideox,
-    mochi,
-    cosmos,
-    cosmos_from_video,
-    kandinsky_5,
-    skyreels_v2,
-    skyreels_v2_diffusion_forcing,
-    allegro,
-    ltx_2,
-    wan_vace,
-    wan_animate,
-    framepack,
-    motif_video,
-    helios,
-    chrono_edit,
-    consis_id,
-    easy_animate,
-)
+#: Sampled by their own pipelines, with CFG; by the names that docs/diffusers.md has for them.
+SAMPLED = {
+    "Wan": wan,
+    "SkyReels V2": skyreels_v2,
+    "HunyuanVideo": hunyuan_video,
+    "HunyuanVideo 1.5": hunyuan_video_15,
+    "LTX-Video": ltx_video,
+    "CogVideoX": cogvideox,
+    "Mochi": mochi,
+    "Allegro": allegro,
+}
+
+#: Sampled by a loop, since their pipelines need more than the states of a text.
+LOOPED = {
+    "Wan with a given first frame": wan_from_image,
+    "Wan VACE": wan_vace,
+    "Wan Animate": wan_animate,
+    "ChronoEdit": chrono_edit,
+    "SkyReels V2 with diffusion forcing": skyreels_v2_diffusion_forcing,
+    "HunyuanVideo with a given first frame": hunyuan_video_from_image,
+    "FramePack": framepack,
+    "LTX-Video with a given first frame": ltx_video_from_image,
+    "LTX-2": ltx_2,
+    "ConsisID": consis_id,
+    "Cosmos": cosmos,
+    "Cosmos with a given first frame": cosmos_from_video,
+    "Kandinsky 5": kandinsky_5,
+    "Motif-Video": motif_video,
+    "Helios": helios,
+    "EasyAnimate": easy_animate,
+}
+
+MODELS = SAMPLED | LOOPED
