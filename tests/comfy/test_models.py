@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import verified
 from packaging.version import parse
 from tiny_comfy import (
     CASES,
@@ -286,16 +285,3 @@ def test_a_model_that_passes_no_call_on_is_said_to(build):
     reasons = _annotate(report, []).reasons
     assert (NEVER_ASKED in reasons) == (not seen)
     assert bool(report.calls) == bool(seen)
-
-
-def test_the_documentation_says_what_is_tested():
-    """Its table holds what was recorded, for every model; and nothing is recorded but the tests."""
-    table = verified.rows(verified.TABLE.read_text())
-    assert set(table) == {case.name for case in CASES}
-    for name, (cells, _) in table.items():
-        assert cells[1:] == verified.cells(name)
-    for recorded, passed in verified.records().items():
-        known = [case for case in CASES if parse(case.since) <= parse(recorded)]
-        assert passed == {case.name: "CDS" if case.name in SAMPLED else "DS" for case in known}, (
-            f"run `python tests/tiny/verified.py record` with ComfyUI {recorded}"
-        )
