@@ -9,8 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import asdict, replace
 from pathlib import Path
+from textwrap import shorten
+from types import ModuleType
 
 import torch
 
@@ -25,6 +30,14 @@ DEFAULT_FILE = f"profile{EXTENSION}"
 MAX_BYTES = 1 << 20
 HUB = re.compile(r"([\w.-]+/[\w.-]+)@([^:\s]+)(?::(\S+))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
+PATIENCE = 30.0  # seconds for the hub
+# What helps against an answer of the hub. Anything else may pass by itself.
+ADVICE = {
+    401: "check the repository's name; if it is private or gated, log in with `hf auth login`",
+    403: "ask for access on the repository's page, and log in with `hf auth login`",
+    404: "check the names of the repository, the commit and the file",
+}
+TRY_AGAIN = "try again, or give a file on disk"
 
 
 class _DamagedError(Exception):
@@ -132,14 +145,47 @@ def _download(repository: str, commit: str, file: str) -> str:
             f"{says} needs huggingface_hub: pip install huggingface_hub, or give a file on disk."
         ) from error
     try:
-        cached = hub.try_to_load_from_cache(repository, file, revision=commit)
-        if isinstance(cached, str):
-            return cached
-        url = hub.hf_hub_url(repository, file, revision=commit)
-        size = hub.get_hf_file_metadata(url).size
-        if size is None or size <= MAX_BYTES:
-            return hub.hf_hub_download(repository, file, revision=commit)
+        path = _in_time(_fetch, hub, repository, commit, file)
     except Exception as error:  # of the network, the hub or its cache: they have no common type
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{says} can't be fetched ({why}); try again, or give a file.") from error
-    raise ValueError(f"{says} is larger than {MAX_BYTES >> 20} MiB; name another file.")
+        raise ValueError(f"{says} can't be fetched {_because(error)}.") from error
+    if path is None:
+        raise ValueError(f"{says} is larger than {MAX_BYTES >> 20} MiB; name another file.")
+    return path
+
+
+def _fetch(hub: ModuleType, repository: str, commit: str, file: str) -> str | None:
+    """Path in the cache; None: the file is too large."""
+    cached = hub.try_to_load_from_cache(repository, file, revision=commit)
+    if isinstance(cached, str):
+        return cached
+    size = hub.get_hf_file_metadata(hub.hf_hub_url(repository, file, revision=commit)).size
+    if size is not None and size > MAX_BYTES:
+        return None
+    return hub.hf_hub_download(repository, file, revision=commit)
+
+
+def _in_time(work: Callable[..., str | None], *arguments: object) -> str | None:
+    """What the work returns, or a TimeoutError.
+
+    The client limits each wait but not all its tries together: they take minutes, or have no end
+    when bytes come one by one. It can't be stopped; what it fetches late is in its cache next time.
+    """
+    result: Future[str | None] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work(*arguments))
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([result], PATIENCE).done:
+        raise TimeoutError(f"it took longer than {PATIENCE:g} s")
+    return result.result()
+
+
+def _because(error: Exception) -> str:
+    """The client's words in one line, and what to do."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    why = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+    return f"({why}); {ADVICE.get(status, TRY_AGAIN)}"
