@@ -1,0 +1,74 @@
+"""What it costs a card to list tokens in another order: ``python -m benchmarks.order_cost``.
+
+Arithmetic from public data sheets; nothing is run. Passes read and write q, k, v and out once a
+call. A kernel that gathers the rows of k and v as it loads them moves no more bytes for them, but
+finds the address of every row again for every query tile that visits it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+from comfyui_liteattention.backends.cuda_variants import TILE
+
+TOKENS = (32760, 75600)  # Wan at 480p and at 720p, 81 frames
+HEAD_DIM = 128
+BYTES = 2  # of an element
+
+
+class Card(NamedTuple):
+    """As NVIDIA states them: dense bf16 with float32 sums, and memory bandwidth, per second."""
+
+    name: str
+    operations: float
+    bytes: float
+
+
+CARDS = (
+    Card("RTX 3060", 25.5e12, 360e9),
+    Card("RTX 4090", 165.2e12, 1008e9),
+    Card("RTX 5090", 209.5e12, 1792e9),
+    Card("A100 (80 GB)", 312e12, 2039e9),
+    Card("H100 (SXM)", 989.4e12, 3350e9),
+)
+
+
+def attention_seconds(card: Card, tokens: int, computed: float) -> float:
+    """Of one head, at the full speed of the matrix units."""
+    return 4 * tokens**2 * HEAD_DIM * computed / card.operations
+
+
+def pass_seconds(card: Card, tokens: int, tensors: int) -> float:
+    """To read and write so many tensors of one head, at the full bandwidth."""
+    return tensors * 2 * tokens * HEAD_DIM * BYTES / card.bytes
+
+
+def visits(tokens: int, computed: float) -> float:
+    """How often a row of k is loaded."""
+    return computed * TILE.grid(tokens, tokens)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.order_cost", description=__doc__)
+    parser.add_argument("--skipped", type=float, default=0.5, metavar="SHARE")
+    computed = 1 - parser.parse_args().skipped
+    print(f"passes, % of the attention's time with {computed:.0%} of the tiles computed")
+    print(f"{'':14}" + "".join(f"{f'{n} tokens: all four':>25}{'k and v':>10}" for n in TOKENS))
+    for card in CARDS:
+        shares = [
+            pass_seconds(card, n, tensors) / attention_seconds(card, n, computed)
+            for n in TOKENS
+            for tensors in (4, 2)
+        ]
+        widths = (25, 10) * len(TOKENS)
+        print(
+            f"{card.name:14}" + "".join(f"{s:{w}.1%}" for s, w in zip(shares, widths, strict=True))
+        )
+    times = ", ".join(f"{visits(n, computed):.0f} times at {n} tokens" for n in TOKENS)
+    more = 4 / (2 * HEAD_DIM * BYTES)  # an int32 beside a row of k and one of v
+    print(f"gathering on load: an address for each row {times}; {more:.1%} more to read each time")
+
+
+if __name__ == "__main__":
+    main()
