@@ -42,13 +42,22 @@ def bounds(score: Tensor, droppable: Tensor) -> Tensor:
     ``score [B, H, Tq, Tk]`` log2; ``droppable`` of the same shape, bool.
     """
     # Integers add up to the same sum in any order, so that a card repeats its choices to the bit.
-    per_bin = torch.zeros(BINS, dtype=torch.int64, device=score.device)
+    # Each query tile has bins of its own, so that not all tiles of a card wait for a few of them.
+    total = torch.zeros(BINS, dtype=torch.int64, device=score.device)
+    rows, step = score[..., 0].numel(), max(1, PART // max(score.shape[-1], BINS))
     for part, may_go in zip(
-        score.flatten().split(PART), droppable.flatten().split(PART), strict=True
+        score.flatten(0, -2).split(step), droppable.flatten(0, -2).split(step), strict=True
     ):
+        # What is not a number is never dropped; it must not become a number of a bin either.
+        part = part.nan_to_num(nan=0.0)
         bins = (part / BIN).floor().clamp(-BINS, -1).add(BINS).long()
-        per_bin.scatter_add_(0, bins, torch.where(may_go, part.exp2() * UNIT, 0).long())
-    return per_bin.double() / (score[..., 0].numel() * UNIT)
+        mass = torch.where(may_go, part.exp2() * UNIT, 0).long()
+        total += (
+            torch.zeros(len(part), BINS, dtype=torch.int64, device=score.device)
+            .scatter_add_(1, bins, mass)
+            .sum(0)
+        )
+    return total.double() / (rows * UNIT)
 
 
 def threshold(own: Stock, others: Iterable[Stock], aim: float) -> Tensor:
@@ -57,11 +66,11 @@ def threshold(own: Stock, others: Iterable[Stock], aim: float) -> Tensor:
     stocks = [own, *others]
     spent = torch.stack([stock.spent for stock in stocks]).sum()
     left = torch.stack([stock.left for stock in stocks]).sum(0)
-    together = left.cumsum(0) <= len(stocks) * aim - spent
-    alone = own.left.cumsum(0) <= LARGEST_SHARE * aim - own.spent
+    together = _up_to(left) <= len(stocks) * aim - spent
+    alone = _up_to(own.left) <= LARGEST_SHARE * aim - own.spent
     fits = (together & alone).sum()
     # Everything below the first bin that doesn't fit.
-    below = torch.tensor(-torch.inf, device=own.left.device)
+    below = torch.full((), -torch.inf, device=own.left.device)
     return torch.nextafter((fits - BINS) * BIN, below)
 
 
@@ -78,3 +87,10 @@ def after(own: Stock, limit: Tensor, spent: Tensor) -> Stock:
     """The layer once the tiles up to ``limit []`` are gone and ``spent []`` is lost."""
     lowest = torch.arange(-BINS, 0, device=own.left.device) * BIN
     return Stock(spent, own.left.masked_fill(lowest <= limit, 0))
+
+
+def _up_to(left: Tensor) -> Tensor:
+    """Sums of the bins up to each, ``[BINS]``. (As ``cumsum``, which on a card adds up in another
+    order every time.)"""
+    bins = torch.arange(BINS, device=left.device)
+    return torch.where(bins <= bins.unsqueeze(1), left, 0).sum(1)

@@ -14,7 +14,7 @@ from .backends.base import Attended, Backend
 from .backends.pooled import pool, skipped_part
 from .budget import Ledger
 from .learning import phase
-from .order import Arrangement, VideoTokens, arrange
+from .order import Arrangement, VideoTokens, arrange, take
 from .settings import Settings
 from .tiles import TileLists, TileShape, all_live, make_lists, pack, unpack
 
@@ -75,7 +75,7 @@ def attend(
     tile = backend.tile_shape(q.shape[3])
     arrangement = _arrangement(settings, video, q, tile)
     if arrangement is not None:
-        q, k, v = (t.index_select(2, arrangement.order) for t in (q, k, v))
+        q, k, v = (take(t, arrangement.order) for t in (q, k, v))
     b, h, lq, _ = q.shape
     tq, tk = tile.grid(lq, k.shape[2])
     marks = policy.marks(settings, position)
@@ -105,7 +105,7 @@ def attend(
         kept = _mark(state, backend, live, result.score, settings, position)
         state.live = kept if state.live is None else state.live.copy_(kept)
     state.calls += 1
-    out = result.out if arrangement is None else result.out.index_select(2, arrangement.place)
+    out = result.out if arrangement is None else take(result.out, arrangement.place)
     return out, Tally(computed, b * h * tq * tk, lost, bound)
 
 

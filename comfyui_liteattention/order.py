@@ -83,6 +83,15 @@ def _arrangement(order: np.ndarray, device: torch.device) -> Arrangement:
     return Arrangement(there.to(device), there.argsort().to(device))
 
 
+def take(x: Tensor, order: Tensor) -> Tensor:
+    """``x [B, H, L, D]`` with the tokens ``order``, heads inside the tokens in memory.
+
+    As models hand their tokens over, so that whole rows of all heads are copied, and whoever joins
+    the heads of a result again does so without a copy.
+    """
+    return x.transpose(1, 2).index_select(1, order).transpose(1, 2)
+
+
 def compact_order(places: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     """Order of points ``places [N, 3]`` in which every run of ``sizes[0]`` points, from the start,
     is a compact piece, and inside it every run of ``sizes[1]``, and so on.

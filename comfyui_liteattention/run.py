@@ -161,8 +161,7 @@ class Run:
             self._stop(OUT_OF_MEMORY)
             return None
         if not finite:
-            self._failed.add(layer)
-            self.decline(NOT_FINITE)
+            self._fail(layer)
             return None
         return out
 
@@ -222,6 +221,15 @@ class Run:
             self._stopped = reason
             self._forget()
         self.decline(reason)
+
+    def _fail(self, layer: str) -> None:
+        """Leave the layer to the user's own attention. What it lost or could lose is not a number
+        any more, and must not be counted with that of the others."""
+        with self._lock:
+            self._failed.add(layer)
+            for key in [key for key in self._states if key.layer == layer]:
+                self._states.pop(key).stocks.pop(layer, None)
+        self.decline(NOT_FINITE)
 
     def report(self) -> RunReport:
         """What the run has done so far."""

@@ -11,6 +11,7 @@ Pure tensor code: no policy, no host, no device dependence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ def unpack(live: Tensor, tk: int) -> Tensor:
     return (octets & _bits(live.device)).ne(0).flatten(-2)[..., :tk]
 
 
+@lru_cache(maxsize=8)  # to make it anew would wait for the device
 def _bits(device: torch.device) -> Tensor:
     """The values of the bits of a byte. (Bytes of a word are little end first on all machines that
     torch runs on; whole maps are large, so that they are never widened.)"""

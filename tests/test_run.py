@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from comfyui_liteattention import run as run_module
 from comfyui_liteattention.attention import LayerState, Tally, attend
+from comfyui_liteattention.backends.cpu import CpuBackend
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.pace import ALLOWANCE, GROUPS, TIMED_CALLS, Pace, joining, stopwatch
 from comfyui_liteattention.report import status_line, text_table
@@ -150,6 +151,27 @@ def test_a_result_that_is_not_finite_is_never_passed_on():
     report = run.finish()
     assert report.reasons == {NOT_FINITE: 2}
     assert NOT_FINITE in status_line(report)
+
+
+@pytest.mark.parametrize("backend", [BACKEND, CpuBackend()], ids=["reference", "cpu"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["q", "k", "v"])
+def test_numbers_that_are_none_end_in_dense_attention(backend, bad, place):
+    """With a budget, their scores are sorted into bins as well; other layers go on as they were."""
+    if backend is not BACKEND:
+        pytest.importorskip("numba")
+    run = Run(Settings(budget=0.1, min_tokens=0, audit=4), backend, SIGMAS)
+    for step, sigma in enumerate(SIGMAS[:-1]):
+        for layer in ("0", "1"):
+            tensors = dict(zip("qkv", local_qkv(0, tokens=500), strict=True))
+            if layer == "0" and step == 2:
+                tensors[place][0, 0, 7] = bad
+            out = run.attend(layer, ["c"], run.locate(sigma), *tensors.values(), SCALE)
+            assert (out is None) == (layer == "0" and step >= 2)
+    report = run.finish()
+    assert report.reasons == {NOT_FINITE: 3}
+    fractions = [call.computed / call.total for call in report.calls if call.layer == "1"]
+    assert fractions[-1] < fractions[2]
 
 
 def test_the_report_reads_well():

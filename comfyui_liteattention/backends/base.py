@@ -86,3 +86,15 @@ class Backend(Protocol):
     def tile_map(self, device: torch.device) -> TileMap | None:
         """Kernels that keep the tile map on this device, if there are any: see tile_map.py."""
         ...
+
+
+def empty_out(q: Tensor) -> Tensor:
+    """An output for the queries ``q [B, H, Lq, D]``, with the heads inside or outside the tokens as
+    these have them.
+
+    So that ``out.transpose(1, 2).flatten(2)`` is free where the model keeps ``[B, L, H, D]``.
+    """
+    b, h, lq, d = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(b, lq, h, d).transpose(1, 2)
+    return q.new_empty(b, h, lq, d)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import TileLists, TileShape
-from .base import Attended, Criterion
+from .base import Attended, Criterion, empty_out
 from .pooled import Pooled
 
 KERNELS = "_liteattention_cpu_kernels"
@@ -89,7 +89,7 @@ class CpuBackend:
         lk = k.shape[2]
         tq, tk = self.tile.grid(lq, lk)
         counts, index = _list_arrays(lists, b * h, tq, tk)
-        out = torch.empty(b, h, lq, d, dtype=q.dtype, device="cpu")
+        out = empty_out(q)
         lse = torch.empty(b, h, lq, dtype=torch.float32, device="cpu")
         score = None
         if criterion:

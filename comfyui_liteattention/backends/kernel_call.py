@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tiles import TileLists, TileShape
 from . import qk_int8
-from .base import Attended, Criterion, Qk
+from .base import Attended, Criterion, Qk, empty_out
 from .cuda_variants import (
     ADD_SKIPPED,
     HEAD_DIMS,
@@ -207,16 +207,10 @@ def _quantise_keys(k: Tensor, mean: Tensor, tile: TileShape) -> tuple[qk_int8.Ke
 def allocate(
     q: Tensor, k: Tensor, lists: bool, criterion: Criterion | None, tile: TileShape = TILE
 ) -> Attended:
-    """Empty outputs, ``out`` with the heads inside or outside the tokens as ``q`` has them.
-
-    So that ``out.transpose(1, 2).flatten(2)`` is free where the model keeps ``[B, L, H, D]``.
-    """
-    b, h, lq, d = q.shape
+    """Empty outputs."""
+    b, h, lq, _ = q.shape
     tq, tk = tile.grid(lq, k.shape[2])
-    if q.stride(1) < q.stride(2):
-        out = q.new_empty(b, lq, h, d).transpose(1, 2)
-    else:
-        out = q.new_empty(b, h, lq, d)
+    out = empty_out(q)
     lse = q.new_empty(b, h, lq, dtype=torch.float32)
     if criterion is None:
         return Attended(out, lse, None)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..eligibility import CROSS_ATTENTION, dense_reason
-from ..order import VideoTokens, arrange_part
+from ..order import VideoTokens, arrange_part, take
 from ..run import Run
 from ..schedule import Progress
 
@@ -140,9 +140,9 @@ class TransformerCall:
         tile = self._run.backend.tile_shape(q.shape[3])
         rows = arrange_part(video.grid, extra.first, q.shape[2], tile, q.device)
         keys = arrange_part(video.grid, 0, length, tile, q.device).order
-        q, k, v = q[:, :, rows.order], k[:, :, keys], v[:, :, keys]
+        q, k, v = take(q, rows.order), take(k, keys), take(v, keys)
         out = self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
-        return None if out is None else out[:, :, rows.place]
+        return None if out is None else take(out, rows.place)
 
     def _padded(
         self,
