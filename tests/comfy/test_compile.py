@@ -1,5 +1,6 @@
 """torch.compile, the way ComfyUI's own node does it: one graph, with and without LiteAttention."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -32,11 +33,11 @@ def plain(comfy):
     return tiny_comfy.make_patcher(WAN)
 
 
-def compiled(model, **options):
+def compiled(model, backend="eager", **options):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     model = model.clone()
-    set_torch_compile_wrapper(model=model, backend="eager", **options)
+    set_torch_compile_wrapper(model=model, backend=backend, **options)
     return model
 
 
@@ -90,12 +91,15 @@ def test_text_padding_is_left_out(comfy):
     assert not counters["graph_break"]
 
 
-def test_compiled_blocks_skip_as_well(plain):
-    """Only the blocks are compiled, as some packs do."""
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_blocks_skip_as_well(plain, backend):
+    """Only the blocks are compiled, as some packs do; by inductor, too, into code for this CPU."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a compiler")
     bare = patched(plain)
     want = sample(bare)
     keys = [f"diffusion_model.blocks.{i}" for i in range(WAN.layers)]
-    both = patched(compiled(plain, keys=keys))
+    both = patched(compiled(plain, backend, keys=keys))
     torch.testing.assert_close(sample(both), want, rtol=1e-4, atol=1e-4)
     assert tiles(both) == tiles(bare)
     assert not counters["graph_break"]
