@@ -36,7 +36,7 @@ COMFYUI_DROP = "extra_model_paths.yaml"
 # triton than the one that our prebuilt kernels come from.
 WITHOUT_DEPENDENCIES = ["torchvision==0.28.0", "torchaudio==2.11.0", "lpips==0.1.4"]
 if sys.platform == "linux":
-    WITHOUT_DEPENDENCIES.append("triton==3.9.0")
+    WITHOUT_DEPENDENCIES += ["triton==3.9.0", "sageattention==1.0.6"]
 SHIM = "_liteattention_torchvision_shim"
 
 
