@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -51,7 +51,7 @@ class Pace:
         self._seconds = 0.0
         self._tiles = 0
         self._opening: tuple[float, int] | None = None
-        self._step_calls: list[tuple[float, Tally]] = []
+        self._step_calls: list[tuple[float, Sequence[Tally]]] = []
         self._ratios: list[float] = []
         self._first_layer: int | None = None
         self._groups = 1
@@ -86,22 +86,23 @@ class Pace:
         self._rates.append(seconds / tiles)
         self._step_tiles[step] += tiles
 
-    def count(self, step: int, seconds: float, tally: Tally) -> None:
-        """Note a call of ours; give up if too much is lost."""
-        self._step_tiles[step] += tally.total
+    def count(self, step: int, seconds: float, tallies: Sequence[Tally]) -> None:
+        """Note a call of ours, with a tally for each stream; give up if too much is lost."""
+        tiles = _total(tallies)
+        self._step_tiles[step] += tiles
         self._seconds += seconds
-        self._tiles += tally.total
+        self._tiles += tiles
         if self._opening is None:
-            self._opening = seconds, tally.total
+            self._opening = seconds, tiles
         else:
-            self._step_calls.append((seconds, tally))
+            self._step_calls.append((seconds, tallies))
         rate = self.dense_rate
         if rate is None:
             return
-        if not self._ratios and seconds <= AT_ONCE * rate * tally.total:
+        if not self._ratios and seconds <= AT_ONCE * rate * tiles:
             self._groups = GROUPS
         if self._left(rate) < 0:
-            self._give_up(seconds / (rate * int(tally.computed)))
+            self._give_up(rate)
 
     def end_step(self, step: int) -> None:
         """Note that no more calls of this step come; let more layers join if that pays."""
@@ -109,30 +110,36 @@ class Pace:
         if rate is None or not calls:
             return
         seconds = sum(seconds for seconds, _ in calls)
-        pace = seconds / (rate * sum(tally.total for _, tally in calls))
-        ratio = seconds / (rate * sum(int(tally.computed) for _, tally in calls))
+        tallies = [tally for _, tallies in calls for tally in tallies]
+        pace = seconds / (rate * _total(tallies))
+        ratio = seconds / (rate * sum(int(tally.computed) for tally in tallies))
         self._ratios = [*self._ratios, ratio][-REMEMBERED:]
         ratio = min(self._ratios)
         if pace > 1 and ratio > HOPELESS:
-            self._give_up(ratio)
+            self._give_up(rate)
         left = self._left(rate) / (rate * self._largest_step())
         self._groups += joining(ratio, pace, self._steps - step - 1, left)
 
     def _left(self, rate: float) -> float:
-        """Seconds that may still be lost. Our first call loads and prepares things, too, and is
-        forgiven."""
+        """Seconds that may still be lost."""
+        seconds, tiles = self._counted()
+        return ALLOWANCE * rate * self._largest_step() * self._steps - (seconds - rate * tiles)
+
+    def _counted(self) -> tuple[float, int]:
+        """Seconds and tiles of our calls, without the first: it loads and prepares things, too, and
+        is forgiven."""
         seconds, tiles = self._opening or (0.0, 0)
-        allowed = ALLOWANCE * rate * self._largest_step() * self._steps
-        return allowed - (self._seconds - seconds) + rate * (self._tiles - tiles)
+        return self._seconds - seconds, self._tiles - tiles
 
     def _largest_step(self) -> int:
         """Tiles of a whole step; as far as known, in the first."""
         return max(self._step_tiles.values())
 
-    def _give_up(self, ratio: float) -> None:
+    def _give_up(self, rate: float) -> None:
+        seconds, tiles = self._counted()
         self.reason = (
-            "your own attention is faster here: computing a tile takes "
-            f"{ratio:.2f} times as long with LiteAttention; switched off for the rest of this run"
+            f"your own attention is faster here: LiteAttention took {seconds / (rate * tiles):.2f} "
+            "times as long; switched off for the rest of this run"
         )
 
 
@@ -146,6 +153,10 @@ def joining(ratio: float, pace: float, steps: int, left: float) -> int:
     if pace >= 1 or (steps - 1) * (1 - pace) <= price:
         return 0
     return GROUPS if price <= 0 else int(STAKE * left / price * GROUPS)
+
+
+def _total(tallies: Sequence[Tally]) -> int:
+    return sum(tally.total for tally in tallies)
 
 
 def stopwatch(device: torch.device) -> Callable[[], float]:

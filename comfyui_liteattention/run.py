@@ -179,7 +179,7 @@ class Run:
         with self._lock:
             for stream, tally in zip(streams, tallies, strict=True):
                 self._calls.append(_Call(*progress, layer, stream, tokens, tally, share))
-                self._pace.count(progress.step, share, tally)
+            self._pace.count(progress.step, seconds, tallies)
 
     def _wait(
         self,

@@ -114,7 +114,7 @@ def test_seconds_saved_are_told_everywhere():
 
 
 def test_a_node_says_why_a_run_was_stopped_in_few_words():
-    stopped = "your own attention is faster here: computing a tile takes 1.52 times as long"
+    stopped = "your own attention is faster here: LiteAttention took 1.52 times as long"
     some = replace(report(), stopped=stopped)
     assert node_line(some).endswith("; your own attention is faster here")
     none = replace(report(layers=1), stopped=stopped, reasons={stopped: 3})

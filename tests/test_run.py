@@ -302,7 +302,7 @@ def play(steps, layers, ratio, fraction, disturbed=()):
                 computed = round(1000 * fraction(layer, step)) if layer in begun else 1000
                 begun.add(layer)
                 seconds = ratio * computed / 1000 * (2 if (step, layer) in disturbed else 1)
-                pace.count(step, seconds, Tally(torch.tensor(computed), 1000, None))
+                pace.count(step, seconds, [Tally(torch.tensor(computed), 1000, None)])
             elif pace.reason is None:
                 pace.compare(step, seconds, 1000)
             taken += seconds
