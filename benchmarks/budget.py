@@ -53,6 +53,19 @@ class ShadowedBackend(CpuBackend):
             self.lost = float(lost_mass(result.lse, full.lse).mean())
         return result
 
+    def forward_and_audit(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lists: TileLists | None,
+        criterion: Criterion | None,
+        rows: slice,
+    ) -> tuple[Attended, Attended]:
+        result = self.forward(q, k, v, scale, lists, criterion)
+        return result, super().forward(q[:, :, rows], k, v, scale)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.budget", description=__doc__)

@@ -100,6 +100,10 @@ def all_points() -> list[Point]:
         points += [ours(name, replace(changed, budget=b)) for b in (0.03, 0.1)]
     points += [ours("ours, threshold", replace(default, threshold=t)) for t in THRESHOLDS]
     points += [
+        ours("ours, threshold without ramp", replace(default, ramp=0.0, threshold=t))
+        for t in (-5.0, -3.5, -2.5)
+    ]
+    points += [
         ours("ours, gap threshold", replace(default, criterion="gap", threshold=t))
         for t in (-8.0, -4.0, -2.0)
     ]

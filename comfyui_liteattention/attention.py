@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import allocation, budget, policy, tail
 from .allocation import Stock
-from .backends.base import Attended, Backend
+from .backends.base import Attended, Backend, forward_and_audit
 from .backends.pooled import pool, skipped_part
 from .budget import Ledger
 from .learning import phase
@@ -85,13 +85,19 @@ def attend(
     # other call visits the other way round, as upstream does.
     alternate = backend.running_scores and state.calls % 2 == 1
     lists = None if live is None else _lists(state, backend, live, alternate)
-    result = backend.forward(q, k, v, scale, lists, settings.criterion if marks else None)
+    criterion = settings.criterion if marks else None
+    audited = range(0) if live is None else policy.audited_tiles(state.calls, tq, settings.audit)
+    full = None
+    if audited:
+        rows = slice(audited.start * tile.q, audited.stop * tile.q)
+        result, full = forward_and_audit(backend, q, k, v, scale, lists, criterion, rows)
+    else:
+        result = backend.forward(q, k, v, scale, lists, criterion)
 
     lost = None
     computed = torch.tensor(b * h * tq * tk) if lists is None else lists.count.sum()
     if live is not None:
-        audited = policy.audited_tiles(state.calls, tq, settings.audit)
-        lost = _complete(state, backend, result, q, k, v, scale, live, audited, settings)
+        lost = _complete(state, backend, result, full, q, k, v, scale, live, audited, settings)
         extra = len(audited) * tk + (tq * tk // tile.k if state.gain else 0)
         computed = computed + b * h * extra
 
@@ -193,6 +199,7 @@ def _complete(
     state: LayerState,
     backend: Backend,
     result: Attended,
+    full: Attended | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -202,10 +209,9 @@ def _complete(
     settings: Settings,
 ) -> Tensor | None:
     """Give the result, in place, what the skipped tiles contribute, and the audited rows their
-    exact output. Returns the mean lost mass of these, None where there are none."""
+    exact output, ``full``. Returns the mean lost mass of these, None where there are none."""
     tile = backend.tile_shape(q.shape[3])
     rows = slice(audited.start * tile.q, audited.stop * tile.q)
-    full = backend.forward(q[:, :, rows], k, v, scale) if audited else None
     if settings.tail:
         pooled = pool(k, v, tile.k)
         if full is not None:

@@ -6,7 +6,7 @@ computed, how much that tile mattered. What to do with the scores is ``policy.py
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -86,6 +86,41 @@ class Backend(Protocol):
     def tile_map(self, device: torch.device) -> TileMap | None:
         """Kernels that keep the tile map on this device, if there are any: see tile_map.py."""
         ...
+
+
+@runtime_checkable
+class SharesKeys(Protocol):
+    """A backend that prepares the keys once where some queries see all of them as well."""
+
+    def forward_and_audit(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lists: TileLists | None,
+        criterion: Criterion | None,
+        rows: slice,
+    ) -> tuple[Attended, Attended]:
+        """As the function below."""
+        ...
+
+
+def forward_and_audit(
+    backend: Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    lists: TileLists | None,
+    criterion: Criterion | None,
+    rows: slice,
+) -> tuple[Attended, Attended]:
+    """``backend.forward``, and the queries ``rows`` over all tiles."""
+    if isinstance(backend, SharesKeys):
+        return backend.forward_and_audit(q, k, v, scale, lists, criterion, rows)
+    result = backend.forward(q, k, v, scale, lists, criterion)
+    return result, backend.forward(q[:, :, rows], k, v, scale)
 
 
 def empty_out(q: Tensor) -> Tensor:

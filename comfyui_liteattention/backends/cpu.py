@@ -82,56 +82,52 @@ class CpuBackend:
         lists: TileLists | None = None,
         criterion: Criterion | None = None,
     ) -> Attended:
+        return self._attend(k, v, scale, (q, lists, criterion))[0]
+
+    def forward_and_audit(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lists: TileLists | None,
+        criterion: Criterion | None,
+        rows: slice,
+    ) -> tuple[Attended, Attended]:
+        """The keys are packed once."""
+        both = self._attend(k, v, scale, (q, lists, criterion), (q[:, :, rows], None, None))
+        return both[0], both[1]
+
+    def _attend(
+        self,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *calls: tuple[Tensor, TileLists | None, Criterion | None],
+    ) -> list[Attended]:
+        """One result for each of the ``calls``: queries, lists and criterion."""
         kernels = _load_kernels()
         if isinstance(kernels, str):
             raise RuntimeError(kernels)
-        b, h, lq, d = q.shape
-        lk = k.shape[2]
-        tq, tk = self.tile.grid(lq, lk)
-        counts, index = _list_arrays(lists, b * h, tq, tk)
-        out = empty_out(q)
-        lse = torch.empty(b, h, lq, dtype=torch.float32, device="cpu")
-        score = None
-        if criterion:
-            score = torch.full((b, h, tq, tk), -math.inf, dtype=torch.float32, device="cpu")
-        q_heads = _head_arrays(q)
-        out_heads = _head_arrays(out)
-        lse_heads = lse.view(b * h, lq).numpy()
-        score_heads = _floats(b * h, 0, tk) if score is None else score.view(-1, tq, tk).numpy()
-        rule = {None: 0, "mass": kernels.MASS, "gap": kernels.GAP}[criterion]
-
+        b, h, lk, d = k.shape
+        tk = -(-lk // self.tile.k)
         d_padded = -(-d // kernels.LANES) * kernels.LANES
         bytes_per_head = 4 * tk * kernels.TILE * (d + d_padded)
         heads_at_once = min(b * h, max(1, WORKSPACE_BYTES // bytes_per_head))
         keys = _floats(heads_at_once, tk, kernels.TILE, d)
         values = _floats(heads_at_once, tk, d_padded // kernels.LANES, kernels.TILE, kernels.LANES)
         packing = _packing(kernels, k, v, keys, values)
+        results, tasks = zip(
+            *(_call(kernels, *call, lk, scale, keys, values) for call in calls), strict=True
+        )
         threads = torch.get_num_threads()
-
-        def attend(slot: int, head: int, start: int, stop: int) -> None:
-            kernels.attend(
-                q_heads[head],
-                keys[slot],
-                values[slot],
-                counts[head],
-                index[head],
-                start,
-                stop,
-                lk,
-                scale * math.log2(math.e),
-                rule,
-                out_heads[head],
-                lse_heads[head],
-                score_heads[head],
-                _workspace(kernels, d, d_padded, visits=tk if rule else 1),
-            )
-
         with ThreadPoolExecutor(threads) as pool:  # per call: safe after fork and in any thread
             for first in range(0, b * h, heads_at_once):
                 heads = list(enumerate(range(first, min(first + heads_at_once, b * h))))
                 _run_all(pool, packing, heads, _runs(tk, threads))
-                _run_all(pool, attend, heads, _runs(tq, 4 * threads))
-        return Attended(out, lse, score)
+                for (q, _, _), task in zip(calls, tasks, strict=True):
+                    _run_all(pool, task, heads, _runs(-(-q.shape[2] // self.tile.q), 4 * threads))
+        return list(results)
 
     def add_skipped(
         self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
@@ -220,6 +216,52 @@ def _workspace(kernels: Any, d: int, d_padded: int, visits: int) -> tuple[Any, .
     tile = kernels.TILE
     shapes = ((kernels.GROUPS, d, kernels.LANES), (tile, tile), (tile, d_padded))
     return tuple(_floats(*shape) for shape in (*shapes, (3, tile), (3, visits, tile)))
+
+
+def _call(
+    kernels: Any,
+    q: Tensor,
+    lists: TileLists | None,
+    criterion: Criterion | None,
+    lk: int,
+    scale: float,
+    keys: Any,
+    values: Any,
+) -> tuple[Attended, Task]:
+    """A result, and the task that fills it from packed keys and values: ``cpu_kernels.attend``."""
+    b, h, lq, d = q.shape
+    tq, tk = -(-lq // kernels.TILE), keys.shape[1]
+    d_padded = values.shape[2] * kernels.LANES
+    counts, index = _list_arrays(lists, b * h, tq, tk)
+    out = empty_out(q)
+    lse = torch.empty(b, h, lq, dtype=torch.float32, device="cpu")
+    score = None
+    if criterion:
+        score = torch.full((b, h, tq, tk), -math.inf, dtype=torch.float32, device="cpu")
+    q_heads, out_heads = _head_arrays(q), _head_arrays(out)
+    lse_heads = lse.view(b * h, lq).numpy()
+    score_heads = _floats(b * h, 0, tk) if score is None else score.view(-1, tq, tk).numpy()
+    rule = {None: 0, "mass": kernels.MASS, "gap": kernels.GAP}[criterion]
+
+    def attend(slot: int, head: int, start: int, stop: int) -> None:
+        kernels.attend(
+            q_heads[head],
+            keys[slot],
+            values[slot],
+            counts[head],
+            index[head],
+            start,
+            stop,
+            lk,
+            scale * math.log2(math.e),
+            rule,
+            out_heads[head],
+            lse_heads[head],
+            score_heads[head],
+            _workspace(kernels, d, d_padded, visits=tk if rule else 1),
+        )
+
+    return Attended(out, lse, score), attend
 
 
 def _packing(kernels: Any, k: Tensor, v: Tensor, keys: Any, values: Any) -> Task:
