@@ -95,7 +95,7 @@ def attend(
         result = backend.forward(q, k, v, scale, lists, criterion)
 
     lost = None
-    computed = torch.tensor(b * h * tq * tk) if lists is None else lists.count.sum()
+    computed = torch.tensor(b * h * tq * tk, device="cpu") if lists is None else lists.count.sum()
     if live is not None:
         lost = _complete(state, backend, result, full, q, k, v, scale, live, audited, settings)
         extra = len(audited) * tk + (tq * tk // tile.k if state.gain else 0)

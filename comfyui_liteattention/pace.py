@@ -114,11 +114,17 @@ class Pace:
         pace = seconds / (rate * _total(tallies))
         ratio = seconds / (rate * sum(int(tally.computed) for tally in tallies))
         self._ratios = [*self._ratios, ratio][-REMEMBERED:]
-        ratio = min(self._ratios)
-        if pace > 1 and ratio > HOPELESS:
+        if pace > 1 and min(self._ratios) > HOPELESS:
             self._give_up(rate)
         left = self._left(rate) / (rate * self._largest_step())
-        self._groups += joining(ratio, pace, self._steps - step - 1, left)
+        self._groups += joining(self._full_pace(rate), pace, self._steps - step - 1, left)
+
+    def _full_pace(self, rate: float) -> float:
+        """Time of a full call over that of a dense one: that of the first, unless it was slow for
+        other reasons. (What is done beside the tiles makes few tiles look dear.)"""
+        assert self._opening is not None
+        seconds, tiles = self._opening
+        return min(seconds / (rate * tiles), *self._ratios)
 
     def _left(self, rate: float) -> float:
         """Seconds that may still be lost."""

@@ -196,7 +196,7 @@ class Run:
         share = seconds() / len(streams)
         tq, tk = self.backend.tile_shape(q.shape[3]).grid(q.shape[2], k.shape[2])
         tiles = q.shape[0] // len(streams) * q.shape[1] * tq * tk
-        tally = Tally(torch.tensor(tiles), tiles, None)
+        tally = Tally(torch.tensor(tiles, device="cpu"), tiles, None)
         self.decline(WAITING)
         with self._lock:
             for stream in streams:

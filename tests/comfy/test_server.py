@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 
 from comfyui_liteattention.compare import psnr
-from comfyui_liteattention.presets import DEFAULT, preset
 from comfyui_liteattention.profile_file import load, save
 from comfyui_liteattention.report_images import SIZE
 from comfyui_liteattention.settings import SAFEST
 from demo.comfy_server import PromptRefusedError
-from demo.compare import PATCH, REPORT, SAMPLER, VIDEO, read_video
+from demo.compare import PATCH, REPORT, SAMPLER, VIDEO, read_video, stay_on
 from demo.workflow import find, without
 
 NODES = (
@@ -26,8 +25,6 @@ NODES = (
     "LiteAttentionLoadProfile",
     "LiteAttentionSaveProfile",
 )
-
-BUDGET_INPUTS = ("budget", "ramp", "warmup", "audit", "min_tokens", "order", "never_slower")
 
 
 def small(workflow, seed=1, steps=4, prompt="red circle moving right", **control):
@@ -89,11 +86,7 @@ def test_the_nodes_are_there_and_every_input_has_a_tooltip(object_info):
 
 def test_the_shipped_workflow_runs_and_is_close_to_dense(server, workflow):
     workflow[find(workflow, SAMPLER)]["inputs"]["steps"] = 5
-    # As its preset says, but however busy this machine is.
-    balanced = replace(preset(DEFAULT), never_slower=False)
-    inputs = {name: getattr(balanced, name) for name in BUDGET_INPUTS} | {"dense_layers": ""}
-    workflow["100"] = {"class_type": "LiteAttentionBudget", "inputs": inputs}
-    workflow[find(workflow, PATCH)]["inputs"]["control"] = ["100", 0]
+    stay_on(workflow)  # however busy this machine is
     lite = server.run(workflow)
     plain = dense(workflow)
     reference = server.run(plain)
