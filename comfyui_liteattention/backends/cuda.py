@@ -176,6 +176,7 @@ def _forward(
 )
 def _attend(q, k, v, scale, count, index, criterion, qk):  # type: ignore[no-untyped-def]
     lists = None if count is None else TileLists(count, index)
+    q, k, v = (kernel_call.aligned(x) for x in (q, k, v))
     result = _forward(_launcher(), q, k, v, scale, lists, criterion, qk)
     return _three(result)
 
@@ -193,7 +194,7 @@ def _(q, k, v, scale, count, index, criterion, qk):  # type: ignore[no-untyped-d
     "Tensor live, Tensor factor, float scale) -> ()",
 )
 def _add_skipped(q, keys, values, length, out, lse, live, factor, scale):  # type: ignore[no-untyped-def]
-    pooled = Pooled(keys, values, length, TILE.k)
+    pooled, q = Pooled(keys, values, length, TILE.k), kernel_call.aligned(q)
     launch = kernel_call.prepare_skipped(Attended(out, lse, None), q, pooled, scale, live, factor)
     _launcher().launch(launch, q.device)
 

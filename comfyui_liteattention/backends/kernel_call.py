@@ -220,6 +220,12 @@ def allocate(
     return Attended(out, lse, score.fill_(never) if lists else score)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """``x [B, H, L, D]``, or a copy where it doesn't start at such an address as the compiled code
+    takes for granted. A graph of torch.compile has no addresses to check when it is made."""
+    return empty_out(x).copy_(x) if x.data_ptr() % POINTER_ALIGNMENT else x
+
+
 def card_number(device: torch.device) -> int:
     """The number of a card; ``cuda`` without one is the current card."""
     return device.index if device.index is not None else torch.cuda.current_device()

@@ -409,6 +409,28 @@ def test_torch_compile_sees_one_op(folder, library):
     assert library.launches == []
 
 
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_the_ops_of_torch_compile_copy_what_starts_at_an_odd_address(
+    folder, library, monkeypatch, tokens_first
+):
+    """Under torch.compile nobody has looked at addresses before, and the card would fail."""
+    launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
+    monkeypatch.setattr(cuda, "_launcher", lambda: launcher)
+    q, k, v = (x if tokens_first else x.contiguous() for x in draw(lq=330))
+    odd = torch.empty(q.numel() + 4, dtype=q.dtype)[4:].as_strided(q.shape, q.stride()).copy_(q)
+    assert odd.data_ptr() % 16
+    read = []
+    monkeypatch.setattr(launcher, "launch", lambda launch, device: read.append(launch.arguments))
+    out, lse, _ = cuda._attend._init_fn(odd, k, v, 0.125, None, None, None, "native")
+    bits = pack(torch.ones(1, 2, *TILE.grid(330, 330), dtype=torch.bool))
+    means = pool(k, v, TILE.k)[:3]
+    cuda._add_skipped._init_fn(odd, *means, out, lse, bits, torch.ones(1, 2), 0.125)
+    assert out.stride() == q.stride(), "as the graph was told"
+    assert read[0][1] is k and len(read) == 2
+    for copy, *_ in read:
+        assert torch.equal(copy, q) and copy.stride() == q.stride() and copy.data_ptr() % 16 == 0
+
+
 def test_torch_compile_sees_the_tail_as_one_op_too(folder, library):
     backend = cuda.CudaBackend(launcher=cuda.Launcher(Prebuilt(folder), Driver(library)))
     q, k, v = (x.to("meta") for x in draw(lq=330))
