@@ -30,6 +30,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, _OUT, _OUT),
 }
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PREFERRED_SHARED = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, percent
+#: Bytes a block, from which on shared memory decides how many blocks a multiprocessor holds.
+_MUCH_SHARED = 32 << 10
 _CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _WARP = 32
 
@@ -70,6 +73,10 @@ class Driver:
             self._call("cuModuleLoadData", byref(module), image + b"\0")
             self._call("cuModuleGetFunction", byref(function), module, entry.encode())
             self._call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
+            if shared > _MUCH_SHARED:
+                # Of the memory that it divides with the cache: else there might be room for one
+                # block where two were planned. A mere hint, so whether it's taken isn't checked.
+                self._library.cuFuncSetAttribute(function, _PREFERRED_SHARED, 100)
         return Loaded(function, context, warps * _WARP, shared)
 
     def launch(

@@ -104,7 +104,7 @@ def test_a_launch_reads_the_arguments_in_place(folder, library):
     assert launch["trailing"] == [0, 0]
     assert launch["grid"] == (2, 2, 1) and launch["block"] == (256, 1, 1)
     assert (launch["shared"], launch["stream"], launch["context"]) == (65536, 77, 1000)
-    assert library.attributes == [(8, 65536)] and library.contexts == []
+    assert library.attributes == [(8, 65536), (9, 100)] and library.contexts == []
     assert (
         library.images == [b"sm_86 d64_fp16_lists_mass"] and library.entry == ATTEND.name.encode()
     )
@@ -297,6 +297,21 @@ def test_an_error_of_the_driver_says_which_and_leaves_no_context(folder, library
     with pytest.raises(DriverError, match=f"{failing}: no kernel image is available.*209"):
         launcher.launch(*call.launches, CARD)
     assert library.contexts == [] and library.capture == 0
+
+
+def test_a_hint_about_shared_memory_may_be_refused(folder, library, monkeypatch):
+    def refuse(function, attribute, value):
+        assert attribute != 9  # an error, to the driver
+
+    monkeypatch.setattr(library, "_cuFuncSetAttribute", refuse)
+    call = kernel_call.prepare(*draw(), 0.125, None, None)
+    cuda.Launcher(Prebuilt(folder), Driver(library)).launch(*call.launches, CARD)
+    assert len(library.launches) == 1
+
+
+def test_little_shared_memory_needs_no_hint(library):
+    Driver(library).load(0, b"", "attend_tiles", 4, 512)
+    assert library.attributes == [(8, 512)]
 
 
 @pytest.mark.parametrize("platform, name", [("win32", "nvcuda.dll"), ("linux", "libcuda.so.1")])
