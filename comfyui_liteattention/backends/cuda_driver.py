@@ -59,7 +59,9 @@ class Driver:
     def __init__(self, library: Any = None) -> None:
         self._library = library if library is not None else _open_library()
         for name, arguments in _SIGNATURES.items():
-            function = getattr(self._library, name)
+            function = getattr(self._library, name, None)
+            if function is None:
+                raise DriverError(f"this NVIDIA driver is too old: it has no {name}")
             function.argtypes, function.restype = arguments, c_int
         self._contexts: dict[int, c_void_p] = {}
         self._call("cuInit", 0)

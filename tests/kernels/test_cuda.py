@@ -325,6 +325,13 @@ def test_a_machine_without_driver_gets_a_reason(folder, library, monkeypatch, pl
     assert "no NVIDIA driver" in cuda.Launcher(Prebuilt(folder)).missing(CARD)
 
 
+def test_an_old_driver_gets_a_reason(folder, library, monkeypatch):
+    del library.cuThreadExchangeStreamCaptureMode
+    monkeypatch.setattr(cuda_driver, "_open_library", lambda: library)
+    reason = cuda.Launcher(Prebuilt(folder)).missing(CARD)
+    assert reason == "this NVIDIA driver is too old: it has no cuThreadExchangeStreamCaptureMode"
+
+
 def test_only_cards_that_have_code_are_taken(folder, library, monkeypatch):
     launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
     assert launcher.missing(CARD) is None
