@@ -54,7 +54,13 @@ class Loaded(NamedTuple):
 
 
 class Driver:
-    """The CUDA driver library."""
+    """The CUDA driver library.
+
+    Calls give up Python's lock, as torch's do. To keep it (``ctypes.PyDLL``) would spare a launch
+    about 10 us beside a thread that never rests (measured with C functions that take as long), and
+    two threads could wait for each other for ever: a launch blocks where a card's queue is full,
+    maybe behind an exchange with another card, which another thread has yet to launch.
+    """
 
     def __init__(self, library: Any = None) -> None:
         self._library = library if library is not None else _open_library()
