@@ -4,26 +4,35 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import kernel_selftest
 from .base import Attended, Backend, Criterion, Qk
 
+if TYPE_CHECKING:
+    from .fallback import FirstTrusted
+
 __all__ = ["Attended", "Backend", "Criterion", "Qk", "backend_for"]
 
 
-@lru_cache
 def backend_for(device: torch.device, qk: Qk = "native") -> Backend | str:
-    """The backend for a device, or the reason why there is none.
+    """The backend for a device at the start of a run, or the reason why there is none.
 
     ``qk``: how a card multiplies queries and keys; where ``int8`` isn't there, and on the CPU, it
     is ``native`` all the same. A kernel is trusted after its self-test: on the CPU here, on a card
     for each head_dim and dtype when they are first used (``unsupported`` of that backend).
     """
-    return _cpu() if device.type == "cpu" else _card(device, qk)
+    if device.type == "cpu":
+        return _cpu()
+    backend = _card(device, qk)
+    if not isinstance(backend, str):
+        backend.begin_run()
+    return backend
 
 
+@lru_cache
 def _cpu() -> Backend | str:
     from .cpu import CpuBackend
 
@@ -33,7 +42,8 @@ def _cpu() -> Backend | str:
     return reason or kernel_selftest.failure(backend, 64, torch.float32, probe.device) or backend
 
 
-def _card(device: torch.device, qk: Qk) -> Backend | str:
+@lru_cache
+def _card(device: torch.device, qk: Qk) -> FirstTrusted | str:
     """Prebuilt code first, then the same kernel through triton; both in native mode after that."""
     from .cuda import CudaBackend
     from .fallback import Candidate, FirstTrusted

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_void_p
 from typing import Any, NamedTuple
 
+import torch
+
 _OUT = POINTER(c_void_p)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
@@ -35,6 +37,7 @@ _PREFERRED_SHARED = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, per
 _MUCH_SHARED = 32 << 10
 _CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _WARP = 32
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 #: Triton's types -> struct codes; every pointer is alike.
 _CODES = {"fp32": "f", "i32": "i", "i64": "q"}
@@ -42,6 +45,10 @@ _CODES = {"fp32": "f", "i32": "i", "i64": "q"}
 
 class DriverError(RuntimeError):
     """A call of the CUDA driver failed."""
+
+
+class DriverOutOfMemoryError(DriverError, torch.OutOfMemoryError):
+    """The same, for want of memory on the card: handled as where torch lacks it."""
 
 
 class Loaded(NamedTuple):
@@ -142,6 +149,8 @@ class Driver:
             text = c_char_p()
             self._library.cuGetErrorString(status, byref(text))
             reason = text.value.decode(errors="replace") if text.value else "unknown error"
+            if status == _OUT_OF_MEMORY:
+                raise DriverOutOfMemoryError(f"{name}: {reason}")
             raise DriverError(f"{name}: {reason} (CUDA driver error {status})")
 
 

@@ -2,7 +2,7 @@
 
 Prebuilt code may fail where the same kernel, compiled on the spot, works: an old driver, a card
 newer than the code. Which one it is, is decided for each head_dim and dtype when they are first
-used, and stays.
+used, and stays. Where memory was lacking for a test, that stays for a run.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..tiles import TileLists, TileShape
 from . import kernel_call
 from .base import Attended, Backend, Criterion
+from .kernel_selftest import NO_MEMORY
 from .pooled import Pooled
 from .tile_map import TileMap
 
@@ -68,6 +69,11 @@ class FirstTrusted:
     ) -> None:
         self._trusted(q).add_skipped(kept, q, pooled, scale, live, factor)
 
+    def begin_run(self) -> None:
+        """Let what memory was lacking for be tried again."""
+        chosen = [*self._chosen.items()]
+        self._chosen = {key: choice for key, choice in chosen if choice != NO_MEMORY}
+
     def tile_map(self, device: torch.device) -> TileMap | None:
         maps = (candidate.tile_map(device) for candidate in self._candidates)
         return next((found for found in maps if found is not None), None)
@@ -92,6 +98,8 @@ class FirstTrusted:
         reasons: list[str] = []
         for place, candidate in enumerate(self._candidates):
             reason = candidate.untrusted(number, head_dim, dtype)
+            if reason == NO_MEMORY:
+                return reason  # the next would need as much
             if reason is None:
                 if reasons:
                     log.warning("LiteAttention uses %s: %s", candidate.name, "; ".join(reasons))

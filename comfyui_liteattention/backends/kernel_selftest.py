@@ -1,11 +1,14 @@
 """Whether a kernel computes the right thing on this card: a small problem against the reference.
 
-No kernel is trusted before it has passed; one that fails stays off, with the reason.
+No kernel is trusted before it has passed; one that fails stays off, with the reason. Only a lack of
+memory is no verdict: a kernel may be needed first when a model fills the card.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 LSE_TOLERANCE = 1e-2
 SCORE_TOLERANCE = 0.05  # log2
 _HEADS, _QUERIES, _KEYS = 2, 300, 470
+
+NO_MEMORY = "not enough memory to test the kernel on this device: tried again at the next run"
 
 
 class Verdicts:
@@ -38,13 +43,16 @@ class Verdicts:
         device: torch.device,
         qk: Qk = "native",
     ) -> str | None:
-        """Why the backend isn't trusted with this, or None. The first call runs the test."""
+        """Why the backend isn't trusted with this, or None. The first call runs the test, and each
+        one after a lack of memory."""
         key = (str(device), head_dim, dtype)
-        if key not in self._found:
-            with self._testing:
-                if key not in self._found:
-                    self._found[key] = failure(backend, head_dim, dtype, device, qk)
-        return self._found[key]
+        with self._testing:
+            if key not in self._found:
+                reason = failure(backend, head_dim, dtype, device, qk)
+                if reason == NO_MEMORY:
+                    return reason
+                self._found[key] = reason
+            return self._found[key]
 
 
 def failure(
@@ -56,10 +64,30 @@ def failure(
 ) -> str | None:
     """Why the backend isn't trusted with this, or None; never raises."""
     try:
-        return problem(backend, head_dim, dtype, device, qk)
+        return with_room(partial(problem, backend, head_dim, dtype, device, qk))
     # Whatever a driver or a compiler throws: the kernel isn't trusted, and the user sees why.
     except Exception as error:
+        if lacks_memory(error):
+            return NO_MEMORY
         return f"self-test failed: {type(error).__name__}: {error}"
+
+
+def with_room(test: Callable[[], str | None]) -> str | None:
+    """A test's result; where memory was lacking, of a second try without what torch has set aside
+    and doesn't use, because a driver that loads a kernel can't use it either."""
+    try:
+        return test()
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+    torch.cuda.empty_cache()
+    return test()
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether a device was out of memory: torch, the driver and triton each have their own errors,
+    and the words in common."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def problem(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..tiles import TileLists, all_live, make_lists, pack, unpack
 from .cuda_variants import LIST_TILES, MARK_TILES, MapKernel
 from .kernel_call import Launch
+from .kernel_selftest import lacks_memory, with_room
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +89,14 @@ class TileMaps:
 
 
 def failure(tile_map: TileMap, device: torch.device) -> str | None:
-    """Why the kernels aren't trusted on this card, or None; never raises."""
+    """Why the kernels aren't trusted on this card, or None. Only a lack of memory is raised: torch
+    would need more of it."""
     try:
-        return problem(tile_map, device)
+        return with_room(partial(problem, tile_map, device))
     # Whatever a driver or a compiler throws: torch does the same, and the user sees why.
     except Exception as error:
+        if lacks_memory(error):
+            raise torch.OutOfMemoryError(str(error)) from error
         return f"self-test of the tile map failed: {type(error).__name__}: {error}"
 
 

@@ -18,7 +18,8 @@ _TYPES = {"fp32": ctypes.c_float, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
 
 
 class FakeLibrary:
-    """Has the driver's functions as attributes. ``failing`` names one that returns an error."""
+    """Has the driver's functions as attributes. ``failing`` names one that returns an error,
+    ``error``."""
 
     def __init__(self, failing: str | None = None) -> None:
         self.calls: list[str] = []
@@ -29,6 +30,7 @@ class FakeLibrary:
         self.capture = 0
         self.entries: dict[int, str] = {}
         self.failing = failing
+        self.error = 209
         for name, arguments in _SIGNATURES.items():
             prototype = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)
             setattr(self, name, prototype(self._noting(name)))
@@ -40,7 +42,7 @@ class FakeLibrary:
                 getattr(self, f"_{name}", lambda *_: None)(*arguments)
             except AssertionError:
                 return 999
-            return 209 if name == self.failing else 0
+            return self.error if name == self.failing else 0
 
         return function
 

@@ -299,6 +299,17 @@ def test_an_error_of_the_driver_says_which_and_leaves_no_context(folder, library
     assert library.contexts == [] and library.capture == 0
 
 
+@pytest.mark.parametrize("failing", ["cuModuleLoadData", "cuLaunchKernel"])
+def test_a_full_card_is_what_it_is_to_torch(folder, library, failing):
+    launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
+    library.failing, library.error = failing, 2
+    call = kernel_call.prepare(*draw(), 0.125, None, None)
+    with pytest.raises(torch.OutOfMemoryError, match=failing):
+        launcher.launch(*call.launches, CARD)
+    library.failing = None
+    launcher.launch(*call.launches, CARD)
+
+
 def test_a_hint_about_shared_memory_may_be_refused(folder, library, monkeypatch):
     def refuse(function, attribute, value):
         assert attribute != 9  # an error, to the driver

@@ -8,6 +8,7 @@ import torch
 from comfyui_liteattention import backends
 from comfyui_liteattention.backends import cuda, triton
 from comfyui_liteattention.backends.fallback import FirstTrusted
+from comfyui_liteattention.backends.kernel_selftest import NO_MEMORY
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import TileShape
 
@@ -33,6 +34,10 @@ class Fake(ReferenceBackend):
 @pytest.fixture(autouse=True)
 def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    choose = backends._card
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
 
 
 def draw(d=64, dtype=torch.float16):
@@ -68,6 +73,18 @@ def test_where_all_fail_every_reason_is_given():
     assert backend.unsupported(*draw()) == want
     with pytest.raises(RuntimeError, match=want):
         backend.forward(*draw(), 0.1)
+
+
+def test_a_lack_of_memory_stays_for_a_run_and_leads_to_no_other(monkeypatch):
+    first, second = Fake("first"), Fake("second")
+    full = [NO_MEMORY]
+    first.untrusted = lambda *_: full.pop() if full else None
+    backend = FirstTrusted([first, second])
+    monkeypatch.setattr(backends, "_card", lambda device, qk: backend)
+    for _ in range(2):
+        assert backend.unsupported(*draw()) == NO_MEMORY
+    assert backends.backend_for(CARD).unsupported(*draw()) is None
+    assert backend.name == "first" and second.tests == 0
 
 
 def test_what_the_kernel_cannot_take_is_not_tested():

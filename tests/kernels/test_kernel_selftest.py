@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfyui_liteattention.backends.base import Attended
-from comfyui_liteattention.backends.kernel_selftest import Verdicts, problem
+from comfyui_liteattention.backends.kernel_selftest import NO_MEMORY, Verdicts, problem
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import TileShape
 
@@ -56,6 +56,46 @@ def test_broken_kernels_are_found_once(spoil, reason):
     runs = backend.runs
     assert reason in verdicts.of(backend, 64, torch.float16, CPU)
     assert backend.runs == runs
+
+
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+
+
+@pytest.fixture
+def emptied(monkeypatch):
+    """A list that is longer whenever torch's cache is emptied."""
+    found = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(True))
+    return found
+
+
+class Full(ReferenceBackend):
+    """Lacks memory until torch's cache has been emptied so often."""
+
+    def __init__(self, error, emptied, enough):
+        super().__init__(TileShape(128, 64), torch.float32)
+        self.error, self.emptied, self.enough = error, emptied, enough
+
+    def forward(self, *arguments):
+        if len(self.emptied) < self.enough:
+            raise self.error
+        return super().forward(*arguments)
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_lack_of_memory_is_no_verdict(error, emptied):
+    backend, verdicts = Full(error, emptied, 3), Verdicts()
+    asked = [verdicts.of(backend, 64, torch.float16, CPU) for _ in range(4)]
+    assert asked == [NO_MEMORY, NO_MEMORY, None, None]
+    assert len(emptied) == 3, "once each time, and no more when there is a verdict"
+
+
+def test_what_torch_has_set_aside_is_room_enough(emptied):
+    backend = Full(FULL[0], emptied, 1)
+    assert Verdicts().of(backend, 64, torch.float16, CPU) is None
 
 
 @pytest.mark.parametrize("qk", ["native", "int8"])

@@ -98,6 +98,23 @@ def test_broken_kernels_are_found_and_named_once(caplog):
     assert len(caplog.records) == 1 and "tile map" in caplog.text
 
 
+def test_a_lack_of_memory_is_raised_and_is_no_verdict(monkeypatch):
+    """The run ends in dense attention, and the next one tries again."""
+    full = [True, True]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def launch(launch, device):
+        if full:
+            full.pop()
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+        interpret(launch)
+
+    maps = TileMaps(launch)
+    with pytest.raises(torch.OutOfMemoryError):
+        maps.of(CPU)
+    assert maps.of(CPU) is not None
+
+
 def test_an_error_is_a_reason():
     def fails(launch, device):
         raise OSError("no driver")
