@@ -159,7 +159,7 @@ def side_by_side(
     """Reference, candidate and ``amplify`` times their absolute difference, ``[N, H', W', 3]``."""
     zoom = -(-PANEL // reference.shape[2])
     height, width = (zoom * side for side in reference.shape[1:3])
-    out = torch.empty(len(reference), height + STRIP, 3 * width, 3)
+    out = torch.empty(len(reference), height + STRIP, 3 * width, 3, device=reference.device)
     for i, (a, b) in enumerate(zip(map(_rgb, reference), map(_rgb, candidate), strict=True)):
         ssim_text = f"SSIM {closeness.ssim[i]:.4f}"
         out[i, :STRIP] = _labels(

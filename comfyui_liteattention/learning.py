@@ -52,7 +52,8 @@ def learn(audits: Iterable[Audit]) -> dict[str, tuple[float, ...]]:
 def _ratio(lost: float, bound: float, audits: float) -> float | None:
     if not audits:
         return None
-    ledger = Ledger(*torch.tensor([0, lost, bound, audits], dtype=torch.float64))
+    sums = [0, lost, bound, audits]
+    ledger = Ledger(*torch.tensor(sums, dtype=torch.float64, device="cpu"))
     return min(max(float(lost_per_bound(ledger)), RATIOS[0]), RATIOS[1])
 
 

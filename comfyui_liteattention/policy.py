@@ -39,7 +39,7 @@ def threshold_at(settings: Settings, position: float, key_tiles: int) -> float:
 def pinned_tokens(ranges: TokenRanges, video: VideoTokens | None, length: int) -> Tensor:
     """Tokens that always count, ``[length]`` bool: those in the ranges, and all beside the video
     where it is known (text, references), in the order in which the model lists them."""
-    pinned = torch.zeros(length, dtype=torch.bool)
+    pinned = torch.zeros(length, dtype=torch.bool, device="cpu")
     if video is not None:
         pinned[: video.start] = True
         pinned[video.stop :] = True

@@ -96,8 +96,8 @@ def make(
     if not learned:
         return None
     # As float32, as in the file.
-    ratios = torch.tensor(list(learned.values()), dtype=torch.float32).tolist()
-    rows = tuple(map(tuple, ratios))
+    ratios = torch.tensor(list(learned.values()), dtype=torch.float32, device="cpu")
+    rows = tuple(map(tuple, ratios.tolist()))
     return Profile(tuple(learned), rows, model, float(budget), float(ramp), **_achieved(report))
 
 

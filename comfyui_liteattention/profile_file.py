@@ -50,7 +50,8 @@ def save(profile: Profile, path: str | os.PathLike[str]) -> None:
 
     about = {k: v for k, v in asdict(profile).items() if k not in (TENSOR, "name")}
     metadata = {METADATA: json.dumps({"format": FORMAT, **about})}
-    data = pack({TENSOR: torch.tensor(profile.ratios, dtype=torch.float32)}, metadata)
+    ratios = torch.tensor(profile.ratios, dtype=torch.float32, device="cpu")
+    data = pack({TENSOR: ratios}, metadata)
     part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
     try:
         part.write_bytes(data)

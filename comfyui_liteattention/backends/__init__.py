@@ -37,7 +37,7 @@ def _cpu() -> Backend | str:
     from .cpu import CpuBackend
 
     backend = CpuBackend()
-    probe = torch.zeros(1, 1, 64, 64)
+    probe = torch.zeros(1, 1, 64, 64, device="cpu")
     reason = backend.unsupported(probe, probe, probe)
     return reason or kernel_selftest.failure(backend, 64, torch.float32, probe.device) or backend
 

@@ -102,16 +102,18 @@ def problem(
     Ragged ends, tokens-first layout, all tiles and a list that skips some, each criterion; what
     skipped tiles contribute.
     """
-    random = torch.Generator().manual_seed(0)
+    # Everything names its device: a script may have set another one as torch's default.
+    random = torch.Generator("cpu").manual_seed(0)
 
     def tokens(length: int) -> Tensor:
-        rows = torch.randn(1, length, _HEADS, head_dim, generator=random)
+        rows = torch.randn(1, length, _HEADS, head_dim, generator=random, device="cpu")
         return rows.to(dtype).transpose(1, 2)
 
     q, k, v = tokens(_QUERIES), tokens(_KEYS), tokens(_KEYS)
     k = k + tokens(1)  # keys have much in common, as in models
     tile = backend.tile_shape(head_dim)
-    mask = torch.rand(1, _HEADS, *tile.grid(_QUERIES, _KEYS), generator=random) < 0.5
+    shape = (1, _HEADS, *tile.grid(_QUERIES, _KEYS))
+    mask = torch.rand(shape, generator=random, device="cpu") < 0.5
     mask[..., 1] = True  # every query tile visits something
     lists = make_lists(mask)
     on_card = lists.to(device)
@@ -126,7 +128,7 @@ def problem(
             if reason := _difference(got, want, TOLERANCE[dtype]):
                 which = "all tiles" if here is None else "a tile list"
                 return f"self-test at head_dim {head_dim}, {dtype}, {which}, {criterion}: {reason}"
-    factor = torch.tensor([[0.0, 1.5]])
+    factor = torch.tensor([[0.0, 1.5]], device="cpu")
     bits, pooled = pack(mask), pool(k.double(), v.double(), tile.k)
     pooled_on_card = pool(k_card, v_card, tile.k)
     reference.add_skipped(want, q.double(), pooled, scale, bits, factor)

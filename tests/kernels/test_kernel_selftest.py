@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from comfyui_liteattention import backends
 from comfyui_liteattention.backends.base import Attended
 from comfyui_liteattention.backends.kernel_selftest import NO_MEMORY, Verdicts, problem
+from comfyui_liteattention.backends.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import TileShape
 
@@ -106,6 +108,26 @@ def test_the_real_kernel_passes(qk):
     if reason := why_not():
         pytest.skip(reason)
     assert problem(InterpreterBackend(qk), 64, torch.bfloat16, CPU, qk) is None
+
+
+@pytest.fixture
+def other_default():
+    """Scripts make the card torch's default device; any but the CPU will do here."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("qk", ["native", "int8"])
+def test_the_default_device_does_not_matter(other_default, qk):
+    backend = (Int8Reference if qk == "int8" else ReferenceBackend)(TileShape(128, 64))
+    assert problem(backend, 64, torch.bfloat16, CPU, qk) is None
+
+
+def test_nor_for_the_choice_on_the_cpu(other_default):
+    pytest.importorskip("numba", reason="numba isn't installed, so there is no kernel to choose")
+    backends._cpu.cache_clear()
+    assert not isinstance(backends.backend_for(CPU), str)
 
 
 def test_int8_is_held_to_its_own_truth():

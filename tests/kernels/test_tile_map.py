@@ -89,6 +89,17 @@ def test_the_self_test_passes_the_real_kernels():
     assert problem(FUSED, CPU) is None
 
 
+def test_the_default_device_does_not_matter():
+    """Scripts make the card torch's default device."""
+
+    def launch(launch, device):
+        with torch.device("cpu"):  # for the interpreter's own tensors
+            interpret(launch)
+
+    with torch.device("meta"):
+        assert problem(TileMap(launch), CPU) is None
+
+
 def test_broken_kernels_are_found_and_named_once(caplog):
     launches = []
     maps = TileMaps(lambda launch, device: launches.append(launch))  # leaves what memory held
