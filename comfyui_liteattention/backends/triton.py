@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,13 +87,15 @@ class TritonBackend:
         """See tile_map.py."""
         return self._maps.of(device)
 
+    # torch's compiler need not look into triton's.
+    @torch.compiler.disable
     def _launch(self, launch: kernel_call.Launch, device: torch.device) -> None:
         config = self._config(launch.kernel, device)
         # A kernel doesn't look at pointers that its variant leaves out, but triton wants tensors.
         anything = next(a for a in launch.arguments if isinstance(a, Tensor))
         arguments = [anything if a is None else a for a in launch.arguments]
         with torch.cuda.device(device):
-            source(launch.kernel.entry)[launch.grid](
+            for_any_size(launch.kernel.entry)[launch.grid](
                 *arguments,
                 **launch.kernel.constants(self._amd[0] if self._amd else TILE),
                 num_warps=config.warps,
@@ -118,6 +121,22 @@ def _modes(device: torch.device) -> tuple[Qk, ...]:
 def source(entry: Entry) -> Any:
     """The Triton function of an entry point."""
     return getattr(importlib.import_module(f".{entry.module}", __package__), entry.name)
+
+
+@cache
+def for_any_size(entry: Entry) -> Any:
+    """The Triton function of an entry point, compiled once for all sizes. Triton itself would
+    compile anew, in the middle of a run, for sizes that are 1 or multiples of 16; strides, of which
+    that is worth knowing, are so at any size."""
+    import triton
+
+    return triton.jit(source(entry).fn, do_not_specialize=sizes(entry))
+
+
+def sizes(entry: Entry) -> list[str]:
+    """The parameters that are numbers of heads, tokens, tiles, words."""
+    whole = (name for name, type_ in entry.parameters if type_ == "i32")
+    return [name for name in whole if not name.endswith("_row")]
 
 
 def _amd_setting() -> tuple[TileShape, Config] | None:

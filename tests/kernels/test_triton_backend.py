@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comfyui_liteattention.backends import triton as jit
-from comfyui_liteattention.backends.cuda_variants import CONFIGS, TILE, Config, Variant
+from comfyui_liteattention.backends.cuda_variants import ATTEND, CONFIGS, TILE, Config, Variant
 from comfyui_liteattention.backends.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import TileShape, make_lists
@@ -70,8 +70,17 @@ def test_int8_is_left_out_where_the_table_says_so(monkeypatch, capability, missi
     assert (jit.TritonBackend("int8").unavailable(CARD) is not None) == missing
 
 
+def test_another_size_is_compiled_already(monkeypatch):
+    pytest.importorskip("triton", reason="triton isn't installed, so there is nothing to compile")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    function = jit.for_any_size.__wrapped__(ATTEND)
+    unspecialised = [p.name for p in function.params if p.do_not_specialize]
+    assert unspecialised == ["heads", "lq", "lk", "tk"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("qk, reference", [("native", ReferenceBackend), ("int8", Int8Reference)])
-def test_the_launch_is_right(monkeypatch, qk, reference):
+def test_the_launch_is_right(monkeypatch, qk, reference, compiled):
     """With the tiles of another card than the prebuilt kernels'."""
     pytest.importorskip("triton", reason="triton isn't installed, so there is nothing to launch")
     from interpreted_kernel import why_not
@@ -84,7 +93,8 @@ def test_the_launch_is_right(monkeypatch, qk, reference):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     q, k, v = (torch.randn(1, 1, 100, 64, dtype=torch.float16) for _ in range(3))
     lists = make_lists(torch.tensor([[[[1, 1, 0, 1], [0, 1, 0, 0]]]], dtype=torch.bool))
-    got = backend.forward(q, k, v, 0.125, lists, "mass")
+    forward = torch.compile(backend.forward, backend="eager") if compiled else backend.forward
+    got = forward(q, k, v, 0.125, lists, "mass")
     want = reference(TileShape(64, 32)).forward(q, k, v, 0.125, lists, "mass")
     assert torch.allclose(got.out, want.out, atol=2e-3) and torch.allclose(
         got.lse, want.lse, atol=1e-4
