@@ -72,9 +72,9 @@ class Backend(Protocol):
         criterion: Criterion | None = None,
     ) -> Attended:
         """Attention of ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` (any strides) over the tiles
-        in ``lists``; None means all of them, bit for bit the same as lists that name them all.
-        Every query tile has at least one tile to visit. ``out`` and ``lse`` don't depend on
-        ``criterion``."""
+        in ``lists``; None means all of them, the same as lists that name them all (bit for bit,
+        unless a compiler made the one and the other round differently; ``criterion`` likewise
+        leaves ``out`` and ``lse`` as they are). Every query tile has at least one tile to visit."""
         ...
 
     def add_skipped(

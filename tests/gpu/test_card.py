@@ -5,7 +5,6 @@ Skipped where there is none. **Never run yet.**
 
 from __future__ import annotations
 
-import sys
 import threading
 from itertools import product
 
@@ -14,12 +13,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from comfyui_liteattention import policy
+from comfyui_liteattention.backends.base import Attended
 from comfyui_liteattention.backends.cuda import CudaBackend
-from comfyui_liteattention.backends.cuda_variants import HEAD_DIMS, TILE
+from comfyui_liteattention.backends.cuda_variants import ATTEND, HEAD_DIMS, TILE
 from comfyui_liteattention.backends.fallback import FirstTrusted
 from comfyui_liteattention.backends.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.backends.triton import TritonBackend
+from comfyui_liteattention.backends.triton import TritonBackend, source
 from comfyui_liteattention.order import VideoTokens
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.schedule import Progress
@@ -37,10 +37,10 @@ CARD = torch.device("cuda", 0)
 def backend(request):
     kind, qk = request.param
     chosen = BACKENDS[kind](qk)
-    if kind == "triton" and "triton.runtime.interpreter" in sys.modules:
-        pytest.skip("tests/kernels made triton interpret its kernels; run tests/gpu alone")
     if reason := chosen.unavailable(CARD):
         pytest.skip(reason)
+    if kind == "triton" and type(source(ATTEND)).__name__ == "InterpretedFunction":
+        pytest.skip("tests/kernels made triton interpret its kernels; run tests/gpu alone")
     return chosen
 
 
@@ -67,6 +67,15 @@ def truth_of(backend, d):
 
 def relative_error(got, want):
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def assert_close(got, want):
+    """The same but for roundings: for code that was compiled apart, where sums may be fused and
+    ordered in other ways. Plain attention in bf16 is about twice as far from the truth."""
+    assert relative_error(got.out, want.out) < 1e-3
+    assert torch.allclose(got.lse, want.lse, rtol=0, atol=1e-4)
+    if want.score is not None and got.score is not None:
+        assert torch.allclose(got.score, want.score, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("d", HEAD_DIMS)
@@ -119,12 +128,13 @@ def test_int8_is_close_to_the_truth_where_keys_have_much_in_common(backend, d):
     assert (got.lse - want.lse).abs().max() < 5e-2
 
 
-def test_naming_every_tile_is_dense_bit_for_bit(backend):
+def test_naming_every_tile_is_dense(backend):
+    """Bit for bit if the compiler treats both variants alike, which it doesn't promise."""
     q, k, v = draw()
     dense = backend.forward(q, k, v, 0.1)
     for criterion in (None, "mass", "gap"):
         got = backend.forward(q, k, v, 0.1, draw_lists(backend, q, k, 1.0), criterion)
-        assert torch.equal(got.out, dense.out) and torch.equal(got.lse, dense.lse)
+        assert_close(got, dense)
 
 
 def test_the_same_call_gives_the_same_bits(backend):
@@ -183,7 +193,18 @@ def test_under_torch_compile(backend):
     lists = draw_lists(backend, q, k)
     compiled = torch.compile(lambda *x: backend.forward(*x, 0.1, lists, "mass"))
     got, want = compiled(q, k, v), backend.forward(q, k, v, 0.1, lists, "mass")
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    if isinstance(backend, CudaBackend):  # one op, which does what is done without a compiler
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    else:  # torch compiles what lies around triton's kernels, such as the mean of the keys
+        assert_close(got, want)
+
+
+def test_under_torch_compile_an_odd_address_is_no_harm(backend):
+    q, k, v = draw()
+    odd = q.new_empty(q.numel() + 4)[4:].as_strided(q.shape, q.stride()).copy_(q)
+    assert odd.data_ptr() % 16
+    compiled = torch.compile(lambda *x: backend.forward(*x, 0.1))
+    assert_close(compiled(odd, k, v), backend.forward(q, k, v, 0.1))
 
 
 def whole_run(backend, device, dtype):
@@ -223,8 +244,9 @@ def test_on_the_second_card(backend):
     on_first = draw()
     on_second = [x.to("cuda:1") for x in on_first]
     assert backend.unsupported(*on_second) is None
-    got = backend.forward(*on_second, 0.1).out
-    assert torch.equal(got.to("cuda:0"), backend.forward(*on_first, 0.1).out)
+    got, want = backend.forward(*on_second, 0.1), backend.forward(*on_first, 0.1)
+    # The cards may be different ones.
+    assert_close(Attended(got.out.to("cuda:0"), got.lse.to("cuda:0"), None), want)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 33, 70), (2, 12, 256, 1182)], ids=str)
