@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,8 +63,13 @@ class Canvas:
         self.theme = theme
         self.size = size
         width, height = size
-        self._image = Image.new("RGB", (width * SHARP, height * SHARP), theme.background)
-        self._draw = ImageDraw.Draw(self._image)
+        self._paint(Image.new("RGB", (width * SHARP, height * SHARP), theme.background))
+
+    def copy(self) -> Canvas:
+        """One of its own with the same on it."""
+        other = copy.copy(self)
+        other._paint(self._image.copy())
+        return other
 
     def text(
         self, at: Point, text: str, size: int = 24, colour: Colour | None = None, anchor: str = "la"
@@ -110,16 +116,25 @@ class Canvas:
         """The picture as ``[H, W, 3]`` float32 0..1."""
         return torch.from_numpy(np.asarray(self.image(), dtype=np.float32) / 255)
 
+    def _paint(self, image: Image.Image) -> None:
+        self._image = image
+        self._draw = ImageDraw.Draw(image)
+
 
 def ramp_colours(theme: Theme, share: np.ndarray) -> np.ndarray:
     """``[...]`` 0..1 -> ``[..., 3]`` uint8; NaN becomes the colour of an empty panel."""
-    stops = np.linspace(0, 255, len(theme.ramp))
-    channels = [np.interp(range(256), stops, levels) for levels in zip(*theme.ramp, strict=True)]
-    table = np.stack(channels, -1).round().astype(np.uint8)
     missing = np.isnan(share)
-    colours = table[np.where(missing, 0, share * 255).round().astype(np.uint8)]
+    colours = _ramp_table(theme)[np.where(missing, 0, share * 255).round().astype(np.uint8)]
     colours[missing] = theme.panel
     return colours
+
+
+@lru_cache
+def _ramp_table(theme: Theme) -> np.ndarray:
+    """The colours of 0, 1 / 255, ... 1: ``[256, 3]`` uint8."""
+    stops = np.linspace(0, 255, len(theme.ramp))
+    channels = [np.interp(range(256), stops, levels) for levels in zip(*theme.ramp, strict=True)]
+    return np.stack(channels, -1).round().astype(np.uint8)
 
 
 def ticks(upper: float, at_most: int = 4) -> list[float]:

@@ -42,11 +42,12 @@ class Pictures(NamedTuple):
 def pictures(report: RunReport | None, theme: str = "dark", note: str = "") -> Pictures:
     """All pictures of a run; where there is nothing to draw, ``note`` says why."""
     colours = THEMES[theme]
-    empty = note_image(note, colours)[None]
     if report is None or not report.calls:
+        empty = note_image(note, colours)[None]
         return Pictures(empty, empty)
     charts = torch.stack([heat_map(report, colours), step_chart(report, colours)])
-    return Pictures(tile_maps(report.maps, colours) if report.maps else empty, charts)
+    maps = tile_maps(report.maps, colours) if report.maps else note_image(note, colours)[None]
+    return Pictures(maps, charts)
 
 
 def heat_map(report: RunReport, theme: Theme) -> Tensor:
@@ -142,43 +143,16 @@ def tile_maps(maps: Sequence[MapStats], theme: Theme) -> Tensor:
     """
     layers = by_layer(maps)
     pages = -(-len(layers) // PAGE)
-    names = short_names([layer for layer, _ in layers])
+    names = layer_labels([layer for layer, _ in layers])
     shares = [np.mean([live.numpy() for live in streams], 0) for streams in layers.values()]
     images = []
     for page in range(pages):
         part = slice(page * PAGE, (page + 1) * PAGE)
         count = f"   {page + 1} / {pages}" if pages > 1 else ""
-        canvas = map_page(theme, f"Tile maps{count}")
-        draw_maps(canvas, names[part], shares[part], min(len(layers), PAGE))
+        canvas = _map_page(theme, f"Tile maps{count}")
+        _draw_maps(canvas, names[part], shares[part], min(len(layers), PAGE))
         images.append(canvas.tensor())
     return torch.stack(images)
-
-
-def map_page(theme: Theme, title: str) -> Canvas:
-    """A page for maps, with a legend."""
-    canvas = _page(theme, title, "computed")
-    canvas.text((340, 62), "queries down, keys across", LABEL, theme.faint, "ls")
-    canvas.shares(np.linspace(0, 1, 256)[None], (718, 47, 804, 63))
-    canvas.text((706, 62), "skipped", LABEL, theme.faint, "rs")
-    return canvas
-
-
-def draw_maps(
-    canvas: Canvas, names: Sequence[str], shares: Sequence[np.ndarray], room_for: int
-) -> None:
-    """Maps ``[Tq, Tk]`` 0..1 with their names, as large as if there were ``room_for`` of them."""
-    columns, rows = _grid(room_for)
-    height = (SIZE[1] - 108) / rows
-    side = min((SIZE[0] - MARGIN) / columns - 20, height - 44)
-    width = side + 44
-    left = (SIZE[0] - columns * width + 44) / 2
-    for i, (name, share) in enumerate(zip(names, shares, strict=True)):
-        x = left + i % columns * width
-        y = 96 + i // columns * height
-        name = f"layer {name}" if name.isdecimal() else name[-12:]
-        canvas.text((x, y + 28), name, LABEL, canvas.theme.ink, "ls")
-        canvas.text((x + side, y + 28), f"{share.mean():.0%}", LABEL, canvas.theme.faint, "rs")
-        canvas.shares(share, (x, y + 38, x + side, y + 38 + side))
 
 
 def note_image(text: str, theme: Theme) -> Tensor:
@@ -206,11 +180,42 @@ def short_names(names: Sequence[str]) -> list[str]:
     return list(telling[0]) if telling else list(names)
 
 
+def layer_labels(names: Sequence[str]) -> list[str]:
+    """``layer 12``, or the whole name where no number tells the layers apart."""
+    return [f"layer {n}" if n.isdecimal() else n for n in short_names(names)]
+
+
 def _page(theme: Theme, title: str, subtitle: str) -> Canvas:
     canvas = Canvas(theme, SIZE)
     canvas.text((MARGIN, 62), title, TITLE, theme.ink, "ls")
     canvas.text((RIGHT, 62), subtitle, LABEL, theme.faint, "rs")
     return canvas
+
+
+def _map_page(theme: Theme, title: str) -> Canvas:
+    """A page for maps, with a legend."""
+    canvas = _page(theme, title, "computed")
+    canvas.text((340, 62), "queries down, keys across", LABEL, theme.faint, "ls")
+    canvas.shares(np.linspace(0, 1, 256)[None], (718, 47, 804, 63))
+    canvas.text((706, 62), "skipped", LABEL, theme.faint, "rs")
+    return canvas
+
+
+def _draw_maps(
+    canvas: Canvas, names: Sequence[str], shares: Sequence[np.ndarray], room_for: int
+) -> None:
+    """Maps ``[Tq, Tk]`` 0..1 with their names, as large as if there were ``room_for`` of them."""
+    columns, rows = _grid(room_for)
+    height = (SIZE[1] - 108) / rows
+    side = min((SIZE[0] - MARGIN) / columns - 20, height - 44)
+    width = side + 44
+    left = (SIZE[0] - columns * width + 44) / 2
+    for i, (name, share) in enumerate(zip(names, shares, strict=True)):
+        x = left + i % columns * width
+        y = 96 + i // columns * height
+        canvas.text((x, y + 28), name[-12:], LABEL, canvas.theme.ink, "ls")
+        canvas.text((x + side, y + 28), f"{share.mean():.0%}", LABEL, canvas.theme.faint, "rs")
+        canvas.shares(share, (x, y + 38, x + side, y + 38 + side))
 
 
 def _bars(

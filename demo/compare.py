@@ -2,8 +2,8 @@
 
 ``python dev.py demo`` runs this. It loads ``workflows/liteattention_demo.json``, runs it with the
 LiteAttention node bypassed and with it, same seed, twice each in turns, and writes both videos, the
-pictures of the report and the figures. It shows what is skipped, so LiteAttention stays on even where
-the machine's own attention is faster; with ``--never-slower`` it is as users have it.
+pictures of the report and the figures. It shows what is skipped, so LiteAttention stays on even
+where the machine's own attention is faster; with ``--never-slower`` it is as users have it.
 """
 
 from __future__ import annotations

@@ -12,10 +12,17 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.canvas import THEMES, ramp_colours
-from comfyui_liteattention.map_animation import FRAMES, animation, shown_steps
+from comfyui_liteattention.map_animation import (
+    FRAMES,
+    GAP,
+    MAP,
+    SIZE,
+    TOP,
+    animation,
+    shown_steps,
+)
 from comfyui_liteattention.map_history import ALL, LAYERS, SIDE, StepMap, chosen, small_map
 from comfyui_liteattention.report import RunReport
-from comfyui_liteattention.report_images import SIZE
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape, pack
@@ -120,10 +127,10 @@ def frames(data: bytes) -> list[np.ndarray]:
 def test_every_step_is_a_frame_in_its_colours(theme):
     shown = frames(animation(made_up(), theme))
     assert len(shown) == 5
-    middle = SIZE[1] // 2
+    x, y = (SIZE[0] - GAP - MAP) // 2, TOP + MAP // 2  # in the left one of two maps
     for step, frame in enumerate(shown):
         share = np.array(1.0 if step == 0 else ALL // step / ALL)
-        assert frame[middle, SIZE[0] // 4].tolist() == ramp_colours(THEMES[theme], share).tolist()
+        assert frame[y, x].tolist() == ramp_colours(THEMES[theme], share).tolist()
 
 
 def test_a_bar_says_how_far_the_run_is():

@@ -200,6 +200,16 @@ def test_large_maps_are_averaged_before_they_are_coloured():
     assert (canvas.tensor() * 255).round().unique(dim=1).squeeze().tolist() == [half] * 100
 
 
+def test_a_copy_of_a_canvas_has_what_is_drawn_and_more_without_changing_it():
+    theme = THEMES["dark"]
+    canvas = Canvas(theme, (4, 4))
+    canvas.box((0, 0, 2, 4), theme.accent)
+    again = canvas.copy()
+    again.box((2, 0, 4, 4), theme.ink)
+    colours = [[c.image().getpixel((x, 0)) for x in (0, 3)] for c in (canvas, again)]
+    assert colours == [[theme.accent, theme.background], [theme.accent, theme.ink]]
+
+
 @pytest.mark.parametrize(
     "poor",
     [
