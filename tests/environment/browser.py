@@ -103,11 +103,12 @@ def search(page: Any, path: Path) -> None:
         page.wait_for_timeout(1000)
         page.keyboard.type(words)
         page.wait_for_timeout(2000)
-        found = "LiteAttention" in page.inner_text(RESULTS)
+        found = any("LiteAttention" in text for text in page.locator(RESULTS).all_inner_texts())
         print(f"searched by {words!r}: {'found' if found else 'not found'}")
         page.screenshot(path=path)
-        page.keyboard.press("Escape")
-        page.wait_for_timeout(1000)
+        for _ in range(2):  # the list of results, the dialog
+            page.keyboard.press("Escape")
+            page.wait_for_timeout(1000)
         if found:
             return
     raise SystemExit("the node was not found")
