@@ -1,41 +1,94 @@
-// Shows the text of a LiteAttention Report or Compare on the node itself, after each run.
+// Shows the text of a LiteAttention Report or Compare on the node itself, after each run, and the
+// Report's animation, which among the node's images would stand still.
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
-const NODES = ["LiteAttentionReport", "LiteAttentionCompare"];
-const HEIGHT = 200; // pixels, at least
-const SIZE = [420, 640]; // of a new node: text and pictures can be read
+// Our nodes, and their sizes when new: text and pictures can be read.
+const SIZES = { LiteAttentionReport: [420, 700], LiteAttentionCompare: [420, 640] };
+const HEIGHT = 200; // pixels of the text, at least
+const GAPS = 30; // pixels around text and animation, and between them
 const EMPTY = "The result appears here after a run.";
 
-function addText(node) {
-  const box = document.createElement("textarea");
-  box.className = "comfy-multiline-input";
-  box.readOnly = true;
-  box.placeholder = EMPTY;
-  box.style.cssText =
-    `width: 100%; height: 100%; min-height: ${HEIGHT}px; box-sizing: border-box; resize: none; ` +
+const shows = new WeakMap(); // of each node: what shows an output on it
+
+function makeText() {
+  const text = document.createElement("textarea");
+  text.className = "comfy-multiline-input";
+  text.readOnly = true;
+  text.placeholder = EMPTY;
+  text.style.cssText =
+    `width: 100%; min-height: ${HEIGHT}px; flex: 1; box-sizing: border-box; resize: none; ` +
     "font-family: monospace; white-space: pre-wrap;";
+  return text;
+}
+
+// As wide as the node; hidden until it is loaded.
+function makePicture() {
+  const picture = document.createElement("img");
+  picture.title = "Click to open";
+  picture.style.cssText = "display: none; width: 100%; cursor: pointer;";
+  picture.onclick = () => window.open(picture.src);
+  picture.onwheel = (event) => {
+    event.stopPropagation();
+    app.canvas.canvas.dispatchEvent(new WheelEvent("wheel", event)); // zooms, as elsewhere
+  };
+  return picture;
+}
+
+function addReport(node) {
+  const text = makeText();
+  const picture = makePicture();
+  const showPicture = (shown) => {
+    picture.style.display = shown ? "block" : "none";
+    node.setDirtyCanvas(true, true);
+  };
+  picture.onload = () => showPicture(true);
+  picture.onerror = () => showPicture(false); // ComfyUI deletes temporary files when it starts
+  const shape = () => (picture.naturalWidth ? picture.naturalHeight / picture.naturalWidth : 0);
+
+  const box = document.createElement("div");
+  box.style.cssText = "width: 100%; height: 100%; display: flex; flex-direction: column; gap: 10px;";
+  box.append(text, picture);
   const widget = node.addDOMWidget("report", "liteattention_report", box, {
-    getValue: () => box.value,
-    setValue: (text) => {
-      box.value = text ?? "";
+    getValue: () => text.value,
+    setValue: (value) => {
+      text.value = value ?? "";
     },
-    getMinHeight: () => HEIGHT,
+    hideOnZoom: false, // the pictures are not hidden either
+    getMinHeight: () => HEIGHT + GAPS + shape() * node.size[0],
     serialize: false, // not sent to the server
   });
   widget.serialize = false; // not saved with the workflow
-  return widget;
+
+  shows.set(node, (output) => {
+    widget.value = (output?.text ?? []).join("\n");
+    const file = output?.liteattention_animation?.at(-1);
+    if (file) {
+      picture.src = api.apiURL(`/view?${new URLSearchParams(file)}`);
+    } else {
+      picture.removeAttribute("src");
+      showPicture(false);
+    }
+  });
 }
 
 app.registerExtension({
   name: "LiteAttention.Report",
   nodeCreated(node) {
-    if (!NODES.includes(node.comfyClass)) return;
-    const widget = addText(node);
-    node.setSize(SIZE.map((side, i) => Math.max(side, node.size[i])));
+    const size = SIZES[node.comfyClass];
+    if (!size) return;
+    addReport(node);
+    node.setSize(size.map((side, i) => Math.max(side, node.size[i])));
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.apply(this, arguments);
-      widget.value = (output?.text ?? []).join("\n");
+      shows.get(this)(output);
     };
+  },
+  // One comes back to a workflow that has run.
+  onNodeOutputsUpdated(outputs) {
+    for (const [id, output] of Object.entries(outputs)) {
+      shows.get(app.rootGraph.getNodeById(id))?.(output);
+    }
   },
 });

@@ -67,8 +67,9 @@ class LiteAttentionReport(io.ComfyNode):
         shown = ui.PreviewImage(drawn, cls=cls).as_dict() if drawn else {}
         moving = animation(report, theme)
         if moving is not None:
-            # Not marked as animated: the front end would show nothing else then.
-            shown["images"] = [*shown["images"], _save(moving)]
+            # For our script. Among the images it would stand still, or, marked as animated, be the
+            # only one that is shown.
+            shown["liteattention_animation"] = (_save(moving),)
         shown |= {"text": (text,), "report": (figures(report),) if report else ()}
         return io.NodeOutput(latent, maps, text, charts, ui=shown)
 

@@ -101,7 +101,8 @@ def test_the_files_are_the_ones_that_the_server_merged(language, translations):
     assert {node: translations[language]["nodeDefs"][node] for node in NODES} == ours
 
 
-def test_the_script_that_shows_texts_is_announced(server):
+def test_the_script_that_shows_texts_and_the_animation_is_announced(server):
     assert "/extensions/liteattention/liteattention.js" in server.get("/extensions")
     script = read(server, "/extensions/liteattention/liteattention.js")
-    assert "LiteAttentionReport" in script and "LiteAttentionCompare" in script
+    for name in ("LiteAttentionReport", "LiteAttentionCompare", "liteattention_animation"):
+        assert name in script

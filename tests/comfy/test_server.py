@@ -290,8 +290,9 @@ def test_the_report_shows_its_pictures_and_gives_them(server, workflow, theme):
     assert finished.error is None
     maps, charts = (finished.outputs[node]["images"] for node in ("102", "103"))
     assert (len(maps), len(charts)) == (1, 2)
-    *shown, moving = (server.output_file(i) for i in finished.outputs[report]["images"])
-    with Image.open(moving) as animation:
+    shown = [server.output_file(image) for image in finished.outputs[report]["images"]]
+    (moving,) = finished.outputs[report]["liteattention_animation"]
+    with Image.open(server.output_file(moving)) as animation:
         assert (animation.format, animation.n_frames) == ("WEBP", 4)
         assert animation.size == ANIMATION_SIZE
     given = [server.output_file(image) for image in (*charts, *maps)]

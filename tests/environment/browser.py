@@ -3,9 +3,10 @@
     pip install playwright; apt install chromium
     .dev/venv/bin/python tests/environment/browser.py OUT [--chromium /usr/bin/chromium]
 
-Searches the node by "faster video", opens every workflow, runs the demo's two, and prints what
-the nodes say. Not among the tests: it needs a browser. Writes into OUT ``search.png`` and, of the
-demo's workflows, the canvas after a run and the thumbnail.
+Searches the node by "faster video", opens every workflow, runs the demo's two, prints what the
+nodes say and checks that the report's animation moves, with "Nodes 2.0" as well. Not among the
+tests: it needs a browser. Writes into OUT ``search.png`` and, of the demo's workflows, the canvas
+after a run and the thumbnail.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from comfyui_liteattention.map_animation import SIZE as ANIMATION_SIZE  # noqa: E402
 from demo.comfy_server import ComfyServer, make_base  # noqa: E402
 
 WORKFLOWS = REPOSITORY / "workflows"
@@ -35,6 +37,7 @@ RESULTS = "[role=listbox], [role=dialog]"
 #: What the thumbnail of a workflow shows. In this order: the second finds results of the first, and
 #: what is not run again says nothing on its node.
 SHOWN = {DEMO: ("LiteAttentionReport", "SaveAnimatedWEBP"), AB: ("LiteAttentionCompare",)}
+ANIMATION = "img[src*=liteattention_maps]"
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking".split()
 
 
@@ -60,7 +63,14 @@ def main() -> None:
             run(page, server)
             page.screenshot(path=options.out / f"{name}.png")
             print(*says(page), sep="\n")
+            check_animation(page)
             thumbnail(page, options.out / f"{name}.jpg", kinds)
+        page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
+        page = fresh_page(browser, server)
+        open_workflow(page, DEMO)
+        run(page, server)
+        page.screenshot(path=options.out / f"{DEMO}_nodes2.png")
+        check_animation(page)
         browser.close()
 
 
@@ -136,6 +146,19 @@ def says(page: Any) -> list[str]:
         "app.graph.nodes.flatMap(n => (n.widgets || []).map(w => [n.type, String(w.value)]))"
     )
     return [f"{kind}: {text}" for kind, text in texts if kind.startswith("LiteAttention") and text]
+
+
+def check_animation(page: Any) -> None:
+    """It is there, once, and looks different after a while."""
+    animation = page.locator(ANIMATION)
+    size = animation.evaluate("image => [image.naturalWidth, image.naturalHeight]")
+    assert tuple(size) == ANIMATION_SIZE, size
+    seen = set()
+    for _ in range(5):
+        seen.add(animation.screenshot())
+        page.wait_for_timeout(700)
+    assert len(seen) > 1, "the animation stands still"
+    print(f"the animation moves: {len(seen)} different pictures of 5")
 
 
 def thumbnail(page: Any, path: Path, kinds: tuple[str, ...]) -> None:

@@ -27,7 +27,7 @@ def report_node(of: str = "") -> Node:
         inputs=(("model", "MODEL"), ("latent", "LATENT")),
         outputs=(("latent", "LATENT"), ("map", "IMAGE"), ("text", "STRING"), ("charts", "IMAGE")),
         widgets=["dark"],
-        height=420 if of else 640,
+        height=700,  # text, the animation and the pictures
     )
 
 
