@@ -35,7 +35,9 @@ def animation(report: RunReport | None, theme: str = "dark") -> bytes | None:
     """The file, or None where no maps were kept."""
     if report is None or not report.history:
         return None
-    dense = {one.layer: np.ones(one.live.shape) for one in report.history}
+    # The last step has most of them: in some runs layers come one after the other.
+    latest = sorted(report.history, key=lambda one: -one.step)
+    dense = {one.layer: np.ones(one.live.shape) for one in latest}
     page = _page(THEMES[theme], list(dense))
     steps = shown_steps(report.history)
     frames = []

@@ -30,23 +30,21 @@ class MapHistory:
     """Collects the maps of one run, on the device that they come from."""
 
     def __init__(self) -> None:
-        self._chosen: tuple[str, ...] | None = None
+        self._chosen: tuple[str, ...] = ()
         self._maps: list[StepMap] = []
 
     def note(self, step: int, states: Iterable[tuple[str, LayerState]]) -> None:
-        """Keep what is live as ``step`` begins, of layers chosen once: those that had a map when
-        the second step began."""
+        """Keep what is live as ``step`` begins, of some of the layers, which come in the order of
+        execution: chosen once, or as they come where only a few have a map at first."""
         first: dict[str, LayerState] = {}
         for layer, state in states:
             if state.live is not None:
                 first.setdefault(layer, state)
-        if not first:
-            return
-        if self._chosen is None:
-            self._chosen = chosen(tuple(first))
-        for layer in self._chosen:
-            if layer in first:
-                self._maps.append(StepMap(step, layer, _small(first[layer])))
+        others = [layer for layer in first if layer not in self._chosen]
+        self._chosen += chosen(others, LAYERS - len(self._chosen))
+        for layer, state in first.items():
+            if layer in self._chosen:
+                self._maps.append(StepMap(step, layer, _small(state)))
 
     def maps(self) -> tuple[StepMap, ...]:
         """All maps, on the CPU, in order of steps and layers."""

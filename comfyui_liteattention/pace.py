@@ -5,9 +5,9 @@ Each call of ours is timed whole, with its audits and all else that it needs. So
 each call took, what it would have taken densely, and what was saved.
 
 Where a full call of ours is the slower one, a few layers begin, and the others wait, densely, until
-those few are faster than dense because of what they skip. A full call of each is the price of
-joining them; as many join at a time as the run can afford. A run that lost its allowance all the
-same goes on densely.
+those few get faster by so much, because of what they skip, that joining them will pay. That costs a
+full call of each, and what is lost until they are faster than dense: as many join at a time as the
+run can afford. A run that lost its allowance all the same goes on densely.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ HOPELESS = 2.0
 #: Share of what is left of the allowance that may be spent on joining.
 STAKE = 0.5
 #: A full call takes what it took in the best of so many steps: other work on the machine disturbs
-#: single measurements.
+#: single measurements. After so many there is a trend.
 REMEMBERED = 3
+#: Time over dense below which no trend is believed.
+LOWEST = 0.25
 
 
 class Pace:
@@ -53,6 +55,7 @@ class Pace:
         self._opening: tuple[float, int] | None = None
         self._step_calls: list[tuple[float, Sequence[Tally]]] = []
         self._ratios: list[float] = []
+        self._paces: list[float] = []
         self._first_layer: int | None = None
         self._groups = 1
 
@@ -114,10 +117,12 @@ class Pace:
         pace = seconds / (rate * _total(tallies))
         ratio = seconds / (rate * sum(int(tally.computed) for tally in tallies))
         self._ratios = [*self._ratios, ratio][-REMEMBERED:]
+        self._paces.append(pace)
         if pace > 1 and min(self._ratios) > HOPELESS:
             self._give_up(rate)
         left = self._left(rate) / (rate * self._largest_step())
-        self._groups += joining(self._full_pace(rate), pace, self._steps - step - 1, left)
+        full, to_go = self._full_pace(rate), self._steps - step - 1
+        self._groups += joining(full, self._paces, to_go, left, self._groups)
 
     def _full_pace(self, rate: float) -> float:
         """Time of a full call over that of a dense one: that of the first, unless it was slow for
@@ -149,16 +154,23 @@ class Pace:
         )
 
 
-def joining(ratio: float, pace: float, steps: int, left: float) -> int:
+def joining(full: float, paces: Sequence[float], steps: int, left: float, groups: int) -> int:
     """How many more groups of layers join, with ``steps`` steps to go.
 
-    ``ratio``: time of a full call over that of a dense one; ``pace``: the same for those that
-    skip already; ``left``: what may still be lost, in dense steps.
+    ``full``: time of a full call over that of a dense one; ``paces``: the same for those that skip
+    already, at each step so far, of which the trend goes on; ``left``: what may still be lost, in
+    dense steps; ``groups``: how many take part, and will lose, too, until they are faster.
     """
-    price = ratio - 1
-    if pace >= 1 or (steps - 1) * (1 - pace) <= price:
+    if len(paces) < REMEMBERED or steps < 2:
         return 0
-    return GROUPS if price <= 0 else int(STAKE * left / price * GROUPS)
+    slope = min(0.0, (paces[-1] - paces[0]) / (len(paces) - 1))
+    later = (max(paces[-1] + slope * step, LOWEST) for step in range(2, steps + 1))
+    losses = [full - 1, *(pace - 1 for pace in later)]
+    if sum(losses) >= 0:
+        return 0
+    price = sum(loss for loss in losses if loss > 0)
+    owed = sum(loss for loss in losses[1:] if loss > 0) * groups / GROUPS
+    return GROUPS if price == 0 else max(0, int((STAKE * left - owed) / price * GROUPS))
 
 
 def _total(tallies: Sequence[Tally]) -> int:

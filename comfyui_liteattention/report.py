@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 K = TypeVar("K", bound=Hashable)
+NOTHING = Interval(0.0, 0.0, 0.0)
 LAYER, STEP = 12, 5  # widths of the first column: with the steps' others it fits on the node
 
 
@@ -142,12 +143,15 @@ def tiles(calls: Iterable[CallStats]) -> tuple[int, int]:
 
 
 def loss_intervals(report: RunReport) -> dict[tuple[str, int], Interval]:
-    """What each (layer, step) loses, with 95 % confidence; empty without a budget."""
-    return intervals(
+    """What each (layer, step) loses, with 95 % confidence; empty without a budget. Calls that wait
+    lose nothing."""
+    found = intervals(
         Sample(call.layer, call.step, call.lost, call.bound)
         for call in report.calls
         if call.lost is not None and call.bound is not None
     )
+    dense = {(call.layer, call.step): NOTHING for call in report.calls if call.waits}
+    return dense | found if found else {}
 
 
 def fraction(calls: Iterable[CallStats]) -> float:

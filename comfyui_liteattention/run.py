@@ -208,12 +208,17 @@ class Run:
         with self._lock:
             if step > self._step:
                 self._pace.end_step(self._step)
-                self._history.note(step, ((key.layer, s) for key, s in self._states.items()))
+                self._history.note(step, self._by_layer())
             self._step = max(step, self._step)
             reason = self._pace.reason
         if reason is not None:
             self._stop(reason)
         return reason is not None
+
+    def _by_layer(self) -> list[tuple[str, LayerState]]:
+        """All states, the layers in the order of execution."""
+        states = [(key.layer, state) for key, state in self._states.items()]
+        return sorted(states, key=lambda one: self._layers[one[0]])
 
     def _stop(self, reason: str) -> None:
         """Go on densely to the end of the run; the skip state is of no more use."""
