@@ -32,7 +32,7 @@ AT_ONCE = 1.05
 #: Likewise: so much is never saved.
 HOPELESS = 2.0
 #: Share of what is left of the allowance that may be spent on joining.
-STAKE = 0.5
+STAKE = 0.25
 #: A full call takes what it took in the best of so many steps: other work on the machine disturbs
 #: single measurements. After so many there is a trend.
 REMEMBERED = 3

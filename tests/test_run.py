@@ -366,15 +366,15 @@ def test_one_slow_call_at_the_start_decides_nothing():
 def test_layers_join_as_far_as_the_run_can_afford():
     falling = [1.1, 1.05, 1.0]
     assert joining(0.9, falling, 10, left=0.4, groups=1) == GROUPS
-    assert joining(1.2, falling, 10, left=0.4, groups=1) == 8
-    assert joining(1.4, falling, 10, left=0.4, groups=1) == 4
+    assert joining(1.2, falling, 10, left=0.4, groups=1) == 4
+    assert joining(1.4, falling, 10, left=0.4, groups=1) == 2
     assert joining(1.4, falling, 10, left=0.01, groups=1) == 0
     assert joining(1.2, falling, 2, left=0.4, groups=1) == 0  # too late to pay
     assert joining(1.2, [1.1, 1.1, 1.1], 10, left=0.4, groups=1) == 0  # nothing gained
     assert joining(1.2, [1.1, 1.0], 10, left=0.4, groups=1) == 0  # not a trend yet
     # Those that take part will lose, too, for some steps.
     slower = [1.3, 1.25, 1.2]
-    assert joining(1.4, slower, 20, left=0.8, groups=1) > joining(1.4, slower, 20, 0.8, groups=6)
+    assert joining(1.4, slower, 20, left=1.6, groups=1) > joining(1.4, slower, 20, 1.6, groups=6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
