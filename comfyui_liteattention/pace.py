@@ -13,6 +13,7 @@ run can afford. A run that lost its allowance all the same goes on densely.
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -48,7 +49,8 @@ class Pace:
         self.reason: str | None = None
         self._steps = steps
         self._first = first
-        self._rates: list[float] = []
+        self._timed = 0
+        self._rates: list[float] = []  # sorted: every call asks for one of them
         self._step_tiles: defaultdict[int, int] = defaultdict(int)
         self._seconds = 0.0
         self._tiles = 0
@@ -67,8 +69,7 @@ class Pace:
         called saved. The first doesn't count once there are others: it also loads and prepares
         things.
         """
-        rates = sorted(self._rates[1:] or self._rates)
-        return rates[len(rates) // 4] if rates else None
+        return self._rates[len(self._rates) // 4] if self._rates else None
 
     @property
     def saved(self) -> float | None:
@@ -78,7 +79,7 @@ class Pace:
 
     def takes_part(self, layer: int, step: int) -> bool:
         """Whether a call is ours; ``layer`` counts in the order of execution."""
-        if len(self._rates) < TIMED_CALLS or step < self._first:
+        if self._timed < TIMED_CALLS or step < self._first:
             return False
         if self._first_layer is None:
             self._first_layer = layer
@@ -86,7 +87,10 @@ class Pace:
 
     def compare(self, step: int, seconds: float, tiles: int) -> None:
         """Note a call that the user's own attention did, and the tiles of its matrix."""
-        self._rates.append(seconds / tiles)
+        if self._timed == 1:
+            self._rates.clear()
+        self._timed += 1
+        insort(self._rates, seconds / tiles)
         self._step_tiles[step] += tiles
 
     def count(self, step: int, seconds: float, tallies: Sequence[Tally]) -> None:

@@ -46,13 +46,14 @@ class Verdicts:
         """Why the backend isn't trusted with this, or None. The first call runs the test, and each
         one after a lack of memory."""
         key = (str(device), head_dim, dtype)
-        with self._testing:
-            if key not in self._found:
-                reason = failure(backend, head_dim, dtype, device, qk)
-                if reason == NO_MEMORY:
-                    return reason
-                self._found[key] = reason
-            return self._found[key]
+        if key not in self._found:  # each call of attention asks: only a test is waited for
+            with self._testing:
+                if key not in self._found:
+                    reason = failure(backend, head_dim, dtype, device, qk)
+                    if reason == NO_MEMORY:
+                        return reason
+                    self._found[key] = reason
+        return self._found[key]
 
 
 def failure(
