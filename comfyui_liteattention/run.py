@@ -17,6 +17,7 @@ from torch import Tensor
 from .allocation import Stock
 from .attention import LayerState, Tally, attend
 from .backends.base import Backend
+from .backends.kernel_selftest import lacks_memory
 from .budget import allowance
 from .learning import Audit
 from .map_history import MapHistory
@@ -157,7 +158,9 @@ class Run:
             out = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
             finite = _finite(out)
             self._count(progress, layer, streams, q.shape[2], [t for _, t in parts], seconds())
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
             self._stop(OUT_OF_MEMORY)
             return None
         if not finite:

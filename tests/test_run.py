@@ -176,6 +176,15 @@ def test_numbers_that_are_none_end_in_dense_attention(backend, bad, place):
     assert fractions[-1] < fractions[2]
 
 
+def test_other_errors_are_not_hidden():
+    class Broken(ReferenceBackend):
+        def forward(self, *args, **kwargs):
+            raise RuntimeError("shapes don't fit")
+
+    with pytest.raises(RuntimeError, match="don't fit"):
+        sample(Run(Settings(min_tokens=0), Broken(), SIGMAS))
+
+
 def test_the_report_reads_well():
     run = Run(Settings(threshold=-3.0), BACKEND, SIGMAS)
     sample(run, streams=("u", "c"))
@@ -402,10 +411,13 @@ def test_the_line_about_a_step():
     assert float(text.split()[2].rstrip("%")) > 20
 
 
-def test_running_out_of_memory_ends_in_dense_attention():
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_running_out_of_memory_ends_in_dense_attention(error):
+    """Torch has its own error for that, and what it loads late and Triton have none."""
+
     class Full(ReferenceBackend):
         def forward(self, *args, **kwargs):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error("CUDA error: out of memory")
 
     run = Run(Settings(min_tokens=0), Full(), SIGMAS)
     assert sample(run) == [None] * 5
