@@ -5,21 +5,16 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from tiny_families import (
-    GRID,
     MODELS,
-    RESET,
     SAMPLED,
-    STEPS,
-    VIDEO,
     WAN,
     cogvideox,
     cosmos,
     hunyuan_video,
-    latent,
     make_hunyuan,
     make_skyreels,
-    texts,
 )
+from tiny_sampling import GRID, RESET, STEPS, VIDEO, latent, texts
 
 import comfyui_liteattention as lite
 from comfyui_liteattention.backends.reference import ReferenceBackend
