@@ -1,5 +1,6 @@
 """enable / summary / disable on real diffusers pipelines with tiny models."""
 
+import gc
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -167,6 +168,7 @@ def test_after_a_call_that_failed_all_is_fresh():
 
 def test_disable_restores_everything(pipe):
     plain = run(pipe)
+    gc.collect()  # pipelines of other tests, which end there what they had enabled
     backends = dict(_AttentionBackendRegistry._backends)
     lite.enable(pipe, **BOLD)
     run(pipe)
