@@ -17,6 +17,7 @@ from tiny_wan import hooks_left, make_wan
 
 import comfyui_liteattention as lite
 from comfyui_liteattention import SAFEST
+from comfyui_liteattention.integrations.diffusers_routes import LITE
 from comfyui_liteattention.presets import DEFAULT, PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,7 +169,9 @@ def test_after_a_call_that_failed_all_is_fresh():
 
 def test_disable_restores_everything(pipe):
     plain = run(pipe)
-    gc.collect()  # pipelines of other tests, which end there what they had enabled
+    lite.enable(make_pipe(), **BOLD)
+    gc.collect()  # one that is dropped leaves nothing either, nor do those of other tests
+    assert LITE not in _AttentionBackendRegistry._backends
     backends = dict(_AttentionBackendRegistry._backends)
     lite.enable(pipe, **BOLD)
     run(pipe)

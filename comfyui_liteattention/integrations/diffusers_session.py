@@ -52,6 +52,8 @@ class Session:
         self._trajectory: Trajectory | None = None
         self._calling = False
         self._last: RunReport | None = None
+        # Also where the pipeline is dropped without disabling; added before the set's own note.
+        weakref.finalize(self, _unregister_unused).atexit = False
         _enabled.add(self)
         register_backend()
         for name, root in transformers.items():
@@ -96,8 +98,7 @@ class Session:
                 delattr(root, ATTRIBUTE)
         self._transformers = {}
         _enabled.discard(self)
-        if not _enabled:
-            unregister_backend()
+        _unregister_unused()
 
     def _hook(self, name: str, root: nn.Module) -> None:
         family = family_of(root)
@@ -161,6 +162,12 @@ class Session:
 
 #: Sessions that hold hooks. Our backend is registered with diffusers as long as there are any.
 _enabled: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _unregister_unused() -> None:
+    """Leave nothing in diffusers once no session is alive and enabled."""
+    if next(iter(_enabled), None) is None:
+        unregister_backend()
 
 
 def session_on(root: nn.Module) -> Session | None:
