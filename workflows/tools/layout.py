@@ -87,7 +87,8 @@ def place(canvas: Canvas, note: int) -> dict[int, tuple[int, int, int, int]]:
 
 
 def _columns(canvas: Canvas, note: int) -> list[tuple[int, list[int]]]:
-    """Files, prompts and size, each sampler with its model, reports, the video."""
+    """Files, prompts and size, each sampler with its model, reports, the video. What is compared
+    is sampled in one column: in a view of the whole the texts can still be read."""
     nodes = canvas.nodes
     order = sorted(nodes, key=lambda i: (len(canvas.ancestors(i)), nodes[i].get("pos", [0, 0])[1]))
     files = [i for i in order if not any(canvas.into(i)) and _has(nodes[i], FILES)]
@@ -101,6 +102,7 @@ def _columns(canvas: Canvas, note: int) -> list[tuple[int, list[int]]]:
         run.sort(key=lambda i: (is_sampler(nodes[i]), not _has(nodes[i], {"MODEL", "GUIDER"})))
         runs.append(run)
         used |= set(runs[-1])
+    runs = [[i for run in runs for i in run]] if compared else runs
     conditions = [i for i in order if _has(nodes[i], CONDITIONS) and i not in used]
     conditions.sort(key=lambda i: nodes[i].get("title") == "Video size")
     rest = [i for i in order if i not in used and i not in conditions]
@@ -108,7 +110,7 @@ def _columns(canvas: Canvas, note: int) -> list[tuple[int, list[int]]]:
     rest = [i for i in rest if i not in frames]
     short = sum(_height(nodes[i]) + GAP + TITLE for i in [*files, note]) <= ROOM
     columns = [(400, [*files, note])] if short else [(400, [note]), (400, files)]
-    columns += [(400, conditions), *((320, run) for run in runs), (420, reports + frames)]
+    columns += [(400, conditions), *((320, run) for run in runs), (420, frames + reports)]
     columns.append((420, compared + rest) if compared else (460, rest))
     return columns
 
@@ -126,6 +128,7 @@ def _has(node: Node, kinds: set[str]) -> bool:
 #: Pixels, where the templates leave much room.
 HEIGHTS = {
     "SaveVideo": 450,
+    "SaveAnimatedWEBP": 340,
     "KSampler": 262,
     "KSamplerAdvanced": 334,
     "SamplerCustomAdvanced": 126,
