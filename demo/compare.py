@@ -2,8 +2,9 @@
 
 ``python dev.py demo`` runs this. It loads ``workflows/liteattention_demo.json``, runs it with the
 LiteAttention node bypassed and with it, same seed, twice each in turns, and writes both videos, the
-pictures of the report and the figures. It shows what is skipped, so LiteAttention stays on even
-where the machine's own attention is faster; with ``--never-slower`` it is as users have it.
+pictures of the report and the figures. It shows what is skipped, so in the workflow LiteAttention
+stays on even where the machine's own attention is faster; with ``--never-slower`` it is as presets
+have it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import json
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,8 @@ from .comfy_server import REPOSITORY, ComfyServer, Finished, Graph, comfyui_vers
 from .workflow import find, load_workflow, to_graph, without
 
 WORKFLOW = REPOSITORY / "workflows" / "liteattention_demo.json"
-PATCH, SAMPLER, REPORT = "LiteAttentionPatch", "KSampler", "LiteAttentionReport"
-VIDEO, MAP = "SaveAnimatedWEBP", "PreviewImage"
-CONTROL = "control"
-BUDGET_INPUTS = ("budget", "ramp", "warmup", "audit", "min_tokens", "order", "never_slower")
+BUDGET, PATCH, REPORT = "LiteAttentionBudget", "LiteAttentionPatch", "LiteAttentionReport"
+SAMPLER, VIDEO = "KSampler", "SaveAnimatedWEBP"
 EQUAL = 100.0  # dB, where the videos are equal: JSON has no infinity
 PICTURES = ("heat_map", "chart", "tile_map")  # as the report node shows them
 
@@ -44,7 +42,7 @@ def main() -> None:
         print("Starting ComfyUI ...")
         with ComfyServer(base, options.out / "comfyui.log") as server:
             figures = compare(server, options)
-    print(_summary(figures, options.out))
+    print(summary(figures, options.out))
     text = json.dumps(figures, indent=2)
     (options.out / "figures.json").write_text(text)
     if options.json:
@@ -57,10 +55,10 @@ def compare(server: ComfyServer, options: argparse.Namespace) -> dict[str, Any]:
     lite = to_graph(load_workflow(WORKFLOW), server.get("/object_info"))
     sampler = lite[find(lite, SAMPLER)]["inputs"]
     sampler.update(seed=options.seed, steps=options.steps)
-    lite[find(lite, PATCH)]["inputs"]["preset"] = options.preset
-    dense = _prune(without(lite, PATCH, "model"))
-    if not options.never_slower:
-        stay_on(lite)
+    budget = lite[find(lite, BUDGET)]["inputs"]
+    # Presets differ in nothing but the budget.
+    budget.update(budget=preset(options.preset).budget, never_slower=options.never_slower)
+    dense = without(without(lite, PATCH, "model"), REPORT, "latent")
 
     _warm_up(server, (dense, lite))
     # Alternating, so that a machine that slows down for a while slows both down.
@@ -93,13 +91,21 @@ def compare(server: ComfyServer, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def stay_on(graph: Graph) -> None:
-    """Let LiteAttention do as its preset says, however fast the machine's own attention is."""
-    patch = graph[find(graph, PATCH)]["inputs"]
-    settings = replace(preset(patch["preset"]), never_slower=False)
-    inputs = {name: getattr(settings, name) for name in BUDGET_INPUTS} | {"dense_layers": ""}
-    graph[CONTROL] = {"class_type": "LiteAttentionBudget", "inputs": inputs}
-    patch["control"] = [CONTROL, 0]
+def summary(figures: dict[str, Any], out: Path) -> str:
+    lost = figures["lost_mass_mean"]
+    measured = "not measured" if lost is None else f"{lost:.2%}"
+    faster = figures["dense_seconds"] / figures["lite_seconds"]
+    return f"""
+                 dense   LiteAttention
+  seconds     {figures["dense_seconds"]:8.1f}   {figures["lite_seconds"]:13.1f}   {faster:.2f}x
+  tiles           100%   {figures["computed_fraction"]:13.1%}   of the attention computed
+  lost mass          0   {measured:>13}   of the softmax, on a rotating sample
+  closeness          -   {figures["psnr_db"]:10.1f} dB   PSNR to the dense video, same seed
+
+{figures["tokens"]} tokens, {figures["steps"]} steps, ComfyUI {figures["comfyui_version"]}, \
+{figures["backend"]} backend
+Look at {out}: dense.webp, lite.webp, {", ".join(f"{name}.png" for name in PICTURES)}, report.txt
+"""
 
 
 def read_video(path: Path) -> torch.Tensor:
@@ -130,30 +136,8 @@ def _warm_up(server: ComfyServer, graphs: tuple[Graph, ...]) -> None:
         _run(server, short, "warm-up")
 
 
-def _prune(graph: Graph) -> Graph:
-    """The dense graph has no report: what reads it reads the sampler instead, or goes."""
-    latent = without(graph, REPORT, "latent")
-    return {i: node for i, node in latent.items() if node["class_type"] != MAP}
-
-
 def _image(graph: Graph, run: Finished, class_type: str) -> dict[str, str]:
     return run.outputs[find(graph, class_type)]["images"][0]
-
-
-def _summary(figures: dict[str, Any], out: Path) -> str:
-    lost = figures["lost_mass_mean"]
-    faster = figures["dense_seconds"] / figures["lite_seconds"]
-    return f"""
-                 dense   LiteAttention
-  seconds     {figures["dense_seconds"]:8.1f}   {figures["lite_seconds"]:13.1f}   {faster:.2f}x
-  tiles           100%   {figures["computed_fraction"]:13.1%}   of the attention computed
-  lost mass          0   {lost:13.2%}   of the softmax, measured on a rotating sample
-  closeness          -   {figures["psnr_db"]:10.1f} dB   PSNR to the dense video, same seed
-
-{figures["tokens"]} tokens, {figures["steps"]} steps, ComfyUI {figures["comfyui_version"]}, \
-{figures["backend"]} backend
-Look at {out}: dense.webp, lite.webp, {", ".join(f"{name}.png" for name in PICTURES)}, report.txt
-"""
 
 
 def _parse() -> argparse.Namespace:

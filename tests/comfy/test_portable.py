@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from demo.comfy_server import ComfyServer, comfyui_path, make_base
-from demo.compare import PATCH, REPORT, VIDEO, WORKFLOW
+from demo.compare import BUDGET, REPORT, VIDEO, WORKFLOW
 from demo.workflow import find, load_workflow, to_graph
 
 REPOSITORY = Path(__file__).parents[2]
@@ -83,20 +83,7 @@ def test_it_generates_offline_and_leaves_its_folder_as_it_was(tree, alone, tmp_p
         graph = to_graph(load_workflow(WORKFLOW), server.get("/object_info"))
         graph[find(graph, "LiteAttentionDemoLatent")]["inputs"].update(width=32, height=32)
         graph[find(graph, "KSampler")]["inputs"]["steps"] = 4
-        graph["100"] = {
-            "class_type": "LiteAttentionBudget",
-            "inputs": {
-                "budget": 0.05,
-                "ramp": 0.0,
-                "warmup": 0.0,
-                "dense_layers": "",
-                "audit": 64,
-                "min_tokens": 0,
-                "order": "compact",
-                "never_slower": False,
-            },
-        }
-        graph[find(graph, PATCH)]["inputs"]["control"] = ["100", 0]
+        graph[find(graph, BUDGET)]["inputs"].update(budget=0.05, ramp=0.0, min_tokens=0)
         finished = server.run(graph)
         assert finished.error is None
         report = finished.outputs[find(graph, REPORT)]

@@ -1,15 +1,17 @@
 """Every workflow we ship, as a file and before a running ComfyUI. Nothing is sampled here."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from comfyui_liteattention.presets import preset
 from demo.comfy_server import REPOSITORY, WEIGHTS, PromptRefusedError
-from demo.compare import PATCH, REPORT, SAMPLER
-from demo.workflow import NOT_EXECUTED, load_workflow, to_graph
+from demo.compare import BUDGET, PATCH, REPORT, SAMPLER
+from demo.workflow import NOT_EXECUTED, find, load_workflow, to_graph
 from workflows.tools import make_workflows
 from workflows.tools.record_nodes import brief
 from workflows.tools.subgraphs import unfold
@@ -184,6 +186,18 @@ def test_liteattention_is_the_last_before_each_sampler(path, nodes_of):
     assert {r["model"][0]: r["latent"] for r in reports} == {
         patch: [sampler, 0] for patch, sampler in by_model.items()
     }
+
+
+@pytest.mark.parametrize("name", ["liteattention_demo", "liteattention_demo_ab"])
+def test_the_demo_is_balanced_and_stays_on(name, object_info):
+    """There is something to see on any machine, and the figures are those of the preset."""
+    graph = to_graph(load_workflow(REPOSITORY / "workflows" / f"{name}.json"), object_info)
+    budget = find(graph, BUDGET)
+    assert graph[find(graph, PATCH)]["inputs"]["control"] == [budget, 0]
+    wanted = replace(preset("Balanced"), never_slower=False)
+    inputs = graph[budget]["inputs"]
+    assert inputs.pop("dense_layers") == ""
+    assert inputs == {name: getattr(wanted, name) for name in inputs}
 
 
 @every_workflow

@@ -104,7 +104,7 @@ def _columns(canvas: Canvas, note: int) -> list[tuple[int, list[int]]]:
         used |= set(runs[-1])
     runs = [[i for run in runs for i in run]] if compared else runs
     conditions = [i for i in order if _has(nodes[i], CONDITIONS) and i not in used]
-    conditions.sort(key=lambda i: nodes[i].get("title") == "Video size")
+    conditions.sort(key=lambda i: (_has(nodes[i], CONTROL), nodes[i].get("title") == "Video size"))
     rest = [i for i in order if i not in used and i not in conditions]
     frames = [i for i in rest if compared and i in canvas.ancestors(compared[0])]
     rest = [i for i in rest if i not in frames]
@@ -115,9 +115,10 @@ def _columns(canvas: Canvas, note: int) -> list[tuple[int, list[int]]]:
     return columns
 
 
-#: Outputs of nodes that read files, and of those that say what is drawn.
+#: Outputs of nodes that read files, and of those that say what is drawn and what may be skipped.
 FILES = {"MODEL", "CLIP", "VAE", "CLIP_VISION", "IMAGE"}
-CONDITIONS = {"CONDITIONING", "CLIP_VISION_OUTPUT", "LATENT"}
+CONTROL = {"LITEATTENTION_CONTROL"}
+CONDITIONS = {"CONDITIONING", "CLIP_VISION_OUTPUT", "LATENT"} | CONTROL
 
 
 def _has(node: Node, kinds: set[str]) -> bool:

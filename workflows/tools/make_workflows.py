@@ -266,7 +266,7 @@ def _note(recipe: Recipe, canvas: Canvas) -> Node:
             "**Change** the prompt, the size and the preset: *Safe* stays closest to the original, "
             "*Fast* skips most. More frames or pixels leave more to skip.",
             *recipe.advice,
-            f"**Compare**: {AB if recipe.compare else BYPASS}",
+            f"**Compare**: {AB.format('preset') if recipe.compare else BYPASS}",
             "**In your own workflow**: LiteAttention goes last before the sampler, after LoRAs and "
             "other patches.",
             "Our figures come from a small model. Judge by your own comparison.",
@@ -277,21 +277,26 @@ def _note(recipe: Recipe, canvas: Canvas) -> Node:
 
 AB = """*LiteAttention Compare* says how close the two videos are (PSNR, SSIM) and where they \
 differ; the saved video shows both and the difference. The seed is the same. If you change the \
-preset and run again, only the second sampler runs again."""
+{} and run again, only the second sampler runs again."""
 AB_NOTE = f"""## With and without, side by side
 
 A small video model (5 M parameters, trained for this demo) draws the same shapes twice: without \
-and with **LiteAttention**. {AB}
+and with **LiteAttention**. {AB.format("budget")}
 
 1. Press **Run**.
-2. Try another preset: *Safe*, *Balanced*, *Fast*.
+2. Change **budget**, how much of the attention may be lost: 0.01 is the preset *Safe*, 0.03 \
+*Balanced*, 0.1 *Fast*.
+
+**LiteAttention Budget** replaces the preset. Its *never_slower* is off, so that there is \
+something to see on any machine. In your own workflows leave it on, or take a preset: there it is \
+on.
 
 **Your own model**: open the template *liteattention_wan2.1_t2v_ab*."""
 
 
 def from_demo() -> dict[str, Any]:
     demo = json.loads((FOLDER / "liteattention_demo.json").read_text(encoding="utf-8"))
-    return to_file(with_comparison(read(demo)), "demo_ab", note_node(AB_NOTE, height=300))
+    return to_file(with_comparison(read(demo)), "demo_ab", note_node(AB_NOTE, height=320))
 
 
 def with_comparison(canvas: Canvas) -> Canvas:
