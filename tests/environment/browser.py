@@ -31,6 +31,7 @@ from demo.comfy_server import ComfyServer, make_base  # noqa: E402
 WORKFLOWS = REPOSITORY / "workflows"
 DEMO, AB = "liteattention_demo", "liteattention_demo_ab"
 SIZE = {"width": 1760, "height": 900}
+FREE = (SIZE["width"] / 2, SIZE["height"] - 60)  # of nodes, where a view shows the whole
 THUMBNAIL = (400, 300)
 CLIP = {"x": 400, "y": 110, "width": 1000, "height": 750}  # beside the menus
 RESULTS = "[role=listbox], [role=dialog]"
@@ -96,7 +97,7 @@ def open_workflow(page: Any, name: str) -> list[str]:
     page.evaluate("graph => app.loadGraphData(graph)", graph)
     page.wait_for_timeout(1500)
     page.keyboard.press("Escape")
-    page.mouse.click(SIZE["width"] / 2, SIZE["height"] - 60)
+    page.mouse.click(*FREE)
     page.keyboard.press(".")  # fit view
     page.wait_for_timeout(1500)
     return page.evaluate(
@@ -137,7 +138,9 @@ def run(page: Any, server: ComfyServer) -> None:
         time.sleep(1)
     else:
         raise TimeoutError("the run did not end")
-    page.wait_for_timeout(5000)
+    page.wait_for_timeout(3000)
+    page.mouse.move(*FREE)  # the canvas is drawn anew: only then ComfyUI places a new preview
+    page.wait_for_timeout(2000)
 
 
 def says(page: Any) -> list[str]:
