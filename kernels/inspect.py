@@ -21,7 +21,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,13 +40,27 @@ SHARED_PER_BLOCK = 1024  # what the driver keeps of it in every block
 TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA")
 SPILLS = ("STL", "LDL")
 
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_ENDS = ("EXIT", "RET", "BRA")
 
 
 class Instruction(NamedTuple):
     address: int
+    guard: str
     opcode: str
     operands: str
+
+    @property
+    def target(self) -> int | None:
+        """The address that a branch may go to."""
+        found = re.findall(r"0x([0-9a-f]+)", self.operands)
+        return int(found[-1], 16) if self.opcode.startswith("BRA") and found else None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next instruction may follow: always, but after an unconditional branch."""
+        always = not self.guard and "P" not in self.operands
+        return not (always and self.opcode.split(".")[0] in _ENDS)
 
 
 def dump(cubin: bytes, *options: str) -> str:
@@ -65,22 +79,36 @@ def dump(cubin: bytes, *options: str) -> str:
 def disassemble(cubin: bytes) -> list[Instruction]:
     """The machine code, in order."""
     found = _INSTRUCTION.findall(dump(cubin, "-sass"))
-    return [Instruction(int(address, 16), op, rest) for address, op, rest in found]
+    return [Instruction(int(address, 16), *rest) for address, *rest in found]
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction]:
-    """The instructions under the longest backward branch: the loop over key tiles."""
-    spans = []
-    for instruction in code:
-        target = re.findall(r"0x([0-9a-f]+)", instruction.operands)
-        if instruction.opcode.startswith("BRA") and target:
-            start = int(target[-1], 16)
-            if start < instruction.address:
-                spans.append((instruction.address - start, start, instruction.address))
-    if not spans:
-        return []
-    _, start, end = max(spans)
-    return [i for i in code if start <= i.address <= end]
+    """The longest loop: that over key tiles. To it belongs what a backward branch may lead to and
+    what may lead back to it; the assembler puts other code in between."""
+    place = {instruction.address: n for n, instruction in enumerate(code)}
+    after: dict[int, list[int]] = defaultdict(list)
+    before: dict[int, list[int]] = defaultdict(list)
+    back = []
+    for n, instruction in enumerate(code):
+        following = [n + 1] if instruction.goes_on else []
+        if instruction.target is not None:
+            following.append(place[instruction.target])
+            if instruction.target < instruction.address:
+                back.append((n, place[instruction.target]))
+        for other in following:
+            after[n].append(other)
+            before[other].append(n)
+    loops = [_reached(start, after) & _reached(end, before) for end, start in back]
+    return [code[n] for n in sorted(max(loops, key=len, default=()))]
+
+
+def _reached(start: int, edges: dict[int, list[int]]) -> set[int]:
+    found, work = {start}, [start]
+    while work:
+        fresh = set(edges[work.pop()]) - found
+        found |= fresh
+        work += fresh
+    return found
 
 
 def blocks_per_multiprocessor(arch: int, registers: int, shared: int, warps: int) -> int:
@@ -145,8 +173,9 @@ def inspect(
             if code:
                 found |= instructions(cubin)
     for name, found in result.items() if code else ():
-        plain = result.get(re.sub(r"_(dense|lists)_\w+$", "_dense_plain", name))
-        found["over_dense"] = found["loop"] / plain["loop"] - 1 if plain else None
+        plain, changed = re.subn(r"_(dense|lists)_\w+$", "_dense_plain", name)
+        dense = result.get(plain) if changed else None
+        found["over_dense"] = found["loop"] / dense["loop"] - 1 if dense else None
     return result
 
 
