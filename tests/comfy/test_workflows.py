@@ -188,6 +188,12 @@ def test_liteattention_is_the_last_before_each_sampler(path, nodes_of):
     }
 
 
+def test_the_demo_of_thresholds_stays_on(object_info):
+    path = REPOSITORY / "workflows" / "liteattention_threshold.json"
+    graph = to_graph(load_workflow(path), object_info)
+    assert graph[find(graph, "LiteAttentionThreshold")]["inputs"]["never_slower"] is False
+
+
 @pytest.mark.parametrize("name", ["liteattention_demo", "liteattention_demo_ab"])
 def test_the_demo_is_balanced_and_stays_on(name, object_info):
     """There is something to see on any machine, and the figures are those of the preset."""
