@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.demo_video import HELD_OUT, Case, DemoVideos, Moment
 from benchmarks.record import write_json
-from comfyui_liteattention.backends.base import Attended, Criterion
+from comfyui_liteattention.backends.base import Attended, Criterion, Rows
 from comfyui_liteattention.backends.cpu import CpuBackend
 from comfyui_liteattention.budget import target
 from comfyui_liteattention.order import VideoTokens
@@ -46,8 +46,9 @@ class ShadowedBackend(CpuBackend):
         scale: float,
         lists: TileLists | None = None,
         criterion: Criterion | None = None,
+        order: Tensor | None = None,
     ) -> Attended:
-        result = super().forward(q, k, v, scale, lists, criterion)
+        result = super().forward(q, k, v, scale, lists, criterion, order)
         if lists is not None:
             full = super().forward(q, k, v, scale)
             self.lost = float(lost_mass(result.lse, full.lse).mean())
@@ -61,10 +62,11 @@ class ShadowedBackend(CpuBackend):
         scale: float,
         lists: TileLists | None,
         criterion: Criterion | None,
-        rows: slice,
+        order: Tensor | None,
+        audited: Rows,
     ) -> tuple[Attended, Attended]:
-        result = self.forward(q, k, v, scale, lists, criterion)
-        return result, super().forward(q[:, :, rows], k, v, scale)
+        result = self.forward(q, k, v, scale, lists, criterion, order)
+        return result, super().forward(q[:, :, audited], k, v, scale)
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """What it costs a card to list tokens in another order: ``python -m benchmarks.order_cost``.
 
-Arithmetic from public data sheets; nothing is run. Passes read and write q, k, v and out once a
-call. A kernel that gathers the rows of k and v as it loads them moves no more bytes for them, but
-finds the address of every row again for every query tile that visits it.
+Arithmetic from public data sheets; nothing is run. Passes read and write k and v once a call, as
+built; q and out are looked up by the kernel, and passes over those as well are there to compare. A
+kernel that gathered the rows of k and v as it loads them would move no more bytes for them, but
+find the address of every row again for every query tile that visits it.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ def main() -> None:
     parser.add_argument("--skipped", type=float, default=0.5, metavar="SHARE")
     computed = 1 - parser.parse_args().skipped
     print(f"passes, % of the attention's time with {computed:.0%} of the tiles computed")
-    print(f"{'':14}" + "".join(f"{f'{n} tokens: all four':>25}{'k and v':>10}" for n in TOKENS))
+    print(f"{'':14}" + "".join(f"{f'{n} tokens: k and v':>23}{'all four':>10}" for n in TOKENS))
     for card in CARDS:
         shares = [
             pass_seconds(card, n, tensors) / attention_seconds(card, n, computed)
             for n in TOKENS
-            for tensors in (4, 2)
+            for tensors in (2, 4)
         ]
-        widths = (25, 10) * len(TOKENS)
+        widths = (23, 10) * len(TOKENS)
         print(
             f"{card.name:14}" + "".join(f"{s:{w}.1%}" for s, w in zip(shares, widths, strict=True))
         )

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from benchmarks.demo_video import DEVELOPMENT, DemoVideos, Moment
 from benchmarks.record import write_json
-from comfyui_liteattention.allocation import Stock
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.cpu import CpuBackend
 from comfyui_liteattention.compare import compare
@@ -121,7 +120,7 @@ class Ordered:
         self._steps = steps
         self._backend = CpuBackend()
         self._states: dict[Hashable, LayerState] = {}
-        self._stocks: defaultdict[str, dict[str, Stock]] = defaultdict(dict)
+        self._stocks: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
         self.computed = self.total = 0
 
     def __call__(self, at: Moment, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

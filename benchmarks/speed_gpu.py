@@ -12,8 +12,9 @@ Three kinds of rows:
   so many tiles are skipped: putting the tokens in order and the result back, lists, kernel, scores,
   audit, tail, the next map, the test for finite numbers. Not in it: a run waits for each of its
   calls, so that the card may then idle until the host has queued what comes next in the model.
-- at the end, what goes with the kernel: quantising alone, the tile map (scores to bits to lists)
-  with torch and with its own kernels, the means of skipped tiles.
+- at the end, what goes with the kernel: quantising alone, the tile map (scores to a threshold that
+  holds a budget, to bits, to lists) with torch and with its own kernels, the means of skipped tiles
+  and their audit.
 
 All times are the card's: it is busy with something else until the host has queued a call. A ratio
 is our time / theirs, below 1 is faster, the median over pairs of calls that took turns. "of dense"
@@ -42,9 +43,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from comfyui_liteattention import policy
+from comfyui_liteattention import marking
+from comfyui_liteattention.allocation import BINS
 from comfyui_liteattention.backends import kernel_call
-from comfyui_liteattention.backends.base import Backend
+from comfyui_liteattention.backends.base import Backend, TileMap
 from comfyui_liteattention.backends.cuda import CudaBackend
 from comfyui_liteattention.backends.pooled import pool
 from comfyui_liteattention.backends.triton import TritonBackend
@@ -52,7 +54,7 @@ from comfyui_liteattention.order import Grid, VideoTokens
 from comfyui_liteattention.presets import DEFAULT, preset
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.schedule import Progress
-from comfyui_liteattention.tiles import TileLists, make_lists, pack, unpack
+from comfyui_liteattention.tiles import TileLists, make_lists, pack
 
 DEVICE = torch.device("cuda")
 #: Cycles, some 10 ms, in which the host queues what is timed.
@@ -70,6 +72,8 @@ OURS: dict[str, Callable[[], CudaBackend | TritonBackend]] = {
     "triton-int8": partial(TritonBackend, "int8"),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Layers that share a budget with the one whose map is timed, as in Wan 1.3B.
+OTHER_LAYERS = 29
 Call = Callable[[], object]
 
 
@@ -215,15 +219,19 @@ def measure_companions(
     live = torch.rand(1, heads, tq, tk, device=DEVICE) < 0.5
     bits, pinned = pack(live), torch.zeros(tq, tk, dtype=torch.bool, device=DEVICE)
 
-    def with_torch() -> TileLists:
-        kept = policy.next_live(unpack(bits, tk), score, -10.0, pinned)
-        return make_lists(unpack(pack(kept), tk), alternate=True)
+    ledger = torch.tensor([0.02, 0.01, 0.03, 2.0], dtype=torch.float64, device=DEVICE)
+    others = [1e-4 * torch.ones(1 + BINS, dtype=torch.float64, device=DEVICE)] * OTHER_LAYERS
 
-    calls: dict[str, Call] = {"tile map, torch": with_torch}
-    if (fused := backend.tile_map(q.device)) is not None:
-        calls["tile map, own kernels"] = lambda: fused.make_lists(
-            fused.next_live(bits, score, -10.0, pinned), tk, alternate=True
-        )
+    def keep(tile_map: TileMap) -> TileLists:
+        """Hold a budget: from the scores of a call to the lists of the next one."""
+        counts = tile_map.histogram(bits, score, pinned)
+        choice = tile_map.choose(counts, heads * tq, ledger, ledger[1], 0.3, others, 0.05)
+        following = tile_map.next_live(bits, score, choice.limit, pinned)
+        return tile_map.make_lists(following, tk, alternate=True)
+
+    calls: dict[str, Call] = {"tile map, torch": lambda: keep(marking)}
+    if (kernels := backend.tile_map(q.device)) is not None:
+        calls["tile map, own kernels"] = lambda: keep(kernels)
     if backend.unsupported(q, k, k) is None:
 
         def quantise() -> None:
@@ -237,7 +245,18 @@ def measure_companions(
             pooled = pool(k, k, backend.tile_shape(head_dim).k)
             backend.add_skipped(kept, q, pooled, 0.1, bits, factor)
 
-        calls |= {"quantise q and k": quantise, "means of skipped tiles": tail}
+        audited = range(max(1, tq // preset(DEFAULT).audit))
+        pooled = pool(k, k, backend.tile_shape(head_dim).k)
+        full = backend.forward(q[:, :, : len(audited) * backend.tile_shape(head_dim).q], k, k, 0.1)
+
+        def audit() -> None:
+            backend.audit_skipped(kept, q, pooled, 0.1, bits, full, audited)
+
+        calls |= {
+            "quantise q and k": quantise,
+            "means of skipped tiles": tail,
+            "audit of those means": audit,
+        }
     case = {"tokens": tokens, "head_dim": head_dim, "dtype": dtype}
     times = milliseconds(calls, repeats)
     return [case | {"companion": n, "ms": statistics.median(t)} for n, t in times.items()]

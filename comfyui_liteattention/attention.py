@@ -8,15 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import allocation, budget, policy, tail
-from .allocation import Stock
-from .backends.base import Attended, Backend, forward_and_audit
-from .backends.pooled import pool, skipped_part
-from .budget import Ledger
+from . import budget, marking, policy, tail
+from .backends.base import Attended, Backend, TileMap, forward_and_audit, rows_of
+from .backends.pooled import Agreement, pool
 from .learning import phase
 from .order import Arrangement, VideoTokens, arrange, take
 from .settings import Settings
-from .tiles import TileLists, TileShape, all_live, make_lists, pack, unpack
+from .tiles import TileShape
 
 
 class Tally(NamedTuple):
@@ -39,20 +37,20 @@ class LayerState:
     """Skip state of one (layer, stream) of one run.
 
     ``live [B, H, Tq, ceil(Tk/32)]`` int32, one bit a tile, updated in place; None until a call has
-    marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once. ``ledger``: see
-    budget.py, None where there is none to hold. ``gain``: see tail.py. ``ratios [PHASES]``: what a
-    profile knows of this layer, see :func:`learning.learn`. ``stocks``: those of all layers of the
-    stream by ``name``, see allocation.py; all states of a stream have the same one.
+    marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once. ``ledger [4]``:
+    see budget.py, None where there is none to hold. ``seen``: see tail.py. ``ratios [PHASES]``:
+    what a profile knows of this layer, see :func:`learning.learn`. ``stocks``: those of all layers
+    of the stream by ``name``, see allocation.py; all states of a stream have the same one.
     """
 
     live: Tensor | None = None
     pinned: Tensor | None = None
-    ledger: Ledger | None = None
-    gain: tail.Gain | None = None
+    ledger: Tensor | None = None
+    seen: Agreement | None = None
     calls: int = 0
     ratios: tuple[float, ...] | None = None
     name: str = ""
-    stocks: dict[str, Stock] = field(default_factory=dict)
+    stocks: dict[str, Tensor] = field(default_factory=dict)
 
 
 def attend(
@@ -74,98 +72,77 @@ def attend(
     """
     tile = backend.tile_shape(q.shape[3])
     arrangement = _arrangement(settings, video, q, tile)
-    if arrangement is not None:
-        q, k, v = (take(t, arrangement.order) for t in (q, k, v))
+    order = None if arrangement is None else arrangement.order
+    if order is not None:
+        k, v = take(k, order), take(v, order)
     b, h, lq, _ = q.shape
     tq, tk = tile.grid(lq, k.shape[2])
     marks = policy.marks(settings, position)
+    tile_map: TileMap = backend.tile_map(q.device) or marking
 
-    live = None if state.live is None else unpack(state.live, tk)
     # Scores against a running sum find only what lies behind the peak in visiting order, so every
     # other call visits the other way round, as upstream does.
     alternate = backend.running_scores and state.calls % 2 == 1
-    lists = None if live is None else _lists(state, backend, live, alternate)
+    live = state.live
+    lists = None if live is None else tile_map.make_lists(live, tk, alternate)
     criterion = settings.criterion if marks else None
     audited = range(0) if live is None else policy.audited_tiles(state.calls, tq, settings.audit)
+    rows = rows_of(audited, tile, order)
     full = None
     if audited:
-        rows = slice(audited.start * tile.q, audited.stop * tile.q)
-        result, full = forward_and_audit(backend, q, k, v, scale, lists, criterion, rows)
+        result, full = forward_and_audit(
+            backend, q, k, v, scale, lists, criterion, order=order, audited=rows
+        )
     else:
-        result = backend.forward(q, k, v, scale, lists, criterion)
+        result = backend.forward(q, k, v, scale, lists, criterion, order)
 
-    lost = None
+    lost = bound = None
     computed = torch.tensor(b * h * tq * tk, device="cpu") if lists is None else lists.count.sum()
     if live is not None:
-        lost = _complete(state, backend, result, full, q, k, v, scale, live, audited, settings)
-        extra = len(audited) * tk + (tq * tk // tile.k if state.gain else 0)
+        if settings.tail:
+            _add_tail(state, backend, result, full, q, k, v, scale, audited, order)
+        if full is not None:
+            result.out[:, :, rows] = full.out
+            lost = policy.lost_mass(result.lse[:, :, rows], full.lse).mean()
+            bound = None if state.ledger is None else state.ledger[0]
+        extra = len(audited) * tk + (tq * tk // tile.k if state.seen else 0)
         computed = computed + b * h * extra
 
-    bound = None
-    if lost is not None and state.ledger is not None:
-        bound = state.ledger.bound
-        state.ledger = budget.enter_audit(state.ledger, lost)
     if result.score is not None:
         if state.pinned is None:
-            state.pinned = _pinned(settings, video, lq, k.shape[2], tile, arrangement).to(q.device)
-        kept = _mark(state, backend, live, result.score, settings, position)
-        state.live = kept if state.live is None else state.live.copy_(kept)
+            state.pinned = _pinned(settings, video, lq, k.shape[2], tile, order).to(q.device)
+        limit = _limit(state, tile_map, result.score, lost, settings, position)
+        kept = tile_map.next_live(live, result.score, limit, state.pinned)
+        state.live = kept if live is None else live.copy_(kept)
     state.calls += 1
-    out = result.out if arrangement is None else take(result.out, arrangement.place)
-    return out, Tally(computed, b * h * tq * tk, lost, bound)
+    return result.out, Tally(computed, b * h * tq * tk, lost, bound)
 
 
-def _lists(state: LayerState, backend: Backend, live: Tensor, alternate: bool) -> TileLists:
-    """Lists of the live tiles; ``live [B, H, Tq, Tk]`` bool is what the bits in the state say."""
-    kernels = backend.tile_map(live.device)
-    if kernels is None or state.live is None:
-        return make_lists(live, alternate)
-    return kernels.make_lists(state.live, live.shape[-1], alternate)
-
-
-def _mark(
+def _limit(
     state: LayerState,
-    backend: Backend,
-    live: Tensor | None,
+    tile_map: TileMap,
     score: Tensor,
+    lost: Tensor | None,
     settings: Settings,
     position: float,
-) -> Tensor:
-    """The tiles to compute at the next call, bits ``[B, H, Tq, ceil(Tk/32)]`` int32."""
-    assert state.pinned is not None
+) -> float | Tensor:
+    """The score up to which tiles go; ``lost []``: what the audit of this call measured."""
     if settings.budget is None:
-        threshold = policy.threshold_at(settings, position, score.shape[-1])
-        return _next_live(state, backend, live, score, threshold)
-    aim = budget.target(settings.budget, settings.ramp, position)
-    ledger = state.ledger or budget.open_ledger(score.device)
-    start = state.ratios[phase(position)] if state.ratios else budget.PRIOR
-    ratio = budget.lost_per_bound(ledger, start).double()
-    before = torch.ones_like(score, dtype=torch.bool) if live is None else live
-    own = Stock(ratio * ledger.bound, ratio * allocation.bounds(score, before & ~state.pinned))
-    others = [stock for name, stock in [*state.stocks.items()] if name != state.name]
-    limit = allocation.threshold(own, others, aim)
-    kept = _next_live(state, backend, live, score, limit)
-    ledger = budget.enter_dropped(ledger, score, before & ~unpack(kept, score.shape[-1]))
-    own = allocation.after(own, limit, ratio * ledger.bound)
-    fresh = allocation.overspent(own, others, aim)
-    state.ledger = ledger._replace(bound=ledger.bound.masked_fill(fresh, 0))
-    state.stocks[state.name] = own._replace(spent=own.spent.masked_fill(fresh, 0))
-    return torch.where(fresh, all_live(1, 1, 1, score.shape[-1], score.device), kept)
-
-
-def _next_live(
-    state: LayerState,
-    backend: Backend,
-    live: Tensor | None,
-    score: Tensor,
-    threshold: float | Tensor,
-) -> Tensor:
-    """Bits of :func:`policy.next_live`."""
+        return policy.threshold_at(settings, position, score.shape[-1])
     assert state.pinned is not None
-    kernels = backend.tile_map(score.device)
-    if kernels is None:
-        return pack(policy.next_live(live, score, threshold, state.pinned))
-    return kernels.next_live(state.live, score, threshold, state.pinned)
+    if state.ledger is None:
+        state.ledger = budget.open_ledger(score.device)
+    others = [stock for name, stock in [*state.stocks.items()] if name != state.name]
+    limit, state.ledger, state.stocks[state.name] = tile_map.choose(
+        tile_map.histogram(state.live, score, state.pinned),
+        score[..., 0].numel(),
+        state.ledger,
+        lost,
+        state.ratios[phase(position)] if state.ratios else budget.PRIOR,
+        others,
+        budget.target(settings.budget, settings.ramp, position),
+    )
+    return limit
 
 
 def _arrangement(
@@ -184,18 +161,17 @@ def _pinned(
     lq: int,
     lk: int,
     tile: TileShape,
-    arrangement: Arrangement | None,
+    order: Tensor | None,
 ) -> Tensor:
     """Tiles that must stay live, ``[Tq, Tk]`` bool, in the order in which tokens are listed."""
     queries = policy.pinned_tokens(settings.dense_queries, video, lq)
     keys = policy.pinned_tokens(settings.dense_keys, video, lk)
-    if arrangement is not None:
-        order = arrangement.order.cpu()
-        queries, keys = queries[order], keys[order]
+    if order is not None:
+        queries, keys = (tokens[order.cpu()] for tokens in (queries, keys))
     return policy.pinned_tiles(queries, keys, tile)
 
 
-def _complete(
+def _add_tail(
     state: LayerState,
     backend: Backend,
     result: Attended,
@@ -204,25 +180,16 @@ def _complete(
     k: Tensor,
     v: Tensor,
     scale: float,
-    live: Tensor,
     audited: range,
-    settings: Settings,
-) -> Tensor | None:
-    """Give the result, in place, what the skipped tiles contribute, and the audited rows their
-    exact output, ``full``. Returns the mean lost mass of these, None where there are none."""
-    tile = backend.tile_shape(q.shape[3])
-    rows = slice(audited.start * tile.q, audited.stop * tile.q)
-    if settings.tail:
-        pooled = pool(k, v, tile.k)
-        if full is not None:
-            kept = Attended(result.out[:, :, rows].float(), result.lse[:, :, rows], None)
-            some = live[:, :, audited.start : audited.stop]
-            part = skipped_part(q[:, :, rows], pooled, scale, some, tile.q)
-            state.gain = tail.calibrate(state.gain, kept, part, full)
-        if state.gain is not None:
-            assert state.live is not None
-            backend.add_skipped(result, q, pooled, scale, state.live, state.gain.factor)
-    if full is None:
-        return None
-    result.out[:, :, rows] = full.out
-    return policy.lost_mass(result.lse[:, :, rows], full.lse).mean()
+    order: Tensor | None,
+) -> None:
+    """Give the result, in place, what the skipped tiles contribute, calibrated by the audited query
+    tiles, whose exact result is ``full``."""
+    assert state.live is not None
+    pooled = pool(k, v, backend.tile_shape(q.shape[3]).k)
+    if full is not None:
+        seen = backend.audit_skipped(result, q, pooled, scale, state.live, full, audited, order)
+        state.seen = tail.enter_audit(state.seen, seen)
+    if state.seen is not None:
+        factor = tail.factor(state.seen)
+        backend.add_skipped(result, q, pooled, scale, state.live, factor, order)

@@ -7,8 +7,6 @@ allowed loss into a threshold. Pure functions; tensors stay on their device, not
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -21,39 +19,26 @@ PRIOR_WEIGHT = 1.0
 DECAY = 0.8
 
 
-class Ledger(NamedTuple):
-    """What one layer of one stream has spent, as scalars ``[]`` float32.
-
-    ``bound``: bound on the mass of all dropped tiles, mean over rows; ``measured`` and
-    ``expected``: decayed sums of the audited loss and of the bound at those audits; ``audits``:
-    their decayed number.
-    """
-
-    bound: Tensor
-    measured: Tensor
-    expected: Tensor
-    audits: Tensor
+def open_ledger(device: torch.device) -> Tensor:
+    """What one layer of one stream has spent, ``[4]`` float64: the bound on the mass of all dropped
+    tiles, mean over rows; decayed sums of the audited loss and of the bound at those audits; the
+    decayed number of audits."""
+    return torch.zeros(4, dtype=torch.float64, device=device)
 
 
-def open_ledger(device: torch.device) -> Ledger:
-    return Ledger(*torch.zeros(4, device=device))
-
-
-def enter_audit(ledger: Ledger, lost: Tensor) -> Ledger:
+def enter_audit(ledger: Tensor, lost: Tensor) -> Tensor:
     """Note the mean lost mass ``[]`` of the rows audited in this call."""
-    return Ledger(
-        ledger.bound,
-        ledger.measured * DECAY + lost,
-        ledger.expected * DECAY + ledger.bound,
-        ledger.audits * DECAY + 1,
+    bound, measured, expected, audits = ledger
+    return torch.stack(
+        [bound, measured * DECAY + lost, expected * DECAY + bound, audits * DECAY + 1]
     )
 
 
-def lost_per_bound(ledger: Ledger, start: float = PRIOR) -> Tensor:
+def lost_per_bound(ledger: Tensor, start: float = PRIOR) -> Tensor:
     """True loss over its bound, ``[]``, as far as known; ``start`` before anything was measured."""
-    mean_bound = ledger.expected / ledger.audits.clamp(min=1)
-    prior = PRIOR_WEIGHT * mean_bound
-    return (ledger.measured + start * prior + 1e-12) / (ledger.expected + prior + 1e-12 / start)
+    _, measured, expected, audits = ledger
+    prior = PRIOR_WEIGHT * expected / audits.clamp(min=1)
+    return (measured + start * prior + 1e-12) / (expected + prior + 1e-12 / start)
 
 
 def allowance(budget: float, ramp: float, position: float) -> float:
@@ -65,9 +50,3 @@ def allowance(budget: float, ramp: float, position: float) -> float:
 def target(budget: float, ramp: float, position: float) -> float:
     """Lost mass aimed at: the allowance with a margin."""
     return MARGIN * allowance(budget, ramp, position)
-
-
-def enter_dropped(ledger: Ledger, score: Tensor, dropped: Tensor) -> Ledger:
-    """Note the tiles ``[B, H, Tq, Tk]`` bool that this call marked."""
-    bound = torch.where(dropped, score.exp2(), 0).sum() / score[..., 0].numel()
-    return ledger._replace(bound=ledger.bound + bound)

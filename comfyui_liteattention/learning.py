@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .budget import Ledger, lost_per_bound
+from .budget import lost_per_bound
 
 #: Parts of a run for which a layer's ratio is learned on its own.
 PHASES = 5
@@ -52,8 +52,7 @@ def learn(audits: Iterable[Audit]) -> dict[str, tuple[float, ...]]:
 def _ratio(lost: float, bound: float, audits: float) -> float | None:
     if not audits:
         return None
-    sums = [0, lost, bound, audits]
-    ledger = Ledger(*torch.tensor(sums, dtype=torch.float64, device="cpu"))
+    ledger = torch.tensor([0, lost, bound, audits], dtype=torch.float64, device="cpu")
     return min(max(float(lost_per_bound(ledger)), RATIOS[0]), RATIOS[1])
 
 

@@ -62,11 +62,12 @@ def next_live(
 
     ``live [B, H, Tq, Tk]`` bool (None: all) and ``score [B, H, Tq, Tk]`` float32 belong to this
     call; ``pinned [Tq, Tk]`` bool. The best tile of every query tile stays, whatever the
-    threshold, and a score that is not a number never drops a tile.
+    threshold, and a score that is not a number never drops a tile. A threshold that is not a number
+    drops none and brings all back.
     """
     kept = ~(score <= threshold)
     if live is not None:
-        kept &= live
+        kept &= live | (threshold != threshold)
     kept.scatter_(-1, score.argmax(-1, keepdim=True), True)
     return kept | pinned
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .allocation import Stock
 from .attention import LayerState, Tally, attend
 from .backends.base import Backend
 from .backends.kernel_selftest import lacks_memory
@@ -72,7 +71,7 @@ class Run:
         self.sigmas = tuple(sigmas)
         self.reasons: Counter[str] = Counter()
         self._states: dict[_Key, LayerState] = {}
-        self._stocks: defaultdict[Hashable, dict[str, Stock]] = defaultdict(dict)
+        self._stocks: defaultdict[Hashable, dict[str, Tensor]] = defaultdict(dict)
         self._failed: set[str] = set()
         self._stopped: str | None = None
         self._calls: list[_Call] = []

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfyui_liteattention import allocation, budget, policy
-from comfyui_liteattention.allocation import BIN, BINS, Stock
+from comfyui_liteattention.allocation import BINS, PER_LOG2
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
@@ -17,10 +17,21 @@ from comfyui_liteattention.tiles import TileShape
 CPU = torch.device("cpu")
 
 
+#: A tile counts as the mean of its bin.
+WITHIN_A_BIN = 2 ** (1 / PER_LOG2)
+NO_OTHERS = torch.empty(0, 1 + BINS, dtype=torch.float64)
+
+
 def stock(score, droppable, ratio=1.0, spent=0.0):
-    return Stock(
-        torch.tensor(spent, dtype=torch.float64), ratio * allocation.bounds(score, droppable)
-    )
+    counts = allocation.histogram(score, droppable)
+    held = counts * allocation.mass_of_bins(CPU) / score[..., 0].numel()
+    return torch.cat([torch.tensor([spent], dtype=torch.float64), ratio * held])
+
+
+def having_lost(*spent):
+    """Stocks ``[N, 1 + BINS]`` of layers without anything left."""
+    lost = torch.tensor(spent, dtype=torch.float64).unsqueeze(1)
+    return torch.cat([lost, torch.zeros(len(spent), BINS)], 1)
 
 
 def some_scores(seed):
@@ -32,25 +43,25 @@ def some_scores(seed):
 @given(seed=st.integers(0, 10**6), allowed=st.floats(0, 2))
 def test_the_threshold_spends_what_is_allowed_and_no_more(seed, allowed):
     score, droppable = some_scores(seed)
-    limit = allocation.threshold(stock(score, droppable), [], allowed)
+    limit = allocation.threshold(stock(score, droppable), NO_OTHERS, allowed)
     spent = torch.where(droppable & (score <= limit), score.exp2(), 0).sum().double() / 36
-    assert spent <= allowed + 1e-6
+    assert spent <= allowed * WITHIN_A_BIN + 1e-6
     # One bin more would be too much, unless everything went already.
-    next_bin = droppable & (score <= limit + BIN)
+    next_bin = droppable & (score <= limit + 1 / PER_LOG2)
     if (droppable & ~next_bin).any():
         more = torch.where(next_bin, score.exp2(), 0).sum().double() / 36
-        assert more > allowed - 1e-6
+        assert more * WITHIN_A_BIN > allowed - 1e-6
 
 
 def test_scores_of_tiles_that_were_not_visited_cost_nothing():
     score = torch.linspace(-12, -0.1, 24).view(1, 1, 3, 8)
     everywhere = torch.ones_like(score, dtype=torch.bool)
-    limit = allocation.threshold(stock(score, everywhere), [], 0.02)
+    limit = allocation.threshold(stock(score, everywhere), NO_OTHERS, 0.02)
     assert -12 < limit < -0.1
     unvisited = torch.full((1, 1, 3, 5), -math.inf)
     wider = torch.cat([score, unvisited], -1)
     visited = torch.cat([everywhere, torch.zeros_like(unvisited, dtype=torch.bool)], -1)
-    assert allocation.threshold(stock(wider, visited), [], 0.02) == limit
+    assert allocation.threshold(stock(wider, visited), NO_OTHERS, 0.02) == limit
 
 
 @given(seed=st.integers(0, 10**6), aim=st.floats(1e-4, 0.5))
@@ -62,9 +73,9 @@ def test_layers_share_one_threshold_up_to_the_largest_share(seed, aim):
     ]
     lost = []
     for i, own in enumerate(layers):
-        limit = allocation.threshold(own, layers[:i] + layers[i + 1 :], aim)
-        gone = (torch.arange(-BINS, 0) * BIN) <= limit
-        lost.append(own.spent + own.left[gone].sum())
+        limit = allocation.threshold(own, torch.stack(layers[:i] + layers[i + 1 :]), aim)
+        gone = (torch.arange(-BINS, 0) / PER_LOG2) <= limit
+        lost.append(own[0] + own[1:][gone].sum())
         assert lost[-1] <= allocation.LARGEST_SHARE * aim + 1e-9
     assert sum(lost) <= 3 * aim + 1e-9
 
@@ -72,11 +83,11 @@ def test_layers_share_one_threshold_up_to_the_largest_share(seed, aim):
 def test_a_layer_that_loses_little_leaves_its_share_to_the_others():
     score, droppable = some_scores(3)
     own, idle = stock(score, droppable), stock(score, torch.zeros_like(droppable))
-    alone = allocation.threshold(own, [], 0.01)
-    assert allocation.threshold(own, [own], 0.01) == alone  # twins share evenly
-    assert allocation.threshold(own, [idle], 0.01) > alone
-    spent = idle._replace(spent=torch.tensor(0.015, dtype=torch.float64))
-    assert allocation.threshold(own, [spent], 0.01) < alone
+    alone = allocation.threshold(own, NO_OTHERS, 0.01)
+    assert allocation.threshold(own, own[None], 0.01) == alone  # twins share evenly
+    assert allocation.threshold(own, idle[None], 0.01) > alone
+    idle[0] = 0.015
+    assert allocation.threshold(own, idle[None], 0.01) < alone
 
 
 def test_the_mean_of_the_target_over_a_run_is_the_budget_with_its_margin():
@@ -89,7 +100,7 @@ def test_the_mean_of_the_target_over_a_run_is_the_budget_with_its_margin():
 def test_the_ratio_of_loss_to_bound_is_learned():
     ledger = budget.open_ledger(CPU)
     assert float(budget.lost_per_bound(ledger)) == pytest.approx(budget.PRIOR)
-    ledger = ledger._replace(bound=torch.tensor(0.1))
+    ledger[0] = 0.1
     for _ in range(30):
         ledger = budget.enter_audit(ledger, torch.tensor(0.02))
     assert float(budget.lost_per_bound(ledger)) == pytest.approx(0.2, rel=0.15)
@@ -102,8 +113,8 @@ class Truth(ReferenceBackend):
         super().__init__(TileShape(16, 16), torch.float32)
         self.lost = []
 
-    def forward(self, q, k, v, scale, lists=None, criterion=None):
-        result = super().forward(q, k, v, scale, lists, criterion)
+    def forward(self, q, k, v, scale, lists=None, criterion=None, order=None):
+        result = super().forward(q, k, v, scale, lists, criterion, order)
         if lists is not None:
             full = super().forward(q, k, v, scale)
             self.lost.append(float(policy.lost_mass(result.lse, full.lse).mean()))
@@ -111,17 +122,35 @@ class Truth(ReferenceBackend):
 
 
 def test_a_layer_that_lost_far_too_much_starts_over():
-    def having_lost(spent):
-        return Stock(torch.tensor(spent, dtype=torch.float64), torch.zeros(BINS))
-
     most = allocation.TOO_MUCH * allocation.LARGEST_SHARE
-    assert allocation.overspent(having_lost(0.011 * most), [], 0.01)
-    assert allocation.overspent(having_lost(0.011 * most), [having_lost(0.0)] * 9, 0.01)
-    assert not allocation.overspent(having_lost(0.012), [having_lost(0.012)] * 9, 0.01)
+
+    def overspent(own, others, aim):
+        return bool(allocation.overspent(having_lost(own)[0], having_lost(*others), aim))
+
+    assert overspent(0.011 * most, [], 0.01)
+    assert overspent(0.011 * most, [0.0] * 9, 0.01)
+    assert not overspent(0.012, [0.012] * 9, 0.01)
     # Where all lose too much, those above the mean start over.
-    assert allocation.overspent(having_lost(0.02), [having_lost(0.016)] * 9, 0.01)
-    assert not allocation.overspent(having_lost(0.016), [having_lost(0.02)] * 9, 0.01)
-    assert not allocation.overspent(having_lost(0.0), [], 1e-6)
+    assert overspent(0.02, [0.016] * 9, 0.01)
+    assert not overspent(0.016, [0.02] * 9, 0.01)
+    assert not overspent(0.0, [], 1e-6)
+
+
+def test_a_choice_spends_what_it_drops_and_starts_over_where_that_was_too_much():
+    score, droppable = some_scores(4)
+    counts, tiles = allocation.histogram(score, droppable), score[..., 0].numel()
+    ledger = budget.open_ledger(CPU)
+    choice = allocation.choose(counts, tiles, ledger, None, 1.0, [], 0.05)
+    dropped = torch.where(droppable & (score <= choice.limit), score.exp2(), 0).sum() / tiles
+    assert float(choice.ledger[0]) == pytest.approx(float(dropped), rel=0.05) and dropped > 0.03
+    assert float(choice.stock.sum()) == pytest.approx(float(stock(score, droppable).sum()))
+    assert choice.limit.dtype == torch.float32
+
+    # An audit then shows that ten times as much is lost as was thought.
+    again = allocation.choose(counts, tiles, choice.ledger, 10 * dropped, 1.0, [], 0.05)
+    assert again.limit.isnan() and again.ledger[0] == 0 and again.stock[0] == 0
+    live = policy.next_live(torch.zeros_like(droppable), score, again.limit, ~droppable[0, 0])
+    assert live.all()
 
 
 def drifting(steps, tokens=512, sharpness=4.0):

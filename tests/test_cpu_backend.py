@@ -21,6 +21,7 @@ from comfyui_liteattention.backends.base import Attended
 from comfyui_liteattention.backends.cpu import CpuBackend
 from comfyui_liteattention.backends.pooled import Pooled, add_skipped, pool
 from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.order import take
 from comfyui_liteattention.tiles import TileLists, make_lists, pack, unpack
 
 pytest.importorskip("numba")
@@ -246,6 +247,30 @@ def test_skipped_tiles_contribute_what_the_twin_says(dtype, lq, lk, d, sharpness
     assert relative_error(kept.out, want.out) <= 2 * rounding + 2e-5
     assert torch.equal(kept.out[:, :, TILE.q : 2 * TILE.q], before[:, :, TILE.q : 2 * TILE.q])
     assert torch.equal(unpack(bits, tk), live)
+
+
+@pytest.mark.parametrize("backend", [BACKEND, TWIN], ids=lambda x: x.name)
+def test_an_order_of_queries_changes_nothing_else(backend) -> None:
+    """Row r of the map is the query order[r]; outputs stay in the order of the queries."""
+    q, k, v = make_qkv(1, 2, 300, 330, 64)
+    live = torch.rand(1, 2, *TILE.grid(300, 330)) < 0.5
+    live[..., 0] = True
+    order = torch.randperm(300)
+    want = backend.forward(take(q, order), k, v, 0.1, make_lists(live), "mass")
+    got = backend.forward(q, k, v, 0.1, make_lists(live), "mass", order)
+    assert torch.equal(take(got.out, order), want.out) and torch.equal(got.score, want.score)
+    assert torch.equal(got.lse[:, :, order], want.lse)
+    case = (pool(k, v, TILE.k), 0.1, pack(live))
+    audited = range(1, 4)
+    full = backend.forward(take(q, order)[:, :, 64:256], k, v, 0.1)
+    agreement = backend.audit_skipped(want, take(q, order), *case, full, audited)
+    for a, b in zip(
+        backend.audit_skipped(got, q, *case, full, audited, order), agreement, strict=True
+    ):
+        assert torch.equal(a, b)
+    backend.add_skipped(want, take(q, order), *case, torch.ones(1, 2))
+    backend.add_skipped(got, q, *case, torch.ones(1, 2), order)
+    assert torch.equal(take(got.out, order), want.out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -39,17 +39,19 @@ NOTHING = BOLD | {"threshold": -39.0}
 
 
 class Recorder(ReferenceBackend):
-    """Small tiles; keeps, of every call that skips, which rows came out other than dense."""
+    """Small tiles; keeps, of every call that skips, which rows came out other than dense, as they
+    are listed in the map."""
 
     def __init__(self):
         super().__init__(TileShape(TILE, TILE))
         self.changed = []
 
-    def forward(self, q, k, v, scale, lists=None, criterion=None):
-        result = super().forward(q, k, v, scale, lists, criterion)
+    def forward(self, q, k, v, scale, lists=None, criterion=None, order=None):
+        result = super().forward(q, k, v, scale, lists, criterion, order)
         if lists is not None:
-            full = super().forward(q, k, v, scale)
-            self.changed.append((result.out != full.out).any(-1).any(0).any(0))
+            full = super().forward(q, k, v, scale, order=order)
+            changed = (result.out != full.out).any(-1).any(0).any(0)
+            self.changed.append(changed if order is None else changed[order])
         return result
 
 

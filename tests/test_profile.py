@@ -36,8 +36,8 @@ class Truth(ReferenceBackend):
         super().__init__(TILE, torch.float32)
         self.lost = []
 
-    def forward(self, q, k, v, scale, lists=None, criterion=None):
-        result = super().forward(q, k, v, scale, lists, criterion)
+    def forward(self, q, k, v, scale, lists=None, criterion=None, order=None):
+        result = super().forward(q, k, v, scale, lists, criterion, order)
         if lists is not None:
             full = super().forward(q, k, v, scale)
             self.lost.append(float(policy.lost_mass(result.lse, full.lse).mean()))

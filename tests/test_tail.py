@@ -8,7 +8,13 @@ import torch
 from comfyui_liteattention import tail
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends import pooled as pooled_module
-from comfyui_liteattention.backends.pooled import add_skipped, pool, skipped_part
+from comfyui_liteattention.backends.pooled import (
+    Agreement,
+    add_skipped,
+    compare,
+    pool,
+    skipped_part,
+)
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape, make_lists, pack
@@ -94,8 +100,8 @@ def test_an_empty_part_is_nothing():
     part = skipped_part(q, pool(k, v, TILE.k), SCALE, live, TILE.q)
     assert (part.lse == -math.inf).all() and (part.out == 0).all()
     kept = backend().forward(q, k, v, SCALE)
-    gain = tail.calibrate(None, kept, part, kept)
-    assert (gain.factor == 0).all()
+    factor = tail.factor(compare(kept, part, kept))
+    assert (factor == 0).all()
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
@@ -108,7 +114,7 @@ def test_the_factor_brings_rows_that_were_not_audited_closer_too(spread):
     part = skipped_part(q[:, :, audited], pooled, SCALE, live[:, :, :4], TILE.q)
     full = backend().forward(q[:, :, audited], k, v, SCALE)
     rows = kept._replace(out=kept.out[:, :, audited], lse=kept.lse[:, :, audited])
-    gain = tail.calibrate(None, rows, part, full)
+    factor = tail.factor(compare(rows, part, full))
     truth = exact(q, k, v)[:, :, 4 * TILE.q :]
 
     def with_factor(factor):
@@ -117,8 +123,8 @@ def test_the_factor_brings_rows_that_were_not_audited_closer_too(spread):
         return error(copy.out[:, :, 4 * TILE.q :], truth)
 
     # The mean of exponentials is more than the exponential of the mean.
-    assert (gain.factor > 1).all()
-    assert with_factor(gain.factor) < with_factor(torch.ones(1, 2)) < with_factor(torch.zeros(1, 2))
+    assert (factor > 1).all()
+    assert with_factor(factor) < with_factor(torch.ones(1, 2)) < with_factor(torch.zeros(1, 2))
 
 
 def test_a_part_that_does_not_help_gets_no_weight():
@@ -132,24 +138,23 @@ def test_a_part_that_does_not_help_gets_no_weight():
     pooled = pool(k, v, TILE.k)
     part = skipped_part(q, pooled, SCALE, live, TILE.q)
     # What is missing is then only that the kept part weighs too much, and a mean of zero says that.
-    factor = tail.calibrate(None, kept, part, backend().forward(q, k, v, SCALE)).factor
+    factor = tail.factor(compare(kept, part, backend().forward(q, k, v, SCALE)))
     before = error(kept.out, exact(q, k, v))
     add_skipped(kept, q, pooled, SCALE, pack(live), factor, TILE)
     assert error(kept.out, exact(q, k, v)) < before
 
 
 def test_old_audits_fade():
-    old = tail.Gain(torch.full((1, 1), 100.0), torch.full((1, 1), 100.0))
+    seen = Agreement(torch.full((1, 1), 100.0), torch.full((1, 1), 100.0))
     q, k, v = tensors(8, length=160, heads=1)
     live = some_live(q, k)
     kept = backend().forward(q, k, v, SCALE, make_lists(live))
     part = skipped_part(q, pool(k, v, TILE.k), SCALE, live, TILE.q)
     full = backend().forward(q, k, v, SCALE)
-    fresh = tail.calibrate(None, kept, part, full).factor
-    gain = old
+    fresh = tail.factor(compare(kept, part, full))
     for _ in range(60):
-        gain = tail.calibrate(gain, kept, part, full)
-    assert float(gain.factor) == pytest.approx(float(fresh), rel=1e-3)
+        seen = tail.enter_audit(seen, compare(kept, part, full))
+    assert float(tail.factor(seen)) == pytest.approx(float(fresh), rel=1e-3)
 
 
 @pytest.mark.parametrize("huge", [30.0, 300.0])
@@ -160,9 +165,9 @@ def test_huge_scores_stay_finite(huge):
     kept = backend().forward(q, k, v, SCALE, make_lists(live))
     pooled = pool(k, v, TILE.k)
     part = skipped_part(q, pooled, SCALE, live, TILE.q)
-    gain = tail.calibrate(None, kept, part, backend().forward(q, k, v, SCALE))
-    assert torch.isfinite(gain.factor).all()
-    add_skipped(kept, q, pooled, SCALE, pack(live), gain.factor, TILE)
+    factor = tail.factor(compare(kept, part, backend().forward(q, k, v, SCALE)))
+    assert torch.isfinite(factor).all()
+    add_skipped(kept, q, pooled, SCALE, pack(live), factor, TILE)
     assert torch.isfinite(kept.out).all()
 
 
@@ -203,5 +208,5 @@ def test_a_layer_uses_it_and_stays_closer_to_dense():
             out, tally = attend(state, backend(), q, k, v, SCALE, settings, 1.0)
         errors[on] = error(out, exact(q, k, v))
         assert tally.lost is not None and tally.lost > 0.05
-        assert (state.gain is not None) is on
+        assert (state.seen is not None) is on
     assert errors[True] < 0.8 * errors[False]

@@ -6,7 +6,8 @@ computed, how much that tile mattered. What to do with the scores is ``policy.py
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,14 +15,17 @@ from torch import Tensor
 from ..tiles import TileLists, TileShape
 
 if TYPE_CHECKING:
-    from .pooled import Pooled
-    from .tile_map import TileMap
+    from ..allocation import Choice
+    from .pooled import Agreement, Pooled
 
 Criterion = Literal["mass", "gap"]
 
 #: How q and k are multiplied: in their own dtype, or in 8 bits (see triton_quantise), which is
 #: faster on cards whose tensor cores are the limit, and less precise.
 Qk = Literal["native", "int8"]
+
+#: Some queries of a call: a run of them, or their numbers ``[N]`` int64.
+Rows: TypeAlias = slice | Tensor
 
 
 class Attended(NamedTuple):
@@ -70,21 +74,81 @@ class Backend(Protocol):
         scale: float,
         lists: TileLists | None = None,
         criterion: Criterion | None = None,
+        order: Tensor | None = None,
     ) -> Attended:
         """Attention of ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` (any strides) over the tiles
         in ``lists``; None means all of them, the same as lists that name them all (bit for bit,
         unless a compiler made the one and the other round differently; ``criterion`` likewise
-        leaves ``out`` and ``lse`` as they are). Every query tile has at least one tile to visit."""
+        leaves ``out`` and ``lse`` as they are). Every query tile has at least one tile to visit.
+
+        ``order [Lq]`` int64: row ``r`` of the tile map is the query ``order[r]``, each exactly
+        once; None: as they come. The result stays in the order of ``q``."""
         ...
 
     def add_skipped(
-        self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        factor: Tensor,
+        order: Tensor | None = None,
     ) -> None:
         """Add the skipped tiles' means to a result: see :func:`.pooled.add_skipped`."""
         ...
 
+    def audit_skipped(
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        full: Attended,
+        audited: range,
+        order: Tensor | None = None,
+    ) -> Agreement:
+        """How far those means agree with what is missing: see :func:`.pooled.audit_skipped`."""
+        ...
+
     def tile_map(self, device: torch.device) -> TileMap | None:
         """Kernels that keep the tile map on this device, if there are any: see tile_map.py."""
+        ...
+
+
+class TileMap(Protocol):
+    """Scores -> next live bits -> lists: kernels of a backend, or ``marking.py``.
+
+    Bits ``live [B, H, Tq, ceil(Tk/32)]`` int32 (None: all tiles are live), ``score [B, H, Tq, Tk]``
+    float32, log2, ``pinned [Tq, Tk]`` bool. Nothing waits for a device.
+    """
+
+    def make_lists(self, live: Tensor, tk: int, alternate: bool = False) -> TileLists:
+        """:func:`.tiles.make_lists`."""
+        ...
+
+    def next_live(
+        self, live: Tensor | None, score: Tensor, threshold: float | Tensor, pinned: Tensor
+    ) -> Tensor:
+        """:func:`.policy.next_live`."""
+        ...
+
+    def histogram(self, live: Tensor | None, score: Tensor, pinned: Tensor) -> Tensor:
+        """:func:`.allocation.histogram` of the tiles that are live and not pinned."""
+        ...
+
+    def choose(
+        self,
+        counts: Tensor,
+        query_tiles: int,
+        ledger: Tensor,
+        lost: Tensor | None,
+        start: float,
+        others: Sequence[Tensor],
+        aim: float,
+    ) -> Choice:
+        """:func:`.allocation.choose`."""
         ...
 
 
@@ -100,7 +164,8 @@ class SharesKeys(Protocol):
         scale: float,
         lists: TileLists | None,
         criterion: Criterion | None,
-        rows: slice,
+        order: Tensor | None,
+        audited: Rows,
     ) -> tuple[Attended, Attended]:
         """As the function below."""
         ...
@@ -114,13 +179,20 @@ def forward_and_audit(
     scale: float,
     lists: TileLists | None,
     criterion: Criterion | None,
-    rows: slice,
+    order: Tensor | None,
+    audited: Rows,
 ) -> tuple[Attended, Attended]:
-    """``backend.forward``, and the queries ``rows`` over all tiles."""
+    """``backend.forward``, and the queries ``audited`` over all tiles."""
     if isinstance(backend, SharesKeys):
-        return backend.forward_and_audit(q, k, v, scale, lists, criterion, rows)
-    result = backend.forward(q, k, v, scale, lists, criterion)
-    return result, backend.forward(q[:, :, rows], k, v, scale)
+        return backend.forward_and_audit(q, k, v, scale, lists, criterion, order, audited)
+    result = backend.forward(q, k, v, scale, lists, criterion, order)
+    return result, backend.forward(q[:, :, audited], k, v, scale)
+
+
+def rows_of(tiles: range, tile: TileShape, order: Tensor | None) -> Rows:
+    """The queries of some query tiles; ``order``: see ``Backend.forward``."""
+    rows = slice(tiles.start * tile.q, tiles.stop * tile.q)
+    return rows if order is None else order[rows]
 
 
 def empty_out(q: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from ..tiles import TileLists, TileShape
-from .base import Attended, Criterion, empty_out
-from .pooled import Pooled
+from .base import Attended, Criterion, Rows, empty_out
+from .pooled import Agreement, Pooled, audit_skipped
 
 KERNELS = "_liteattention_cpu_kernels"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,8 +81,9 @@ class CpuBackend:
         scale: float,
         lists: TileLists | None = None,
         criterion: Criterion | None = None,
+        order: Tensor | None = None,
     ) -> Attended:
-        return self._attend(k, v, scale, (q, lists, criterion))[0]
+        return self._attend(k, v, scale, (q, lists, criterion, order))[0]
 
     def forward_and_audit(
         self,
@@ -92,10 +93,12 @@ class CpuBackend:
         scale: float,
         lists: TileLists | None,
         criterion: Criterion | None,
-        rows: slice,
+        order: Tensor | None,
+        audited: Rows,
     ) -> tuple[Attended, Attended]:
         """The keys are packed once."""
-        both = self._attend(k, v, scale, (q, lists, criterion), (q[:, :, rows], None, None))
+        some = (q[:, :, audited], None, None, None)
+        both = self._attend(k, v, scale, (q, lists, criterion, order), some)
         return both[0], both[1]
 
     def _attend(
@@ -103,9 +106,9 @@ class CpuBackend:
         k: Tensor,
         v: Tensor,
         scale: float,
-        *calls: tuple[Tensor, TileLists | None, Criterion | None],
+        *calls: tuple[Tensor, TileLists | None, Criterion | None, Tensor | None],
     ) -> list[Attended]:
-        """One result for each of the ``calls``: queries, lists and criterion."""
+        """One result for each of the ``calls``: queries, lists, criterion and order."""
         kernels = _load_kernels()
         if isinstance(kernels, str):
             raise RuntimeError(kernels)
@@ -125,12 +128,19 @@ class CpuBackend:
             for first in range(0, b * h, heads_at_once):
                 heads = list(enumerate(range(first, min(first + heads_at_once, b * h))))
                 _run_all(pool, packing, heads, _runs(tk, threads))
-                for (q, _, _), task in zip(calls, tasks, strict=True):
+                for (q, *_), task in zip(calls, tasks, strict=True):
                     _run_all(pool, task, heads, _runs(-(-q.shape[2] // self.tile.q), 4 * threads))
         return list(results)
 
     def add_skipped(
-        self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        factor: Tensor,
+        order: Tensor | None = None,
     ) -> None:
         """As :func:`~.pooled.add_skipped`, compiled."""
         kernels = _load_kernels()
@@ -146,10 +156,12 @@ class CpuBackend:
         live_heads = live.flatten(0, 1).numpy()
         log_count = (pooled.log_count / math.log(2)).numpy()
         gains = factor.flatten().tolist()
+        queries = _query_order(order, q.shape[2])
 
         def add(slot: int, head: int, start: int, stop: int) -> None:
             kernels.add_skipped(
                 q_heads[head],
+                queries,
                 keys[slot],
                 values[slot],
                 log_count,
@@ -168,6 +180,19 @@ class CpuBackend:
         with ThreadPoolExecutor(threads) as pool:
             _run_all(pool, packing, heads, [(0, chunks)])
             _run_all(pool, add, heads, _runs(live.shape[2], threads))
+
+    def audit_skipped(
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        full: Attended,
+        audited: range,
+        order: Tensor | None = None,
+    ) -> Agreement:
+        return audit_skipped(kept, q, pooled, scale, live, full, audited, self.tile, order)
 
     def tile_map(self, device: torch.device) -> None:
         return None
@@ -223,6 +248,7 @@ def _call(
     q: Tensor,
     lists: TileLists | None,
     criterion: Criterion | None,
+    order: Tensor | None,
     lk: int,
     scale: float,
     keys: Any,
@@ -242,10 +268,12 @@ def _call(
     lse_heads = lse.view(b * h, lq).numpy()
     score_heads = _floats(b * h, 0, tk) if score is None else score.view(-1, tq, tk).numpy()
     rule = {None: 0, "mass": kernels.MASS, "gap": kernels.GAP}[criterion]
+    queries = _query_order(order, lq)
 
     def attend(slot: int, head: int, start: int, stop: int) -> None:
         kernels.attend(
             q_heads[head],
+            queries,
             keys[slot],
             values[slot],
             counts[head],
@@ -284,6 +312,15 @@ def _head_arrays(x: Tensor) -> list[Any]:
     else:
         array = x.numpy()
     return [head for sample in array for head in sample]
+
+
+def _query_order(order: Tensor | None, lq: int) -> Any:
+    """``[Lq]`` int64: the query of each row of the map."""
+    if order is None:
+        order = torch.arange(lq, device="cpu")
+    elif order.shape != (lq,) or order.dtype != torch.int64:
+        raise ValueError(f"order {tuple(order.shape)}, {order.dtype} for {lq} queries")
+    return order.contiguous().numpy()
 
 
 def _list_arrays(lists: TileLists | None, heads: int, tq: int, tk: int) -> tuple[Any, Any]:

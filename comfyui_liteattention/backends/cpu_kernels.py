@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
 Raw = NDArray[Any]  # float32, or 16-bit floats as their bits: see _widen
 
 TILE = 64
@@ -230,15 +231,17 @@ def _exp2(x: np.float32) -> np.float32:
 
 
 @compiled
-def _pack_queries(q: Raw, tile: int, factor: np.float32, packed: Floats) -> None:
-    """Rows of one tile of ``q [Lq, D]``, times ``factor`` -> ``packed [T/W, D, W]``."""
+def _pack_queries(q: Raw, order: Longs, tile: int, factor: np.float32, packed: Floats) -> None:
+    """The queries ``order [Lq]`` of one tile, rows of ``q [Lq, D]``, times ``factor`` -> ``packed
+    [T/W, D, W]``."""
     lq, d = q.shape
     for g in range(GROUPS):
         for w in range(LANES):
             row = tile * TILE + g * LANES + w
             if row < lq:
+                query = order[row]
                 for j in range(d):
-                    packed[g, j, w] = _widen(q[row, j]) * factor
+                    packed[g, j, w] = _widen(q[query, j]) * factor
             else:
                 for j in range(d):
                     packed[g, j, w] = ZERO
@@ -375,12 +378,13 @@ def _write_scores(
 
 @compiled
 def _write_rows(
-    o: Floats, m: Floats, total: Floats, count: int, tile: int, out: Raw, lse: Floats
+    o: Floats, m: Floats, total: Floats, count: int, order: Longs, tile: int, out: Raw, lse: Floats
 ) -> None:
-    """``o [T, Dp] / total`` -> rows of ``out [Lq, D]``; natural log of the sum -> ``lse [Lq]``."""
+    """``o [T, Dp] / total`` -> the queries ``order [Lq]`` of one tile, rows of ``out [Lq, D]``;
+    natural log of the sum -> ``lse [Lq]``."""
     lq, d = out.shape
     for r in range(min(TILE, lq - tile * TILE)):
-        row = tile * TILE + r
+        row = order[tile * TILE + r]
         inverse = ONE / total[r] if count > 0 else ZERO
         for j in range(d):
             out[row, j] = _narrow(o[r, j] * inverse, out[row, j])
@@ -390,6 +394,7 @@ def _write_rows(
 @compiled
 def attend(
     q: Raw,
+    order: Longs,
     keys: Floats,
     values: Floats,
     counts: Ints,
@@ -406,16 +411,16 @@ def attend(
 ) -> None:
     """Query tiles ``[start, stop)`` of one head.
 
-    ``factor`` is scale * log2(e). ``q, out [Lq, D]``, ``lse [Lq]``; ``keys, values`` from
-    :func:`pack`; ``counts [Tq]``, ``index [Tq or 1, Tk]``, ``score [Tq or 0, Tk]``. ``work`` =
-    queries ``[T/W, D, W]``, s ``[T, T]``, o ``[T, Dp]``, state ``[3, T]``, visits
-    ``[3, Tk or 1, T]``.
+    ``factor`` is scale * log2(e). ``q, out [Lq, D]``, ``lse [Lq]``; row ``r`` of the tiles is the
+    query ``order[r]``; ``keys, values`` from :func:`pack`; ``counts [Tq]``, ``index [Tq or 1,
+    Tk]``, ``score [Tq or 0, Tk]``. ``work`` = queries ``[T/W, D, W]``, s ``[T, T]``, o ``[T, Dp]``,
+    state ``[3, T]``, visits ``[3, Tk or 1, T]``.
     """
     queries, s, o, state, visits = work
     m, total, alpha = state[0], state[1], state[2]
     tk = keys.shape[0]
     for tile in range(start, stop):
-        _pack_queries(q, tile, np.float32(factor), queries)
+        _pack_queries(q, order, tile, np.float32(factor), queries)
         m[:] = MINUS_INF
         total[:] = ZERO
         o[:] = ZERO
@@ -434,7 +439,7 @@ def attend(
             top[:] = m
             _scale_rows(o, alpha)
             _add_values(s, values, j, o)
-        _write_rows(o, m, total, count, tile, out, lse)
+        _write_rows(o, m, total, count, order, tile, out, lse)
         if criterion:
             rows = min(TILE, q.shape[0] - tile * TILE)
             peak, top, part = visits[0], visits[1], visits[2]
@@ -475,14 +480,15 @@ def _score_means(
 
 @compiled
 def _merge_rows(
-    o: Floats, m: Floats, total: Floats, gain: float, tile: int, out: Raw, lse: Floats
+    o: Floats, m: Floats, total: Floats, gain: float, order: Longs, tile: int, out: Raw, lse: Floats
 ) -> None:
-    """Rows of ``out [Lq, D]`` with their natural ``lse [Lq]`` -> merged with ``gain`` times another
-    part: its sums ``o [T, Dp]`` and ``total [T]``, relative to ``m [T]`` in log2 units.
+    """The queries ``order [Lq]`` of one tile, rows of ``out [Lq, D]`` with their natural ``lse
+    [Lq]`` -> merged with ``gain`` times another part: its sums ``o [T, Dp]`` and ``total [T]``,
+    relative to ``m [T]`` in log2 units.
     """
     lq, d = out.shape
     for r in range(min(TILE, lq - tile * TILE)):
-        row = tile * TILE + r
+        row = order[tile * TILE + r]
         ahead = LN2 * (m[r] + math.log2(total[r] * gain)) - lse[row]
         weight = np.float32(1 / (1 + math.exp(-ahead)))
         inverse = ONE / total[r]
@@ -494,6 +500,7 @@ def _merge_rows(
 @compiled
 def add_skipped(
     q: Raw,
+    order: Longs,
     keys: Floats,
     values: Floats,
     log_count: Floats,
@@ -521,7 +528,7 @@ def add_skipped(
     for tile in range(start, stop):
         if _all_live(live[tile], 0, tk):
             continue
-        _pack_queries(q, tile, np.float32(factor), queries)
+        _pack_queries(q, order, tile, np.float32(factor), queries)
         m[:] = MINUS_INF
         total[:] = ZERO
         o[:] = ZERO
@@ -535,4 +542,4 @@ def add_skipped(
             _softmax(s, n, m, total, alpha, peak, part)
             _scale_rows(o, alpha)
             _add_values(s, values, chunk, o)
-        _merge_rows(o, m, total, gain, tile, out, lse)
+        _merge_rows(o, m, total, gain, order, tile, out, lse)

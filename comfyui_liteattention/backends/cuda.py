@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..tiles import TileLists, TileShape
 from . import kernel_call, kernel_selftest, tile_map
-from .base import Attended, Criterion, Qk
+from .base import Attended, Criterion, Qk, TileMap
 from .cuda_driver import ArgumentBlock, Driver, DriverError, Loaded
 from .cuda_prebuilt import Prebuilt, PrebuiltError
 from .cuda_variants import DTYPES, HEAD_DIMS, KERNELS, TILE, TRAILING_POINTERS, Kernel, Variant
-from .pooled import Pooled
+from .pooled import Agreement, Pooled, audit_skipped
 
 
 class Launcher:
@@ -115,7 +115,7 @@ class CudaBackend:
         missing = self.unavailable(device)
         return missing or self._verdicts.of(self, head_dim, dtype, device, self.qk)
 
-    def tile_map(self, device: torch.device) -> tile_map.TileMap | None:
+    def tile_map(self, device: torch.device) -> TileMap | None:
         """See tile_map.py."""
         return self._maps.of(device)
 
@@ -127,21 +127,47 @@ class CudaBackend:
         scale: float,
         lists: TileLists | None = None,
         criterion: Criterion | None = None,
+        order: Tensor | None = None,
     ) -> Attended:
         if torch.compiler.is_compiling():
             count, index = (lists.count, lists.index) if lists is not None else (None, None)
-            out, lse, score = _attend(q, k, v, scale, count, index, criterion, self.qk)
+            out, lse, score = _attend(q, k, v, scale, count, index, criterion, order, self.qk)
             return Attended(out, lse, None if criterion is None else score)
-        return _forward(self.launcher, q, k, v, scale, lists, criterion, self.qk)
+        return _forward(self.launcher, q, k, v, scale, lists, criterion, order, self.qk)
 
     def add_skipped(
-        self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        factor: Tensor,
+        order: Tensor | None = None,
     ) -> None:
         if torch.compiler.is_compiling():
-            _add_skipped(q, *pooled[:3], kept.out, kept.lse, live, factor, scale)
+            _add_skipped(q, *pooled[:3], kept.out, kept.lse, live, factor, order, scale)
         else:
-            launch = kernel_call.prepare_skipped(kept, q, pooled, scale, live, factor)
+            launch = kernel_call.prepare_skipped(kept, q, pooled, scale, live, factor, order)
             self.launcher.launch(launch, q.device)
+
+    def audit_skipped(
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        full: Attended,
+        audited: range,
+        order: Tensor | None = None,
+    ) -> Agreement:
+        if torch.compiler.is_compiling():  # a compiler makes its own kernels of it
+            tile = self.tile_shape(q.shape[-1])
+            return audit_skipped(kept, q, pooled, scale, live, full, audited, tile, order)
+        launch, sums = kernel_call.prepare_audit(kept, q, pooled, scale, live, full, audited, order)
+        self.launcher.launch(launch, q.device)
+        return kernel_call.agreement(sums)
 
 
 @functools.cache
@@ -158,9 +184,10 @@ def _forward(
     scale: float,
     lists: TileLists | None,
     criterion: Criterion | None,
+    order: Tensor | None,
     qk: Qk,
 ) -> Attended:
-    call = kernel_call.prepare(q, k, v, scale, lists, criterion, qk=qk)
+    call = kernel_call.prepare(q, k, v, scale, lists, criterion, order, qk=qk)
     for launch in call.launches:
         launcher.launch(launch, q.device)
     return call.finish()
@@ -172,17 +199,17 @@ def _forward(
     mutates_args=(),
     device_types="cuda",
     schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? count, Tensor? index, "
-    "str? criterion, str qk) -> (Tensor, Tensor, Tensor)",
+    "str? criterion, Tensor? order, str qk) -> (Tensor, Tensor, Tensor)",
 )
-def _attend(q, k, v, scale, count, index, criterion, qk):  # type: ignore[no-untyped-def]
+def _attend(q, k, v, scale, count, index, criterion, order, qk):  # type: ignore[no-untyped-def]
     lists = None if count is None else TileLists(count, index)
     q, k, v = (kernel_call.aligned(x) for x in (q, k, v))
-    result = _forward(_launcher(), q, k, v, scale, lists, criterion, qk)
+    result = _forward(_launcher(), q, k, v, scale, lists, criterion, order, qk)
     return _three(result)
 
 
 @_attend.register_fake
-def _(q, k, v, scale, count, index, criterion, qk):  # type: ignore[no-untyped-def]
+def _(q, k, v, scale, count, index, criterion, order, qk):  # type: ignore[no-untyped-def]
     return _three(kernel_call.allocate(q, k, count is not None, criterion))
 
 
@@ -191,16 +218,17 @@ def _(q, k, v, scale, count, index, criterion, qk):  # type: ignore[no-untyped-d
     mutates_args=("out",),
     device_types="cuda",
     schema="(Tensor q, Tensor keys, Tensor values, int length, Tensor(a!) out, Tensor lse, "
-    "Tensor live, Tensor factor, float scale) -> ()",
+    "Tensor live, Tensor factor, Tensor? order, float scale) -> ()",
 )
-def _add_skipped(q, keys, values, length, out, lse, live, factor, scale):  # type: ignore[no-untyped-def]
+def _add_skipped(q, keys, values, length, out, lse, live, factor, order, scale):  # type: ignore[no-untyped-def]
     pooled, q = Pooled(keys, values, length, TILE.k), kernel_call.aligned(q)
-    launch = kernel_call.prepare_skipped(Attended(out, lse, None), q, pooled, scale, live, factor)
+    kept = Attended(out, lse, None)
+    launch = kernel_call.prepare_skipped(kept, q, pooled, scale, live, factor, order)
     _launcher().launch(launch, q.device)
 
 
 @_add_skipped.register_fake
-def _(q, keys, values, length, out, lse, live, factor, scale):  # type: ignore[no-untyped-def]
+def _(q, keys, values, length, out, lse, live, factor, order, scale):  # type: ignore[no-untyped-def]
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple, Protocol
 
+from .. import allocation
 from ..tiles import TileShape
 from .base import Criterion, Qk
 
@@ -33,9 +34,12 @@ class Config(NamedTuple):
 # on a multiprocessor; at 128 they spill. 100 kB of shared memory cap sm_86, 89 and 12x at 128.
 _AMPERE = {64: Config(4, 3), 96: Config(8, 3), 128: Config(8, 3)}
 _CONSUMER = {64: Config(4, 3), 96: Config(8, 2), 128: Config(8, 2)}
-_DATACENTER = {64: Config(8, 3), 96: Config(8, 3), 128: Config(8, 3)}
+_HOPPER = {64: Config(8, 3), 96: Config(8, 3), 128: Config(8, 3)}
+# With 4 warps a thread has a row to itself, and a quarter of the instructions is spared; beyond
+# head_dim 64 they spill.
+_BLACKWELL = {64: Config(4, 2), 96: Config(8, 3), 128: Config(8, 3)}
 # Keys of 8 bits leave room for a third stage. On sm_12x the newer assembler spills.
-_BLACKWELL_INT8 = {64: Config(4, 3, True), 96: Config(8, 3, True), 128: Config(8, 3, True)}
+_RTX50_INT8 = {64: Config(4, 3, True), 96: Config(8, 3, True), 128: Config(8, 3, True)}
 
 #: q and k as multiplied -> compute capability, as major * 10 + minor -> head_dim -> configuration.
 #: sm_103 has next to no INT8: its matrix unit lost it, and the old instruction is slow.
@@ -44,9 +48,9 @@ CONFIGS: dict[Qk, dict[int, dict[int, Config]]] = {
         80: _AMPERE,
         86: _CONSUMER,
         89: _CONSUMER,
-        90: _DATACENTER,
-        100: _DATACENTER,
-        103: _DATACENTER,
+        90: _HOPPER,
+        100: _BLACKWELL,
+        103: _BLACKWELL,
         120: _CONSUMER,
         121: _CONSUMER,
     },
@@ -54,10 +58,10 @@ CONFIGS: dict[Qk, dict[int, dict[int, Config]]] = {
         80: _AMPERE,
         86: _AMPERE,
         89: _AMPERE,
-        90: _DATACENTER,
-        100: _DATACENTER,
-        120: _BLACKWELL_INT8,
-        121: _BLACKWELL_INT8,
+        90: _HOPPER,
+        100: _BLACKWELL,
+        120: _RTX50_INT8,
+        121: _RTX50_INT8,
     },
 }
 ARCHS = tuple(CONFIGS["native"])
@@ -99,9 +103,10 @@ ATTEND = Entry(
         *(("lse", "*fp32"), ("score", "*fp32")),
         *(("count", "*i32"), ("index", "*i32")),
         *(("q_unit", "*fp32"), ("k_unit", "*fp32"), ("shift", "*fp32")),
+        ("order", "*i64"),
         ("scale_log2", "fp32"),
         *(*_strides("q"), *_strides("k"), *_strides("v"), *_strides("out")),
-        *((name, "i32") for name in ("heads", "lq", "lk", "tk")),
+        *((name, "i32") for name in ("heads", "lq", "lk", "tk", "ordered")),
     ),
 )
 QUANTISE_QUERIES = Entry(
@@ -135,6 +140,25 @@ MARK_TILES = Entry(
         *((name, "i32") for name in ("tq", "tk", "words")),
     ),
 )
+COUNT_SCORES = Entry(
+    "count_scores",
+    "triton_tile_map",
+    (
+        *(("live", "*i32"), ("score", "*fp32"), ("pinned", "*u8"), ("counts", "*i64")),
+        *((name, "i32") for name in ("tq", "tk", "words")),
+    ),
+)
+CHOOSE_LIMIT = Entry(
+    "choose_limit",
+    "triton_tile_map",
+    (
+        *(("counts", "*i64"), ("mass", "*fp64"), ("ledger", "*fp64"), ("lost", "*fp32")),
+        *(("others", "*fp64"), ("limit", "*fp32"), ("after", "*fp64")),
+        *((name, "i32") for name in ("query_tiles", "audited", "layers")),
+        *((name, "fp32") for name in ("decay", "start", "prior_weight")),
+        *((name, "fp32") for name in ("together", "alone", "too_much", "too_much_alone")),
+    ),
+)
 LIST_TILES = Entry(
     "list_tiles",
     "triton_tile_map",
@@ -149,10 +173,23 @@ ADD_SKIPPED = Entry(
     "triton_tail",
     (
         *(("q", "*io"), ("keys", "*io"), ("values", "*io"), ("out", "*io")),
-        *(("lse", "*fp32"), ("live", "*i32"), ("factor", "*fp32")),
+        *(("lse", "*fp32"), ("live", "*i32"), ("factor", "*fp32"), ("order", "*i64")),
         ("scale_log2", "fp32"),
         *(*_strides("q"), *_strides("out")),
-        *((name, "i32") for name in ("heads", "lq", "lk", "tk", "words")),
+        *((name, "i32") for name in ("heads", "lq", "lk", "tk", "words", "ordered")),
+    ),
+)
+
+AUDIT_SKIPPED = Entry(
+    "audit_skipped",
+    "triton_tail",
+    (
+        *(("q", "*io"), ("keys", "*io"), ("values", "*io"), ("out", "*io"), ("lse", "*fp32")),
+        *(("full_out", "*io"), ("full_lse", "*fp32"), ("live", "*i32"), ("order", "*i64")),
+        *(("sums", "*fp32"), ("scale_log2", "fp32")),
+        *(*_strides("q"), *_strides("out"), *_strides("full")),
+        *((name, "i32") for name in ("heads", "lq", "lk", "tk", "words", "ordered")),
+        *((name, "i32") for name in ("first_tile", "tq", "queries")),
     ),
 )
 
@@ -222,7 +259,7 @@ class Variant(NamedTuple):
 
 class Companion(NamedTuple):
     """A kernel that works beside the attention kernel: makes q or k 8 bits wide before it, or adds
-    what skipped tiles contribute as means after it."""
+    or judges what skipped tiles contribute as means after it."""
 
     entry: Entry
     head_dim: int
@@ -241,19 +278,20 @@ class Companion(NamedTuple):
             QUANTISE_QUERIES: {"ROWS": QUERY_ROWS},
             QUANTISE_KEYS: {"ROWS": tile.k},
             ADD_SKIPPED: {"BM": tile.q, "BN": tile.k, "MEANS": MEANS},
+            AUDIT_SKIPPED: {"BM": tile.q, "BN": tile.k, "MEANS": MEANS},
         }
         padded = _padded(self.head_dim)
         return {"HEAD_DIM": self.head_dim, "PADDED_DIM": padded} | shape[self.entry]
 
     def config(self, arch: int) -> Config | None:
-        if self.entry == ADD_SKIPPED:
+        if self.entry in (ADD_SKIPPED, AUDIT_SKIPPED):
             # 4 warps at head_dim 64 spill on sm_12x; one pass over a few means needs no speed.
             return Config(8, 2) if arch in ARCHS else None
         return Config(4, 1) if arch in CONFIGS["int8"] else None
 
 
 class MapKernel(NamedTuple):
-    """A kernel that keeps the tile map. ``flag``: HAS_LIVE or ALTERNATE."""
+    """A kernel that keeps the tile map. ``flag``: ALTERNATE of the lists, else HAS_LIVE."""
 
     entry: Entry
     flag: bool
@@ -267,8 +305,18 @@ class MapKernel(NamedTuple):
         return {}
 
     def constants(self, tile: TileShape = TILE) -> dict[str, int | bool]:
-        flag = "HAS_LIVE" if self.entry == MARK_TILES else "ALTERNATE"
-        return {flag: self.flag, "WORDS": MAP_WORDS}
+        bins = {
+            "PER_LOG2": allocation.PER_LOG2,
+            "BINS": allocation.BINS,
+            "PADDED_BINS": _padded(allocation.BINS),
+        }
+        rest: dict[Entry, dict[str, int | bool]] = {
+            MARK_TILES: {"HAS_LIVE": self.flag, "WORDS": MAP_WORDS},
+            LIST_TILES: {"ALTERNATE": self.flag, "WORDS": MAP_WORDS},
+            COUNT_SCORES: {"HAS_LIVE": self.flag, "WORDS": MAP_WORDS, **bins},
+            CHOOSE_LIMIT: {**bins},
+        }
+        return rest[self.entry]
 
     def config(self, arch: int) -> Config | None:
         return Config(4, 1) if arch in ARCHS else None
@@ -282,8 +330,8 @@ MAP_WORDS = 32
 QUERY_ROWS = 64
 
 
-def _padded(head_dim: int) -> int:
-    return 1 << (head_dim - 1).bit_length()
+def _padded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 VARIANTS = tuple(
@@ -295,8 +343,13 @@ VARIANTS = tuple(
 QUANTISERS = tuple(
     Companion(*x) for x in product((QUANTISE_QUERIES, QUANTISE_KEYS), HEAD_DIMS, DTYPES)
 )
-MAP_KERNELS = tuple(MapKernel(*x) for x in product((MARK_TILES, LIST_TILES), (False, True)))
-TAIL_KERNELS = tuple(Companion(ADD_SKIPPED, *x) for x in product(HEAD_DIMS, DTYPES))
+MAP_KERNELS = (
+    *(MapKernel(*x) for x in product((MARK_TILES, LIST_TILES, COUNT_SCORES), (False, True))),
+    MapKernel(CHOOSE_LIMIT, False),
+)
+TAIL_KERNELS = tuple(
+    Companion(*x) for x in product((ADD_SKIPPED, AUDIT_SKIPPED), HEAD_DIMS, DTYPES)
+)
 KERNELS: tuple[Kernel, ...] = (*VARIANTS, *QUANTISERS, *MAP_KERNELS, *TAIL_KERNELS)
 
 

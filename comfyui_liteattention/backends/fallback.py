@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ..tiles import TileLists, TileShape
 from . import kernel_call
-from .base import Attended, Backend, Criterion
+from .base import Attended, Backend, Criterion, TileMap
 from .kernel_selftest import NO_MEMORY
-from .pooled import Pooled
-from .tile_map import TileMap
+from .pooled import Agreement, Pooled
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +60,35 @@ class FirstTrusted:
         scale: float,
         lists: TileLists | None = None,
         criterion: Criterion | None = None,
+        order: Tensor | None = None,
     ) -> Attended:
-        return self._trusted(q).forward(q, k, v, scale, lists, criterion)
+        return self._trusted(q).forward(q, k, v, scale, lists, criterion, order)
 
     def add_skipped(
-        self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        factor: Tensor,
+        order: Tensor | None = None,
     ) -> None:
-        self._trusted(q).add_skipped(kept, q, pooled, scale, live, factor)
+        self._trusted(q).add_skipped(kept, q, pooled, scale, live, factor, order)
+
+    def audit_skipped(
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        full: Attended,
+        audited: range,
+        order: Tensor | None = None,
+    ) -> Agreement:
+        trusted = self._trusted(q)
+        return trusted.audit_skipped(kept, q, pooled, scale, live, full, audited, order)
 
     def begin_run(self) -> None:
         """Let what memory was lacking for be tried again."""

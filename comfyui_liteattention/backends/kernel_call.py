@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from . import qk_int8
 from .base import Attended, Criterion, Qk, empty_out
 from .cuda_variants import (
     ADD_SKIPPED,
+    AUDIT_SKIPPED,
     HEAD_DIMS,
     POINTER_ALIGNMENT,
     QUANTISE_KEYS,
@@ -24,7 +26,7 @@ from .cuda_variants import (
     Kernel,
     Variant,
 )
-from .pooled import Pooled
+from .pooled import Agreement, Pooled
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 LOG2E = math.log2(math.e)
@@ -107,6 +109,7 @@ def prepare(
     scale: float,
     lists: TileLists | None,
     criterion: Criterion | None,
+    order: Tensor | None = None,
     tile: TileShape = TILE,
     qk: Qk = "native",
 ) -> Call:
@@ -136,17 +139,19 @@ def prepare(
         q, k = queries.values, keys.values
         units = (queries.unit, keys.unit, queries.shift)
     out = result.out
+    rows, ordered = _order(order, q)
     arguments = (
         *(q, k, v, out),
         *(result.lse, result.score),
         *(count, index),
         *units,
+        rows,
         scale * LOG2E,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
         *out.stride()[:3],
-        *(h, lq, lk, tk),
+        *(h, lq, lk, tk, ordered),
     )
     variant = Variant(d, dtype, lists is not None, criterion, qk)
     return Call((*before, Launch(variant, (tq, b * h), arguments)), result, criterion)
@@ -159,6 +164,7 @@ def prepare_skipped(
     scale: float,
     live: Tensor,
     factor: Tensor,
+    order: Tensor | None = None,
     tile: TileShape = TILE,
 ) -> Launch:
     """The launch that does :func:`.pooled.add_skipped` to a result of :func:`prepare`."""
@@ -169,15 +175,51 @@ def prepare_skipped(
             f"tile bits {tuple(live.shape)} and means {tuple(pooled.keys.shape)} don't fit "
             f"{(b, h, tq, tk)} tiles."
         )
+    rows, ordered = _order(order, q)
     arguments: tuple[Argument, ...] = (
         *(q, pooled.keys, pooled.values, kept.out),
-        *(kept.lse, live.contiguous(), factor.float().contiguous()),
+        *(kept.lse, live.contiguous(), factor.float().contiguous(), rows),
         scale * LOG2E,
         *q.stride()[:3],
         *kept.out.stride()[:3],
-        *(h, lq, pooled.length, tk, live.shape[3]),
+        *(h, lq, pooled.length, tk, live.shape[3], ordered),
     )
     return Launch(Companion(ADD_SKIPPED, d, DTYPE_NAMES[q.dtype]), (tq, b * h), arguments)
+
+
+def prepare_audit(
+    kept: Attended,
+    q: Tensor,
+    pooled: Pooled,
+    scale: float,
+    live: Tensor,
+    full: Attended,
+    audited: range,
+    order: Tensor | None = None,
+    tile: TileShape = TILE,
+) -> tuple[Launch, Tensor]:
+    """The launch that does :func:`.pooled.audit_skipped`, and the memory that it fills: sums over
+    each query tile, ``[B, H, len(audited), 2]``. See :func:`agreement`."""
+    b, h, lq, d = q.shape
+    sums = q.new_empty(b, h, len(audited), 2, dtype=torch.float32)
+    rows, ordered = _order(order, q)
+    arguments: tuple[Argument, ...] = (
+        *(q, pooled.keys, pooled.values, kept.out, kept.lse),
+        *(full.out, full.lse, live.contiguous(), rows, sums),
+        scale * LOG2E,
+        *q.stride()[:3],
+        *kept.out.stride()[:3],
+        *full.out.stride()[:3],
+        *(h, lq, pooled.length, pooled.keys.shape[2], live.shape[3], ordered),
+        *(audited.start, live.shape[2], full.out.shape[2]),
+    )
+    kernel = Companion(AUDIT_SKIPPED, d, DTYPE_NAMES[q.dtype])
+    return Launch(kernel, (len(audited), b * h), arguments), sums
+
+
+def agreement(sums: Tensor) -> Agreement:
+    """What the kernel has found, all query tiles together."""
+    return Agreement(*sums.sum(2).unbind(-1))
 
 
 def _quantise_queries(q: Tensor, mean: Tensor, scale: float) -> tuple[qk_int8.Queries, Launch]:
@@ -229,6 +271,21 @@ def aligned(x: Tensor) -> Tensor:
 def card_number(device: torch.device) -> int:
     """The number of a card; ``cuda`` without one is the current card."""
     return device.index if device.index is not None else torch.cuda.current_device()
+
+
+def _order(order: Tensor | None, q: Tensor) -> tuple[Tensor, int]:
+    """What a kernel is told about an order, and how much of it there is to look at."""
+    lq = q.shape[2]
+    if order is None:
+        return _nothing(q.device), 0
+    if order.shape != (lq,) or order.dtype != torch.int64:
+        raise ValueError(f"order {tuple(order.shape)}, {_short(order.dtype)} for {lq} queries.")
+    return order.contiguous(), lq
+
+
+@lru_cache(maxsize=8)
+def _nothing(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=device)
 
 
 def _int32(tensor: Tensor) -> Tensor:

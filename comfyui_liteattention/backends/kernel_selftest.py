@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import make_lists, pack
-from .base import Attended, Backend, Qk
+from .base import Attended, Backend, Qk, rows_of
 from .pooled import pool
 from .qk_int8 import Int8Reference
 from .reference import ReferenceBackend
@@ -100,8 +100,8 @@ def problem(
 ) -> str | None:
     """What is wrong with the backend's results for this head_dim and dtype, or None.
 
-    Ragged ends, tokens-first layout, all tiles and a list that skips some, each criterion; what
-    skipped tiles contribute.
+    Ragged ends, tokens-first layout, all tiles and a list that skips some with queries in an order
+    of their own, each criterion; what skipped tiles contribute.
     """
     # Everything names its device: a script may have set another one as torch's default.
     random = torch.Generator("cpu").manual_seed(0)
@@ -116,26 +116,55 @@ def problem(
     shape = (1, _HEADS, *tile.grid(_QUERIES, _KEYS))
     mask = torch.rand(shape, generator=random, device="cpu") < 0.5
     mask[..., 1] = True  # every query tile visits something
-    lists = make_lists(mask)
-    on_card = lists.to(device)
+    lists, order = make_lists(mask), torch.randperm(_QUERIES, generator=random, device="cpu")
+    on_card = (lists.to(device), order.to(device))
     scale = head_dim**-0.5
     # What 8 bits round away is the mode's, not a fault of the kernel: its truth rounds as well.
     reference = Int8Reference(tile) if qk == "int8" else ReferenceBackend(tile)
-    q_card, k_card, v_card = (x.to(device) for x in (q, k, v))
-    for here, there in ((None, None), (lists, on_card)):
+    card = (q.to(device), k.to(device), v.to(device))
+    wide = (q.double(), k.double(), v.double())
+    for here, there in (((None, None), (None, None)), ((lists, order), on_card)):
         for criterion in (None, "mass", "gap"):
-            got = backend.forward(q_card, k_card, v_card, scale, there, criterion)
-            want = reference.forward(q.double(), k.double(), v.double(), scale, here, criterion)
+            got = backend.forward(*card, scale, there[0], criterion, there[1])
+            want = reference.forward(*wide, scale, here[0], criterion, here[1])
             if reason := _difference(got, want, TOLERANCE[dtype]):
-                which = "all tiles" if here is None else "a tile list"
+                which = "all tiles" if here[0] is None else "a tile list"
                 return f"self-test at head_dim {head_dim}, {dtype}, {which}, {criterion}: {reason}"
-    factor = torch.tensor([[0.0, 1.5]], device="cpu")
-    bits, pooled = pack(mask), pool(k.double(), v.double(), tile.k)
-    pooled_on_card = pool(k_card, v_card, tile.k)
-    reference.add_skipped(want, q.double(), pooled, scale, bits, factor)
-    backend.add_skipped(got, q_card, pooled_on_card, scale, bits.to(device), factor.to(device))
-    reason = _difference(got, want, TOLERANCE[dtype])
+    reason = _means_problem(backend, reference, card, wide, got, want, pack(mask), order)
     return reason and f"self-test at head_dim {head_dim}, {dtype}, skipped tiles: {reason}"
+
+
+def _means_problem(
+    backend: Backend,
+    reference: Backend,
+    card: tuple[Tensor, Tensor, Tensor],
+    wide: tuple[Tensor, Tensor, Tensor],
+    got: Attended,
+    want: Attended,
+    live: Tensor,
+    order: Tensor,
+) -> str | None:
+    """What is wrong with what skipped tiles contribute to a call, or None. ``card``, ``wide``: q,
+    k, v there and in float64; ``got``, ``want``: the results."""
+    q, device = card[0], card[0].device
+    tile, scale = backend.tile_shape(q.shape[-1]), q.shape[-1] ** -0.5
+    here = (wide[0], pool(*wide[1:], tile.k), scale, live)
+    there = (q, pool(*card[1:], tile.k), scale, live.to(device))
+    audited = range(1, -(-q.shape[2] // tile.q))
+    rows = rows_of(audited, tile, order)
+    full = reference.forward(wide[0][:, :, rows], *wide[1:], scale)
+    on_card = Attended(full.out.to(q), full.lse.to(device), None)
+    agreement = zip(
+        backend.audit_skipped(got, *there, on_card, audited, order.to(device)),
+        reference.audit_skipped(want, *here, full, audited, order),
+        strict=True,
+    )
+    if not all(torch.allclose(a.cpu().double(), b.double(), rtol=0.05) for a, b in agreement):
+        return "means agree otherwise with what is missing"
+    factor = torch.tensor([[0.0, 1.5]], device="cpu")
+    backend.add_skipped(got, *there, factor.to(device), order.to(device))
+    reference.add_skipped(want, *here, factor, order)
+    return _difference(got, want, TOLERANCE[q.dtype])
 
 
 def _difference(got: Attended, want: Attended, tolerance: float) -> str | None:

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from ..merge import merge
 from ..tiles import PART, TileShape, unpack
-from .base import Attended
+from .base import Attended, rows_of
+
+#: Log of the largest share that a part is taken for when it is compared.
+LARGEST_LOG_SHARE = 20.0
 
 
 class Pooled(NamedTuple):
@@ -70,6 +73,43 @@ def skipped_part(q: Tensor, pooled: Pooled, scale: float, live: Tensor, rows: in
     return Part(out, (top + total.log()).squeeze(-1))
 
 
+class Agreement(NamedTuple):
+    """How far means agree with what they stand for, sums over audited queries ``[B, H]`` float32:
+    of the products of what the means would add and what is missing; of the squares of the former.
+    Their ratio is the factor by which the means should count (tail.py)."""
+
+    agreement: Tensor
+    power: Tensor
+
+
+def compare(kept: Attended, part: Part, full: Attended) -> Agreement:
+    """The same queries from the live tiles, from the skipped ones' means, in full."""
+    share = (part.lse - kept.lse).clamp(max=LARGEST_LOG_SHARE).exp().unsqueeze(-1)
+    growth = (full.lse - kept.lse).clamp(0, LARGEST_LOG_SHARE).exp().unsqueeze(-1)
+    out = kept.out.float()
+    added, missing = share * (part.out - out), growth * (full.out.float() - out)
+    return Agreement((added * missing).sum((2, 3)), added.square().sum((2, 3)))
+
+
+def audit_skipped(
+    kept: Attended,
+    q: Tensor,
+    pooled: Pooled,
+    scale: float,
+    live: Tensor,
+    full: Attended,
+    audited: range,
+    tile: TileShape,
+    order: Tensor | None = None,
+) -> Agreement:
+    """:func:`compare` for the query tiles ``audited``, whose exact result is ``full``; the rest as
+    for :func:`add_skipped`, before which it has to be done."""
+    rows = rows_of(audited, tile, order)
+    some = unpack(live[:, :, audited.start : audited.stop], pooled.keys.shape[2])
+    part = skipped_part(q[:, :, rows], pooled, scale, some, tile.q)
+    return compare(Attended(kept.out[:, :, rows], kept.lse[:, :, rows], None), part, full)
+
+
 def add_skipped(
     kept: Attended,
     q: Tensor,
@@ -78,12 +118,13 @@ def add_skipped(
     live: Tensor,
     factor: Tensor,
     tile: TileShape,
+    order: Tensor | None = None,
 ) -> None:
     """Add what the skipped tiles contribute to ``kept.out`` in place, ``factor [B, H]`` times.
 
     ``live [B, H, Tq, ceil(Tk/32)]`` int32: bits of the tiles in ``kept``. With ``t`` and ``M`` the
     output and LSE of the skipped part, that is a merge with ``t`` at ``M + ln factor``. Rows
-    without a skipped tile stay what they are, bit for bit.
+    without a skipped tile stay what they are, bit for bit. ``order``: see ``Backend.forward``.
     """
     tk = pooled.keys.shape[2]
     step = max(1, PART // (tile.q * tk))  # query tiles at once
@@ -92,7 +133,8 @@ def add_skipped(
         means = pooled._replace(keys=pooled.keys[head], values=pooled.values[head])
         for start in range(0, live.shape[2], step):
             some = unpack(live[head][:, :, start : start + step], tk)
-            rows = slice(start * tile.q, (start + step) * tile.q)
+            rows = rows_of(range(start, start + step), tile, order)
             out, lse = kept.out[head][:, :, rows], kept.lse[head][:, :, rows]
             part = skipped_part(q[head][:, :, rows], means, scale, some, tile.q)
-            out.copy_(merge(out, lse, part.out, part.lse + factor[head].log().unsqueeze(-1))[0])
+            merged, _ = merge(out, lse, part.out, part.lse + factor[head].log().unsqueeze(-1))
+            kept.out[head][:, :, rows] = merged.to(out.dtype)

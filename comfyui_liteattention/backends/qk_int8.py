@@ -73,11 +73,12 @@ class Int8Reference(ReferenceBackend):
         scale: float,
         lists: TileLists | None = None,
         criterion: Criterion | None = None,
+        order: Tensor | None = None,
     ) -> Attended:
         mean = mean_key(k)
         queries, keys = quantise_queries(q, mean, scale), quantise_keys(k, mean, self.tile.k)
         key_unit = keys.unit.repeat_interleave(self.tile.k, -1)[..., : k.shape[2]]
         q_log2 = queries.values.to(self.dtype) * queries.unit.unsqueeze(-1).to(self.dtype)
         k_back = keys.values.to(self.dtype) * key_unit.unsqueeze(-1).to(self.dtype)
-        result = super().forward(q_log2, k_back, v, math.log(2), lists, criterion)
+        result = super().forward(q_log2, k_back, v, math.log(2), lists, criterion, order)
         return result._replace(out=result.out.to(q.dtype), lse=result.lse + queries.shift)

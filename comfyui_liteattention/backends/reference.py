@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..tiles import TileLists, TileShape
 from .base import Attended, Criterion
-from .pooled import Pooled, add_skipped
+from .pooled import Agreement, Pooled, add_skipped, audit_skipped
 
 LOG2E = math.log2(math.e)
 
@@ -43,7 +43,10 @@ class ReferenceBackend:
         scale: float,
         lists: TileLists | None = None,
         criterion: Criterion | None = None,
+        order: Tensor | None = None,
     ) -> Attended:
+        if order is not None:
+            q = q[:, :, order]
         b, h, lq, _ = q.shape
         lk = k.shape[2]
         tq, tk = self.tile.grid(lq, lk)
@@ -67,12 +70,35 @@ class ReferenceBackend:
             else:
                 per_row = torch.logsumexp(tiles * math.log(2), -1) * LOG2E - log_sum.unsqueeze(-1)
             score[:, :, i] = per_row.amax(2).clamp(max=0).float()
+        if order is not None:
+            place = order.argsort()
+            out, lse = out[:, :, place], lse[:, :, place]
         return Attended(out, lse, score if criterion else None)
 
     def add_skipped(
-        self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        factor: Tensor,
+        order: Tensor | None = None,
     ) -> None:
-        add_skipped(kept, q, pooled, scale, live, factor, self.tile)
+        add_skipped(kept, q, pooled, scale, live, factor, self.tile, order)
+
+    def audit_skipped(
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        full: Attended,
+        audited: range,
+        order: Tensor | None = None,
+    ) -> Agreement:
+        return audit_skipped(kept, q, pooled, scale, live, full, audited, self.tile, order)
 
     def tile_map(self, device: torch.device) -> None:
         return None

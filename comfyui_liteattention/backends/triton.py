@@ -16,9 +16,19 @@ from torch import Tensor
 
 from ..tiles import TileLists, TileShape
 from . import kernel_call, kernel_selftest, tile_map
-from .base import Attended, Criterion, Qk
-from .cuda_variants import ADD_SKIPPED, ARCHS, ATTEND, CONFIGS, TILE, Config, Entry, Kernel
-from .pooled import Pooled
+from .base import Attended, Criterion, Qk, TileMap
+from .cuda_variants import (
+    ADD_SKIPPED,
+    ARCHS,
+    ATTEND,
+    AUDIT_SKIPPED,
+    CONFIGS,
+    TILE,
+    Config,
+    Entry,
+    Kernel,
+)
+from .pooled import Agreement, Pooled
 
 #: AMD architecture prefix -> (tile, warps, stages), from compiled registers only.
 AMD = {
@@ -69,21 +79,47 @@ class TritonBackend:
         scale: float,
         lists: TileLists | None = None,
         criterion: Criterion | None = None,
+        order: Tensor | None = None,
     ) -> Attended:
         tile = self.tile_shape(q.shape[-1])
-        call = kernel_call.prepare(q, k, v, scale, lists, criterion, tile, self.qk)
+        call = kernel_call.prepare(q, k, v, scale, lists, criterion, order, tile, self.qk)
         for launch in call.launches:
             self._launch(launch, q.device)
         return call.finish()
 
     def add_skipped(
-        self, kept: Attended, q: Tensor, pooled: Pooled, scale: float, live: Tensor, factor: Tensor
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        factor: Tensor,
+        order: Tensor | None = None,
     ) -> None:
         tile = self.tile_shape(q.shape[-1])
-        launch = kernel_call.prepare_skipped(kept, q, pooled, scale, live, factor, tile)
+        launch = kernel_call.prepare_skipped(kept, q, pooled, scale, live, factor, order, tile)
         self._launch(launch, q.device)
 
-    def tile_map(self, device: torch.device) -> tile_map.TileMap | None:
+    def audit_skipped(
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        full: Attended,
+        audited: range,
+        order: Tensor | None = None,
+    ) -> Agreement:
+        tile = self.tile_shape(q.shape[-1])
+        launch, sums = kernel_call.prepare_audit(
+            kept, q, pooled, scale, live, full, audited, order, tile
+        )
+        self._launch(launch, q.device)
+        return kernel_call.agreement(sums)
+
+    def tile_map(self, device: torch.device) -> TileMap | None:
         """See tile_map.py."""
         return self._maps.of(device)
 
@@ -103,7 +139,7 @@ class TritonBackend:
             )
 
     def _config(self, kernel: Kernel, device: torch.device) -> Config:
-        if self._amd and kernel.entry in (ATTEND, ADD_SKIPPED):
+        if self._amd and kernel.entry in (ATTEND, ADD_SKIPPED, AUDIT_SKIPPED):
             return self._amd[1]
         major, minor = torch.cuda.get_device_capability(device)
         return kernel.config(major * 10 + minor) or kernel.config(_NEAREST) or Config(4, 1)

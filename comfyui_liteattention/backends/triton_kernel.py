@@ -50,6 +50,7 @@ def attend_tiles(
     q_unit,  # [B, H, Lq] float32, contiguous: one step of q in log2, scale included; INT8 only
     k_unit,  # [B, H, Tk] float32, contiguous: one step of k; INT8 only
     shift,  # [B, H, Lq] float32, contiguous: what to add to lse; INT8 only
+    order,  # [ordered] int64, contiguous: the query of each row of the map
     scale_log2,  # scale * log2(e), positive; unused with INT8
     q_batch,  # strides in elements, multiples of 8: 64 bits for batch and head,
     q_head,
@@ -67,6 +68,7 @@ def attend_tiles(
     lq,
     lk,
     tk,
+    ordered,  # Lq, or 0: queries as they come, order unused
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,  # the next power of two
     BM: tl.constexpr,
@@ -86,7 +88,7 @@ def attend_tiles(
     d = tl.arange(0, PADDED_DIM)
     # Rows past the end repeat the last one: always in bounds, and no maximum over rows sees them.
     # So do keys, which are masked only in the scores. That costs fewer registers than masked loads.
-    rows = tl.minimum(query_tile * BM + m, lq - 1).to(tl.int64)
+    rows = queries_of(order, ordered, tl.minimum(query_tile * BM + m, lq - 1))
     q += batch * q_batch + head * q_head
     q_tile = load_tile(q, (rows * q_row)[:, None], d[None, :], HEAD_DIM, PADDED_DIM)
     k += batch * k_batch + head * k_head
@@ -135,7 +137,11 @@ def attend_tiles(
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None])
 
         if CRITERION == 1:
-            tl.store(score + row * tk + tile, tl.max(weight / total, 0))
+            # weight / total in fewer instructions, which may round to more than 1.
+            root = tl.rsqrt(total)
+            largest = tl.max(weight * root * root, 0)
+            largest = tl.minimum(largest, 1.0, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(score + row * tk + tile, largest)
         if CRITERION == 2:
             tl.store(score + row * tk + tile, tl.max(tile_top - new_top, 0))
         top = new_top
@@ -143,7 +149,11 @@ def attend_tiles(
 
     # An empty list leaves total = 0: zeros out, lse = -inf, as for an empty softmax.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    inside = query_tile * BM + m < lq
+    # The rows once more. As visits is never below 0 they are the same, which the compiler can't
+    # know: it would keep them in registers through the loop.
+    again = query_tile + tl.minimum(visits, 0)
+    rows = queries_of(order, ordered, tl.minimum(again * BM + m, lq - 1))
+    inside = again * BM + m < lq
     out += batch * out_batch + head * out_head
     target = out + (rows * out_row)[:, None] + d[None, :]
     tl.store(target, acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < HEAD_DIM)[None, :])
@@ -152,6 +162,13 @@ def attend_tiles(
     if INT8:
         natural += tl.load(shift + places)
     tl.store(lse + places, natural, mask=inside)
+
+
+@triton.jit
+def queries_of(order, ordered, rows):
+    """The queries, int64, that rows of the map stand for."""
+    rows = rows.to(tl.int64)
+    return tl.load(order + rows, mask=rows < ordered, other=rows)
 
 
 @triton.jit

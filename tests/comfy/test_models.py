@@ -45,9 +45,9 @@ class Recorder(ReferenceBackend):
         self.score = score
         self.calls = []
 
-    def forward(self, q, k, v, scale, lists=None, criterion=None):
+    def forward(self, q, k, v, scale, lists=None, criterion=None, order=None):
         self.calls.append((q, lists))
-        result = super().forward(q, k, v, scale, lists, criterion)
+        result = super().forward(q, k, v, scale, lists, criterion, order)
         return result._replace(score=torch.full_like(result.score, self.score))
 
 

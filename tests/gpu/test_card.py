@@ -5,6 +5,7 @@ Skipped where there is none. **Never run yet.**
 
 from __future__ import annotations
 
+import math
 import threading
 from itertools import product
 
@@ -12,19 +13,20 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from comfyui_liteattention import policy
-from comfyui_liteattention.backends.base import Attended
+from comfyui_liteattention import marking
+from comfyui_liteattention.backends.base import Attended, rows_of
 from comfyui_liteattention.backends.cuda import CudaBackend
 from comfyui_liteattention.backends.cuda_variants import ATTEND, HEAD_DIMS, TILE
 from comfyui_liteattention.backends.fallback import FirstTrusted
+from comfyui_liteattention.backends.pooled import audit_skipped, pool
 from comfyui_liteattention.backends.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.backends.triton import TritonBackend, source
-from comfyui_liteattention.order import VideoTokens
+from comfyui_liteattention.order import VideoTokens, take
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.schedule import Progress
 from comfyui_liteattention.settings import Settings
-from comfyui_liteattention.tiles import make_lists, pack, unpack
+from comfyui_liteattention.tiles import make_lists, pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card")
 
@@ -250,22 +252,55 @@ def test_on_the_second_card(backend):
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 33, 70), (2, 12, 256, 1182)], ids=str)
-def test_the_tile_map_is_its_twin_s(backend, shape):
-    fused = backend.tile_map(CARD)
-    assert fused is not None, "its self-test failed"
+@pytest.mark.parametrize("all_live", [False, True])
+def test_the_tile_map_is_its_twin_s(backend, shape, all_live):
+    kernels = backend.tile_map(CARD)
+    assert kernels is not None, "its self-test failed"
     score = -torch.randint(0, 40, shape, device="cuda").float() / 2
-    live = torch.rand(shape, device="cuda") < 0.5
+    live = None if all_live else pack(torch.rand(shape, device="cuda") < 0.5)
     pinned = torch.rand(shape[2:], device="cuda") < 0.05
-    for before in (None, live):
-        want = pack(policy.next_live(before, score, -9.0, pinned))
-        got = fused.next_live(None if before is None else pack(before), score, -9.0, pinned)
+    got, want = (x.histogram(live, score, pinned) for x in (kernels, marking))
+    assert torch.equal(got, want)
+    ledger = torch.tensor([0.02, 0.01, 0.03, 2.0], dtype=torch.float64, device="cuda")
+    others = [torch.full((161,), 1e-4, dtype=torch.float64, device="cuda")] * 29
+    for lost in (None, ledger[1]):
+        rest = (shape[0] * shape[1] * shape[2], ledger, lost, 0.3, others, 0.05)
+        ours, theirs = (x.choose(want, *rest) for x in (kernels, marking))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9, equal_nan=True)
+    for limit in (-9.0, torch.tensor(math.nan, device="cuda")):
+        got, want = (x.next_live(live, score, limit, pinned) for x in (kernels, marking))
         assert torch.equal(got, want)
     for alternate in (False, True):
-        got, want = (
-            fused.make_lists(pack(live), shape[-1], alternate),
-            make_lists(unpack(pack(live), shape[-1]), alternate),
-        )
-        assert torch.equal(got.count, want.count) and torch.equal(got.index, want.index)
+        lists = [x.make_lists(want, shape[-1], alternate) for x in (kernels, marking)]
+        assert torch.equal(lists[0].count, lists[1].count)
+        assert torch.equal(lists[0].index, lists[1].index)
+
+
+def test_an_order_of_queries_changes_nothing_else(backend):
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw())
+    order = torch.randperm(q.shape[2], device="cuda")
+    lists = draw_lists(backend, q, k, 0.5)
+    want = backend.forward(take(q, order), k, v, 0.1, lists, "mass")
+    got = backend.forward(q, k, v, 0.1, lists, "mass", order)
+    assert torch.equal(take(got.out, order), want.out) and torch.equal(got.score, want.score)
+    assert torch.equal(got.lse[:, :, order], want.lse)
+
+
+def test_an_audit_of_means_is_its_twin_s(backend):
+    q, k, v = draw()
+    tile = backend.tile_shape(q.shape[-1])
+    grid = tile.grid(q.shape[2], k.shape[2])
+    live = torch.rand(*q.shape[:2], *grid, device="cuda") < 0.5
+    live[..., 0] = True
+    order, audited = torch.randperm(q.shape[2], device="cuda"), range(1, grid[0])
+    kept = backend.forward(q, k, v, 0.1, make_lists(live), None, order)
+    full = backend.forward(q[:, :, rows_of(audited, tile, order)], k, v, 0.1)
+    case = (kept, q, pool(k, v, tile.k), 0.1, pack(live), full, audited)
+    for got, want in zip(
+        backend.audit_skipped(*case, order), audit_skipped(*case, tile, order), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=0.02, atol=1e-3)
 
 
 def test_a_backend_that_fails_its_self_test_hands_over(backend):

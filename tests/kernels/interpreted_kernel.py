@@ -9,8 +9,15 @@ from triton.runtime import interpreter
 
 from comfyui_liteattention.backends.base import Attended, Criterion, Qk
 from comfyui_liteattention.backends.cuda_variants import TILE
-from comfyui_liteattention.backends.kernel_call import Launch, prepare, prepare_skipped, unsupported
-from comfyui_liteattention.backends.pooled import Pooled
+from comfyui_liteattention.backends.kernel_call import (
+    Launch,
+    agreement,
+    prepare,
+    prepare_audit,
+    prepare_skipped,
+    unsupported,
+)
+from comfyui_liteattention.backends.pooled import Agreement, Pooled
 from comfyui_liteattention.backends.triton import source
 from comfyui_liteattention.backends.triton_kernel import attend_tiles
 from comfyui_liteattention.tiles import TileLists, TileShape
@@ -41,9 +48,10 @@ class InterpreterBackend:
         scale: float,
         lists: TileLists | None = None,
         criterion: Criterion | None = None,
+        order: torch.Tensor | None = None,
     ) -> Attended:
         assert (reason := unsupported(q, k, v)) is None, reason
-        call = prepare(q, k, v, scale, lists, criterion, qk=self.qk)
+        call = prepare(q, k, v, scale, lists, criterion, order, qk=self.qk)
         for launch in call.launches:
             interpret(launch)
         return call.finish()
@@ -56,8 +64,24 @@ class InterpreterBackend:
         scale: float,
         live: torch.Tensor,
         factor: torch.Tensor,
+        order: torch.Tensor | None = None,
     ) -> None:
-        interpret(prepare_skipped(kept, q, pooled, scale, live, factor))
+        interpret(prepare_skipped(kept, q, pooled, scale, live, factor, order))
+
+    def audit_skipped(
+        self,
+        kept: Attended,
+        q: torch.Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: torch.Tensor,
+        full: Attended,
+        audited: range,
+        order: torch.Tensor | None = None,
+    ) -> Agreement:
+        launch, sums = prepare_audit(kept, q, pooled, scale, live, full, audited, order)
+        interpret(launch)
+        return agreement(sums)
 
     def tile_map(self, device: torch.device) -> None:
         return None

@@ -30,7 +30,7 @@ from comfyui_liteattention.backends.cuda_variants import (
     divisor,
 )
 from comfyui_liteattention.backends.pooled import pool
-from comfyui_liteattention.backends.tile_map import TileMap
+from comfyui_liteattention.backends.tile_map import TileMapKernels
 from comfyui_liteattention.tiles import TileLists, make_lists, pack
 
 CARD = torch.device("cuda", 0)
@@ -83,8 +83,8 @@ def some_lists(q, k):
 
 def test_a_launch_reads_the_arguments_in_place(folder, library):
     q, k, v = draw()
-    lists = some_lists(q, k)
-    call = kernel_call.prepare(q, k, v, 0.125, lists, "mass")
+    lists, order = some_lists(q, k), torch.randperm(200)
+    call = kernel_call.prepare(q, k, v, 0.125, lists, "mass", order)
     cuda.Launcher(Prebuilt(folder), Driver(library)).launch(*call.launches, CARD)
     (launch,) = library.launches
     result = call.result
@@ -97,6 +97,7 @@ def test_a_launch_reads_the_arguments_in_place(folder, library):
             zip((f"{name}_batch", f"{name}_head", f"{name}_row"), tensor.stride(), strict=False)
         )
     want |= {"heads": 2, "lq": 200, "lk": 330, "tk": 6}
+    want |= {"order": order.data_ptr(), "ordered": 200}
     want |= {"q_unit": 0, "k_unit": 0, "shift": 0}
     got = launch["arguments"]
     assert got.pop("scale_log2") == pytest.approx(0.125 * math.log2(math.e))
@@ -114,7 +115,7 @@ def test_pointers_that_a_variant_ignores_are_null(folder, library):
     call = kernel_call.prepare(*draw(), 0.125, None, None)
     cuda.Launcher(Prebuilt(folder), Driver(library)).launch(*call.launches, CARD)
     got = library.launches[0]["arguments"]
-    assert got["score"] == got["count"] == got["index"] == 0
+    assert got["score"] == got["count"] == got["index"] == got["order"] == got["ordered"] == 0
 
 
 def test_int8_launches_what_quantises_first(folder, library):
@@ -156,10 +157,13 @@ def test_the_tile_map_launches_its_kernels(folder, library):
     launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
     score = torch.zeros(1, 2, 3, 70)
     pinned = torch.zeros(3, 70, dtype=torch.bool)
-    keep = TileMap(lambda launch, device: launcher.launch(launch, CARD))
+    keep = TileMapKernels(lambda launch, device: launcher.launch(launch, CARD))
     bits = keep.next_live(None, score, -4.0, pinned)
     lists = keep.make_lists(bits, 70, alternate=True)
-    mark, listed = library.launches
+    ledger = torch.zeros(4, dtype=torch.float64)
+    counts = keep.histogram(bits, score, pinned)
+    choice = keep.choose(counts, 6, ledger, score[0, 0, 0, 0], 0.3, [torch.ones(161).double()], 0.1)
+    mark, listed, counted, chosen = library.launches
     assert (mark["entry"], mark["grid"]) == ("mark_tiles", (6, 1, 1))
     want = {"live": 0, "score": score.data_ptr(), "pinned": pinned.data_ptr()}
     want |= {"following": bits.data_ptr(), "tq": 3, "tk": 70, "words": 3}
@@ -167,6 +171,15 @@ def test_the_tile_map_launches_its_kernels(folder, library):
     assert library.images[1] == b"sm_86 list_tiles_1" and listed["entry"] == "list_tiles"
     want = {"live": bits.data_ptr(), "count": lists.count.data_ptr(), "tk": 70, "words": 3}
     assert want.items() <= listed["arguments"].items()
+    assert (counted["entry"], counted["grid"]) == ("count_scores", (6, 1, 1))
+    want = {"live": bits.data_ptr(), "score": score.data_ptr(), "counts": counts.data_ptr()}
+    assert want.items() <= counted["arguments"].items()
+    assert (chosen["entry"], chosen["grid"]) == ("choose_limit", (1, 1, 1))
+    want = {"counts": counts.data_ptr(), "ledger": ledger.data_ptr(), "lost": score.data_ptr()}
+    want |= {"limit": choice.limit.data_ptr(), "after": choice.ledger.data_ptr()}
+    want |= {"query_tiles": 6, "audited": 1, "layers": 1}
+    assert want.items() <= chosen["arguments"].items()
+    assert chosen["arguments"]["together"] == pytest.approx(0.1)
 
 
 def test_means_of_skipped_tiles_launch_their_kernel(folder, library):
@@ -175,8 +188,7 @@ def test_means_of_skipped_tiles_launch_their_kernel(folder, library):
     kept = kernel_call.allocate(q, k, True, None)
     bits = pack(torch.ones(1, 2, *TILE.grid(330, 330), dtype=torch.bool))
     pooled, factor = pool(k, v, TILE.k), torch.ones(1, 2)
-    launch = kernel_call.prepare_skipped(kept, q, pooled, 0.125, bits, factor)
-    backend.launcher.launch(launch, CARD)
+    backend.add_skipped(kept, q, pooled, 0.125, bits, factor)
     (launched,) = library.launches
     want = {"q": q.data_ptr(), "keys": pooled.keys.data_ptr(), "values": pooled.values.data_ptr()}
     want |= {"out": kept.out.data_ptr(), "lse": kept.lse.data_ptr(), "live": bits.data_ptr()}
@@ -185,6 +197,23 @@ def test_means_of_skipped_tiles_launch_their_kernel(folder, library):
     assert launched["arguments"]["scale_log2"] == pytest.approx(0.125 * math.log2(math.e))
     assert (launched["entry"], launched["grid"]) == ("add_skipped", (3, 2, 1))
     assert library.images == [b"sm_86 d64_fp16_add_skipped"]
+
+
+def test_an_audit_of_means_launches_its_kernel(folder, library):
+    q, k, v = draw(lq=330)
+    backend = cuda.CudaBackend(launcher=cuda.Launcher(Prebuilt(folder), Driver(library)))
+    kept, order = kernel_call.allocate(q, k, True, None), torch.randperm(330)
+    full = kernel_call.allocate(q[:, :, :202], k, True, None)  # of query tiles 1 and 2
+    bits = pack(torch.ones(1, 2, *TILE.grid(330, 330), dtype=torch.bool))
+    case = (kept, q, pool(k, v, TILE.k), 0.125, bits, full, range(1, 3), order)
+    found = backend.audit_skipped(*case)
+    (launched,) = library.launches
+    assert (launched["entry"], launched["grid"]) == ("audit_skipped", (2, 2, 1))
+    want = {"out": kept.out.data_ptr(), "full_out": full.out.data_ptr(), "live": bits.data_ptr()}
+    want |= {"full_row": full.out.stride(2), "order": order.data_ptr(), "ordered": 330}
+    want |= {"first_tile": 1, "tq": 3, "queries": 202, "words": 1, "lq": 330, "lk": 330}
+    assert want.items() <= launched["arguments"].items()
+    assert found.agreement.shape == found.power.shape == (1, 2)
 
 
 def test_every_thread_has_its_own_argument_memory():
@@ -421,7 +450,9 @@ def test_shapes_under_torch_compile_are_the_real_ones(criterion, with_lists):
     q, k, v = (x.to("meta") for x in draw(dtype=torch.bfloat16))
     lists = some_lists(q, k) if with_lists else None
     count, index = (lists.count, lists.index) if lists else (None, None)
-    out, lse, score = torch.ops.liteattention.attend(q, k, v, 0.1, count, index, criterion, "int8")
+    out, lse, score = torch.ops.liteattention.attend(
+        q, k, v, 0.1, count, index, criterion, None, "int8"
+    )
     real = kernel_call.prepare(*draw(dtype=torch.bfloat16), 0.1, None, criterion).result
     assert (out.shape, out.stride(), out.dtype) == (real.out.shape, real.out.stride(), q.dtype)
     assert lse.shape == real.lse.shape and lse.dtype == torch.float32
@@ -454,10 +485,10 @@ def test_the_ops_of_torch_compile_copy_what_starts_at_an_odd_address(
     assert odd.data_ptr() % 16
     read = []
     monkeypatch.setattr(launcher, "launch", lambda launch, device: read.append(launch.arguments))
-    out, lse, _ = cuda._attend._init_fn(odd, k, v, 0.125, None, None, None, "native")
+    out, lse, _ = cuda._attend._init_fn(odd, k, v, 0.125, None, None, None, None, "native")
     bits = pack(torch.ones(1, 2, *TILE.grid(330, 330), dtype=torch.bool))
     means = pool(k, v, TILE.k)[:3]
-    cuda._add_skipped._init_fn(odd, *means, out, lse, bits, torch.ones(1, 2), 0.125)
+    cuda._add_skipped._init_fn(odd, *means, out, lse, bits, torch.ones(1, 2), None, 0.125)
     assert out.stride() == q.stride(), "as the graph was told"
     assert read[0][1] is k and len(read) == 2
     for copy, *_ in read:

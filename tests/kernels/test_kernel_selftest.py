@@ -8,6 +8,7 @@ import torch
 from comfyui_liteattention import backends
 from comfyui_liteattention.backends.base import Attended
 from comfyui_liteattention.backends.kernel_selftest import NO_MEMORY, Verdicts, problem
+from comfyui_liteattention.backends.pooled import Agreement
 from comfyui_liteattention.backends.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import TileShape
@@ -58,6 +59,37 @@ def test_broken_kernels_are_found_once(spoil, reason):
     runs = backend.runs
     assert reason in verdicts.of(backend, 64, torch.float16, CPU)
     assert backend.runs == runs
+
+
+class BrokenMeans(ReferenceBackend):
+    def __init__(self, broken):
+        super().__init__(TileShape(128, 64), torch.float32)
+        self.broken = broken
+
+    def forward(self, q, k, v, scale, lists=None, criterion=None, order=None):
+        unordered = self.broken == "order" and order is not None
+        return super().forward(q, k, v, scale, lists, criterion, None if unordered else order)
+
+    def audit_skipped(self, *arguments):
+        agreement, power = super().audit_skipped(*arguments)
+        return Agreement(agreement, power * 1.2 if self.broken == "audit" else power)
+
+    def add_skipped(self, *arguments):
+        if self.broken != "add":
+            super().add_skipped(*arguments)
+
+
+@pytest.mark.parametrize(
+    "broken, reason",
+    [
+        ("order", "a tile list, None: relative error"),
+        ("audit", "skipped tiles: means agree otherwise"),
+        ("add", "skipped tiles: relative error"),
+    ],
+)
+def test_broken_orders_and_means_are_found(broken, reason):
+    assert reason in problem(BrokenMeans(broken), 64, torch.float16, CPU)
+    assert problem(BrokenMeans(None), 64, torch.float16, CPU) is None
 
 
 FULL = [

@@ -7,13 +7,17 @@ import torch
 
 pytest.importorskip("triton", reason="triton isn't installed, so there is no kernel to interpret")
 
-from interpreted_kernel import interpret, why_not
+from interpreted_kernel import InterpreterBackend, interpret, why_not
 
+from comfyui_liteattention.backends.base import rows_of
 from comfyui_liteattention.backends.cuda_variants import TILE
 from comfyui_liteattention.backends.kernel_call import prepare_skipped
-from comfyui_liteattention.backends.pooled import Pooled, add_skipped, pool
+from comfyui_liteattention.backends.pooled import Pooled, add_skipped, audit_skipped, pool
 from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.order import take
 from comfyui_liteattention.tiles import make_lists, pack
+
+KERNEL = InterpreterBackend()
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -63,6 +67,56 @@ def test_it_matches_its_twin(dtype, length, head_dim, sharpness):
     assert torch.equal(kept.out[0, 0, : TILE.q], before[0, 0, : TILE.q])
     # Next to peaks as sharp as 8 times that, means are less than the rounding.
     assert torch.equal(kept.out[0, 1], before[0, 1]) is (sharpness == 8 and dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("length", [300, 700])
+def test_an_order_of_queries_changes_nothing_else(length):
+    q, k, v, live = draw(torch.bfloat16, length, 2, 64)
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(1))
+    kept, pooled, factor = kept_part(q, k, v, live, 0.125), pool(k, v, TILE.k), torch.ones(1, 2)
+    listed = kept._replace(out=take(kept.out, order), lse=kept.lse[:, :, order].contiguous())
+    interpret(prepare_skipped(listed, take(q, order), pooled, 0.125, pack(live), factor))
+    interpret(prepare_skipped(kept, q, pooled, 0.125, pack(live), factor, order))
+    assert torch.equal(take(kept.out, order), listed.out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("length", "head_dim", "sharpness", "audited"),
+    [
+        (300, 64, 1.0, range(0, 1)),
+        (300, 64, 8.0, range(1, 3)),  # the last query tile has fewer rows
+        (700, 128, 0.0, range(4, 6)),
+        (200, 96, 1.0, range(0, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_an_audit_matches_its_twin(dtype, length, head_dim, sharpness, audited, ordered):
+    q, k, v, live = draw(dtype, length, 2, head_dim, sharpness)
+    scale, pooled = head_dim**-0.5, pool(k, v, TILE.k)
+    random = torch.Generator().manual_seed(2)
+    order = torch.randperm(length, generator=random) if ordered else None
+    truth = ReferenceBackend(TILE)
+    wide = (q.double(), k.double(), v.double())
+    kept = truth.forward(*wide, scale, make_lists(live), None, order)
+    full = truth.forward(wide[0][:, :, rows_of(audited, TILE, order)], *wide[1:], scale)
+    kept, full = (x._replace(out=x.out.to(dtype), lse=x.lse.float()) for x in (kept, full))
+    case = (q, pooled, scale, pack(live), full, audited)
+    want = audit_skipped(kept, *case, TILE, order)
+    got = KERNEL.audit_skipped(kept, *case, order)
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours - theirs).abs().max() <= 0.01 * theirs.abs().max()
+    again = KERNEL.audit_skipped(kept, *case, order)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def test_an_audit_of_a_tile_that_skips_nothing_sees_nothing():
+    q, k, v, live = draw(torch.bfloat16, 300, 2, 64)
+    live = torch.ones_like(live)
+    full = kept_part(q, k, v, live, 0.125)
+    case = (q, pool(k, v, TILE.k), 0.125, pack(live), full, range(3))
+    assert all((x == 0).all() for x in KERNEL.audit_skipped(full, *case))
 
 
 @pytest.mark.parametrize("case", ["nothing skipped", "a factor of 0"])

@@ -11,14 +11,14 @@ pytest.importorskip("triton", reason="triton isn't installed, so there is no ker
 
 from interpreted_kernel import interpret, why_not
 
-from comfyui_liteattention import policy
-from comfyui_liteattention.backends.tile_map import TileMap, TileMaps, failure, problem
+from comfyui_liteattention import marking, policy
+from comfyui_liteattention.backends.tile_map import TileMapKernels, TileMaps, failure, problem
 from comfyui_liteattention.tiles import make_lists, pack, unpack
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 CPU = torch.device("cpu")
-FUSED = TileMap(lambda launch, device: interpret(launch))
+FUSED = TileMapKernels(lambda launch, device: interpret(launch))
 SHAPES = [(1, 1, 1, 1), (1, 2, 3, 31), (2, 1, 2, 32), (1, 2, 2, 70), (1, 1, 3, 1500)]
 
 
@@ -82,6 +82,54 @@ def test_what_does_not_fit_is_refused():
         FUSED.make_lists(pack(live), 100)
 
 
+def close(got, want):
+    return torch.allclose(got.double(), want.double(), rtol=1e-5, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("all_live", [False, True])
+@pytest.mark.parametrize("odd", [None, math.nan, -math.inf, 0.0, -60.0])
+def test_counting_matches_its_twin(shape, all_live, odd):
+    score, live, pinned = draw(shape)
+    score -= torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    if odd is not None:
+        score[..., 0] = odd
+    bits = None if all_live else pack(live)
+    got, want = (x.histogram(bits, score, pinned) for x in (FUSED, marking))
+    assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 30])
+@pytest.mark.parametrize("audited", [False, True])
+@pytest.mark.parametrize("aim", [0.0, 1e-4, 0.01, 0.3, 10.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_choices_match_their_twin(layers, audited, aim, seed):
+    """Little and much lost so far, by this layer and by others; from nothing allowed to all."""
+    score, live, pinned = draw((1, 2, 3, 70), seed)
+    score -= torch.rand(score.shape, generator=torch.Generator().manual_seed(seed))
+    counts = marking.histogram(pack(live), score, pinned)
+    random = torch.Generator().manual_seed(seed)
+    factor = (0.0, 0.1, 1.0, 3.0)[seed]
+    ledger = factor * aim * torch.rand(4, dtype=torch.float64, generator=random)
+    lost = torch.rand((), generator=random) * aim if audited else None
+    others = [
+        factor * aim / 160 * torch.rand(161, dtype=torch.float64, generator=random)
+        for _ in range(layers - 1)
+    ]
+    got, want = (x.choose(counts, 6, ledger, lost, 0.3, others, aim) for x in (FUSED, marking))
+    assert got.limit.dtype == torch.float32 and got.limit.shape == ()
+    assert torch.equal(got.limit.nan_to_num(nan=99), want.limit.nan_to_num(nan=99))
+    assert close(got.ledger, want.ledger) and close(got.stock, want.stock)
+
+
+def test_a_limit_that_is_no_number_brings_all_tiles_back():
+    score, live, pinned = draw((1, 2, 3, 70))
+    limit = torch.tensor(math.nan)
+    want = marking.next_live(pack(live), score, limit, pinned)
+    assert torch.equal(FUSED.next_live(pack(live), score, limit, pinned), want)
+    assert unpack(want, 70).all()
+
+
 # ---- trust --------------------------------------------------------------------------------------
 
 
@@ -97,7 +145,7 @@ def test_the_default_device_does_not_matter():
             interpret(launch)
 
     with torch.device("meta"):
-        assert problem(TileMap(launch), CPU) is None
+        assert problem(TileMapKernels(launch), CPU) is None
 
 
 def test_broken_kernels_are_found_and_named_once(caplog):
@@ -130,4 +178,4 @@ def test_an_error_is_a_reason():
     def fails(launch, device):
         raise OSError("no driver")
 
-    assert "OSError: no driver" in failure(TileMap(fails), CPU)
+    assert "OSError: no driver" in failure(TileMapKernels(fails), CPU)

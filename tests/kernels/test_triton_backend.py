@@ -75,7 +75,7 @@ def test_another_size_is_compiled_already(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     function = jit.for_any_size.__wrapped__(ATTEND)
     unspecialised = [p.name for p in function.params if p.do_not_specialize]
-    assert unspecialised == ["heads", "lq", "lk", "tk"]
+    assert unspecialised == ["heads", "lq", "lk", "tk", "ordered"]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -16,6 +16,7 @@ from running_scores import running_scores
 
 from comfyui_liteattention.backends.cuda_variants import HEAD_DIMS, TILE
 from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.order import take
 from comfyui_liteattention.tiles import TileLists, make_lists
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -74,6 +75,29 @@ def check(q, k, v, mask=None, scale=None, criterion="mass", atol=1e-5):
     assert (close | ~visited | ((twin < -100) & (got.score < -100))).all()
     assert (got.score >= want.score - SCORE_ERROR)[visited & (twin > -100)].all()
     return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [64, 96])
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_order_of_queries_changes_nothing_else(dtype, d, listed):
+    """Row r of the map is the query order[r]; outputs stay in the order of the queries."""
+    q, k, v = (
+        x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(lq=300, d=d, dtype=dtype)
+    )
+    lists = make_lists(draw_mask(q, k)) if listed else None
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    want = KERNEL.forward(take(q, order), k, v, 0.1, lists, "mass")
+    got = KERNEL.forward(q, k, v, 0.1, lists, "mass", order)
+    assert torch.equal(take(got.out, order), want.out)
+    assert torch.equal(got.lse[:, :, order], want.lse) and torch.equal(got.score, want.score)
+
+
+def test_an_order_that_does_not_fit_is_refused():
+    q, k, v = draw(h=1)
+    for order in (torch.arange(199), torch.arange(200, dtype=torch.int32)):
+        with pytest.raises(ValueError, match="order"):
+            KERNEL.forward(q, k, v, 0.1, order=order)
 
 
 @pytest.mark.parametrize("d", HEAD_DIMS)

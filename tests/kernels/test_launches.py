@@ -1,0 +1,79 @@
+"""How much a card is asked to do for one call, beside the attention itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+pytest.importorskip("triton", reason="triton isn't installed, so there is no kernel to interpret")
+
+import interpreted_kernel
+from interpreted_kernel import InterpreterBackend, interpret, why_not
+
+from comfyui_liteattention.attention import LayerState, attend
+from comfyui_liteattention.backends.tile_map import TileMapKernels
+from comfyui_liteattention.order import VideoTokens
+from comfyui_liteattention.run import _finite
+from comfyui_liteattention.settings import Settings
+
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.filterwarnings("ignore:divide by zero"),
+]
+
+MEMORY_ONLY = ("empty", "new_empty", "empty_like", "empty_strided")
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations of torch that would be launches on a card."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in MEMORY_ONLY:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Backend(InterpreterBackend):
+    running_scores = True
+
+    def tile_map(self, device):
+        return TileMapKernels(lambda launch, _: interpreted_kernel.interpret(launch))
+
+
+def test_a_call_launches_little_beside_attention(monkeypatch):
+    """With all that a default call does: order, audit, tail, budget over several layers."""
+    own = Counter()
+
+    def count(launch):
+        own[launch.kernel.entry.name] += 1
+        with _disable_current_modes():
+            interpret(launch)
+
+    monkeypatch.setattr(interpreted_kernel, "interpret", count)
+    torch.manual_seed(0)
+    stocks = {}
+    layers = [LayerState(name=name, stocks=stocks) for name in "abc"]
+    settings, video = Settings(budget=0.03, audit=4), VideoTokens((4, 8, 16))
+    launches = Launches()
+    for step in range(4):
+        for layer in layers:
+            rows = [(1.5 * torch.randn(1, 512, 2, 64)).half().transpose(1, 2) for _ in range(3)]
+            own.clear()
+            launches.counts.clear()
+            with launches:
+                call = attend(layer, Backend(), *rows, 0.125, settings, (step + 1) / 4, video)
+                _finite(call[0])
+    assert own == {
+        "attend_tiles": 2,  # one of them the audit
+        **dict.fromkeys(("list_tiles", "count_scores", "choose_limit", "mark_tiles"), 1),
+        **dict.fromkeys(("audit_skipped", "add_skipped"), 1),
+    }
+    assert launches.counts.total() <= 34, launches.counts
