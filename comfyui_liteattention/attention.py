@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import budget, marking, policy, tail
 from .backends.base import Attended, Backend, TileMap, forward_and_audit, rows_of
-from .backends.pooled import Agreement, pool
+from .backends.pooled import Agreement, Pooled, pool
 from .learning import phase
 from .order import Arrangement, VideoTokens, arrange, take
 from .settings import Settings
@@ -88,6 +88,8 @@ def attend(
     criterion = settings.criterion if marks else None
     audited = range(0) if live is None else policy.audited_tiles(state.calls, tq, settings.audit)
     rows = rows_of(audited, tile, order)
+    # Now, while k and v are in the caches from being put in order.
+    pooled = pool(k, v, tile.k) if settings.tail and live is not None else None
     full = None
     if audited:
         result, full = forward_and_audit(
@@ -99,8 +101,8 @@ def attend(
     lost = bound = None
     computed = torch.tensor(b * h * tq * tk, device="cpu") if lists is None else lists.count.sum()
     if live is not None:
-        if settings.tail:
-            _add_tail(state, backend, result, full, q, k, v, scale, audited, order)
+        if pooled is not None:
+            _add_tail(state, backend, result, full, q, pooled, scale, audited, order)
         if full is not None:
             result.out[:, :, rows] = full.out
             lost = policy.lost_mass(result.lse[:, :, rows], full.lse).mean()
@@ -177,8 +179,7 @@ def _add_tail(
     result: Attended,
     full: Attended | None,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    pooled: Pooled,
     scale: float,
     audited: range,
     order: Tensor | None,
@@ -186,7 +187,6 @@ def _add_tail(
     """Give the result, in place, what the skipped tiles contribute, calibrated by the audited query
     tiles, whose exact result is ``full``."""
     assert state.live is not None
-    pooled = pool(k, v, backend.tile_shape(q.shape[3]).k)
     if full is not None:
         seen = backend.audit_skipped(result, q, pooled, scale, state.live, full, audited, order)
         state.seen = tail.enter_audit(state.seen, seen)

@@ -34,9 +34,10 @@ Raw = NDArray[Any]  # float32, or 16-bit floats as their bits: see _widen
 TILE = 64
 LANES = 16
 GROUPS = TILE // LANES
-# Rows of sums that the registers hold. AVX2 has 16 of 8 lanes: 12 sums, 2 vectors of B, a broadcast
-# of A. AVX-512 has 32 of 16 lanes, and it takes more than 6 sums to keep both its multipliers busy.
-BLOCK = 16 if binding.get_host_cpu_features().get("avx512f") else 6
+# Rows of sums that the registers hold, and lane groups of each. AVX2 has 16 registers of 8 lanes:
+# 12 sums, 2 vectors of B, a broadcast of A. AVX-512 has 32 of 16 lanes: 24 sums, and so few reads
+# for each product that both its multipliers are kept busy.
+BLOCK, AT_ONCE = (12, 2) if binding.get_host_cpu_features().get("avx512f") else (6, 1)
 BLOCK_END = TILE // BLOCK * BLOCK
 BLOCK_REST = TILE - BLOCK_END
 UNROLL = 4
@@ -77,19 +78,23 @@ _VECTOR = ir.VectorType(_F32, LANES)
 
 
 @in_llvm
-def _multiply(typing, c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, depth, rows, top):
-    """``A [rows, depth] @ B [depth, W]``, all sums held in registers.
+def _multiply(
+    typing, c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, b_group, depth, rows, groups, top
+):
+    """``A [rows, depth] @ B [depth, groups * W]``, all sums held in registers.
 
-    With ``top`` None the product is added to ``C [rows, W]``; otherwise it becomes C and raises
-    ``top [W]`` to the maxima of its columns. A, B, C are float32 arrays with the offset of their
-    first element; ``c_row``, ``a_row``, ``a_step`` are strides in elements and B is dense. ``rows``
-    is a constant, ``depth`` a multiple of 4. Written as LLVM vectors because loops of scalars don't
+    With ``top`` None the product is added to ``C [rows, groups * W]``; otherwise it becomes C and
+    raises ``top [groups * W]`` to the maxima of its columns. A, B, C are float32 arrays with the
+    offset of their first element; ``c_row``, ``a_row``, ``a_step`` are strides in elements; each
+    lane group of B is dense, ``b_group`` elements from one to the next. ``rows`` and ``groups`` are
+    constants, ``depth`` a multiple of 4. Written as LLVM vectors because loops of scalars don't
     reliably end up as register blocks; LLVM fits the vectors to the CPU at hand.
     """
-    n_rows, adds = rows.literal_value, isinstance(top, types.NoneType)
-    integers = [types.intp] * 3
+    n_rows, n_groups = rows.literal_value, groups.literal_value
+    adds = isinstance(top, types.NoneType)
+    size = types.intp
     signature = types.void(
-        c, types.intp, types.intp, a, *integers, b, types.intp, types.intp, rows, top
+        *(c, size, size, a, size, size, size, b, size, size, size), rows, groups, top
     )
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -102,42 +107,45 @@ def _multiply(typing, c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, depth, ro
         def vector_at(base: Any, index: Any) -> Any:
             return builder.bitcast(at(base, index), _VECTOR.as_pointer())
 
-        index_type = args[9].type
-        c_row, a_row, a_step, depth = args[2], args[5], args[6], args[9]
+        def constant(value: int) -> Any:
+            return ir.Constant(index_type, value)
+
+        c_row, a_row, a_step, b_group, depth = args[2], args[5], args[6], args[9], args[10]
+        index_type = depth.type
         c_ptr, a_ptr, b_ptr = (at(pointer(i), args[i + 1]) for i in (0, 3, 7))
         nothing = ir.Constant(_VECTOR, ir.Undefined)
         first = ir.Constant(ir.VectorType(_I32, LANES), None)
         fma = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32"
         )
-
-        def constant(value: int) -> Any:
-            return ir.Constant(index_type, value)
-
-        targets = [vector_at(c_ptr, builder.mul(c_row, constant(r))) for r in range(n_rows)]
-        sums = [cgutils.alloca_once(builder, _VECTOR) for _ in range(n_rows)]  # become registers
-        for target, total in zip(targets, sums, strict=True):
-            start = builder.load(target, align=4) if adds else ir.Constant(_VECTOR, None)
-            builder.store(start, total)
+        each = [(r, g) for r in range(n_rows) for g in range(n_groups)]
+        targets, sums = {}, {}
+        for r, g in each:
+            there = builder.add(builder.mul(c_row, constant(r)), constant(g * LANES))
+            targets[r, g] = vector_at(c_ptr, there)
+            sums[r, g] = cgutils.alloca_once(builder, _VECTOR)  # becomes a register
+            start = builder.load(targets[r, g], align=4) if adds else ir.Constant(_VECTOR, None)
+            builder.store(start, sums[r, g])
+        b_ptrs = [at(b_ptr, builder.mul(b_group, constant(g))) for g in range(n_groups)]
         with cgutils.for_range(builder, builder.udiv(depth, constant(UNROLL))) as loop:
             for u in range(UNROLL):
                 step = builder.add(builder.mul(loop.index, constant(UNROLL)), constant(u))
-                b_vector = builder.load(
-                    vector_at(b_ptr, builder.mul(step, constant(LANES))), align=4
-                )
+                b_at = builder.mul(step, constant(LANES))
+                b_vectors = [builder.load(vector_at(ptr, b_at), align=4) for ptr in b_ptrs]
                 a_column = at(a_ptr, builder.mul(step, a_step))
-                for r, total in enumerate(sums):
+                for r in range(n_rows):
                     scalar = builder.load(at(a_column, builder.mul(a_row, constant(r))))
                     lane = builder.insert_element(nothing, scalar, ir.Constant(_I32, 0))
                     spread = builder.shuffle_vector(lane, nothing, first)
-                    product = builder.call(fma, [spread, b_vector, builder.load(total)])
-                    builder.store(product, total)
-        for target, total in zip(targets, sums, strict=True):
-            builder.store(builder.load(total), target, align=4)
-        if not adds:
-            highest = vector_at(pointer(11), constant(0))
-            for total in sums:
-                x, y = builder.load(total), builder.load(highest, align=4)
+                    for g, b_vector in enumerate(b_vectors):
+                        product = builder.call(fma, [spread, b_vector, builder.load(sums[r, g])])
+                        builder.store(product, sums[r, g])
+        for place in each:
+            builder.store(builder.load(sums[place]), targets[place], align=4)
+        for g in range(0 if adds else n_groups):
+            highest = vector_at(pointer(13), constant(g * LANES))
+            for r in range(n_rows):
+                x, y = builder.load(sums[r, g]), builder.load(highest, align=4)
                 larger = builder.select(builder.fcmp_ordered(">", x, y), x, y)
                 builder.store(larger, highest, align=4)
         return context.get_dummy_value()
@@ -280,31 +288,42 @@ def _scores(keys: Floats, tile: int, queries: Floats, s: Floats, peak: Floats) -
     over the keys -> ``peak [T rows]``, in which a NaN counts as nothing.
     """
     d = keys.shape[2]
+    group = d * LANES
     peak[:] = MINUS_INF
-    for g in range(GROUPS):
-        q_at, s_at = g * d * LANES, g * LANES
-        top = peak[g * LANES : (g + 1) * LANES]
+    for g in range(0, GROUPS, AT_ONCE):
+        at = g * LANES
+        top = peak[at : at + AT_ONCE * LANES]
         for r in range(0, BLOCK_END, BLOCK):
-            k_at = (tile * TILE + r) * d
-            _multiply(s, r * TILE + s_at, TILE, keys, k_at, 1, BLOCK, queries, q_at, d, BLOCK, top)
-        r = BLOCK_END
-        k_at = (tile * TILE + r) * d
-        s_at += r * TILE
-        _multiply(s, s_at, TILE, keys, k_at, 1, BLOCK_REST, queries, q_at, d, BLOCK_REST, top)
+            c, k = r * TILE + at, (tile * TILE + r) * d
+            _multiply(s, c, TILE, keys, k, 1, BLOCK, queries, at * d, group, d, BLOCK, AT_ONCE, top)
+        c, k = BLOCK_END * TILE + at, (tile * TILE + BLOCK_END) * d
+        _multiply(
+            s, c, TILE, keys, k, 1, BLOCK_REST, queries, at * d, group, d, BLOCK_REST, AT_ONCE, top
+        )
 
 
 @compiled
 def _add_values(s: Floats, values: Floats, tile: int, o: Floats) -> None:
     """``o [T rows, Dp] += P^T V_tile`` with the probabilities in ``s [T keys, T rows]``."""
     groups = values.shape[1]
-    dp = groups * LANES
-    for g in range(groups):
-        v_at = (tile * groups + g) * TILE * LANES
-        c_at = g * LANES
+    dp, group = groups * LANES, TILE * LANES
+    together = groups - groups % AT_ONCE
+    for g in range(0, together, AT_ONCE):
+        c, v = g * LANES, (tile * groups + g) * group
         for r in range(0, BLOCK_END, BLOCK):
-            _multiply(o, r * dp + c_at, dp, s, r, 1, TILE, values, v_at, TILE, BLOCK, None)
+            _multiply(
+                o, r * dp + c, dp, s, r, 1, TILE, values, v, group, TILE, BLOCK, AT_ONCE, None
+            )
         r = BLOCK_END
-        _multiply(o, r * dp + c_at, dp, s, r, 1, TILE, values, v_at, TILE, BLOCK_REST, None)
+        _multiply(
+            o, r * dp + c, dp, s, r, 1, TILE, values, v, group, TILE, BLOCK_REST, AT_ONCE, None
+        )
+    for g in range(together, groups):
+        c, v = g * LANES, (tile * groups + g) * group
+        for r in range(0, BLOCK_END, BLOCK):
+            _multiply(o, r * dp + c, dp, s, r, 1, TILE, values, v, group, TILE, BLOCK, 1, None)
+        r = BLOCK_END
+        _multiply(o, r * dp + c, dp, s, r, 1, TILE, values, v, group, TILE, BLOCK_REST, 1, None)
 
 
 @compiled
