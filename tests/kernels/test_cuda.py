@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
 import pickle
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -109,6 +111,23 @@ def test_a_launch_reads_the_arguments_in_place(folder, library):
     assert (
         library.images == [b"sm_86 d64_fp16_lists_mass"] and library.entry == ATTEND.name.encode()
     )
+
+
+def test_a_launch_costs_the_host_less_than_25_microseconds(folder, library):
+    """The best of many, beside a driver of Python functions, which cost more than the real ones."""
+    launcher = cuda.Launcher(Prebuilt(folder), Driver(library))
+    q, k, v = draw()
+    (launch,) = kernel_call.prepare(q, k, v, 0.125, some_lists(q, k), "mass").launches
+    launcher.launch(launch, CARD)
+    for name in ("cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuLaunchKernel"):
+        prototype = ctypes.CFUNCTYPE(ctypes.c_int, *cuda_driver._SIGNATURES[name])
+        setattr(library, name, prototype(lambda *_: 0))
+    seconds = []
+    for _ in range(500):
+        start = time.perf_counter()
+        launcher.launch(launch, CARD)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 25e-6
 
 
 def test_pointers_that_a_variant_ignores_are_null(folder, library):
