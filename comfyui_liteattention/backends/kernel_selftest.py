@@ -100,8 +100,8 @@ def problem(
 ) -> str | None:
     """What is wrong with the backend's results for this head_dim and dtype, or None.
 
-    Ragged ends, tokens-first layout, all tiles and a list that skips some with queries in an order
-    of their own, each criterion; what skipped tiles contribute.
+    Ragged ends, tokens-first layout, all tiles and a list that skips some, queries as they come and
+    in an order of their own, each criterion; what skipped tiles contribute.
     """
     # Everything names its device: a script may have set another one as torch's default.
     random = torch.Generator("cpu").manual_seed(0)
@@ -123,7 +123,12 @@ def problem(
     reference = Int8Reference(tile) if qk == "int8" else ReferenceBackend(tile)
     card = (q.to(device), k.to(device), v.to(device))
     wide = (q.double(), k.double(), v.double())
-    for here, there in (((None, None), (None, None)), ((lists, order), on_card)):
+    cases = (
+        ((None, None), (None, None)),
+        ((None, order), (None, on_card[1])),
+        ((lists, order), on_card),
+    )
+    for here, there in cases:
         for criterion in (None, "mass", "gap"):
             got = backend.forward(*card, scale, there[0], criterion, there[1])
             want = reference.forward(*wide, scale, here[0], criterion, here[1])

@@ -149,19 +149,22 @@ def problem(tile_map: TileMapKernels, device: torch.device) -> str | None:
         before = torch.rand(shape, generator=random, device="cpu") < 0.7
         pinned = torch.rand(shape[2:], generator=random, device="cpu") < 0.1
         best = torch.nn.functional.one_hot(score.argmax(-1), tk).bool()
-        for mask in (before, torch.ones_like(before)):
-            kept = (mask & ~(score <= -4)) | best | pinned
-            live, scored, always = (x.to(device) for x in (pack(mask), score, pinned))
-            bits = tile_map.next_live(live, scored, -4, always)
-            if not torch.equal(unpack(bits.cpu(), tk), kept):
-                return "self-test of the tile map: other tiles are kept"
+        scored, always = score.to(device), pinned.to(device)
+        for mask, known in ((before, True), (torch.ones_like(before), False)):
+            live = pack(mask).to(device)
+            bits = live if known else None  # before a layer has marked anything, all are live
+            for limit in (-4.0, math.nan):
+                kept = torch.ones_like(mask) if math.isnan(limit) else mask & ~(score <= limit)
+                following = tile_map.next_live(bits, scored, limit, always)
+                if not torch.equal(unpack(following.cpu(), tk), kept | best | pinned):
+                    return "self-test of the tile map: other tiles are kept"
             for alternate in (False, True):
                 got = tile_map.make_lists(live, tk, alternate)
                 want = make_lists(mask, alternate)
                 pairs = ((got.count, want.count), (got.index, want.index))
                 if not all(torch.equal(a.cpu(), b) for a, b in pairs):
                     return "self-test of the tile map: other lists"
-            counts = tile_map.histogram(live, scored, always)
+            counts = tile_map.histogram(bits, scored, always)
             want_counts = allocation.histogram(score, mask & ~pinned)
             if not torch.equal(counts.cpu(), want_counts):
                 return "self-test of the tile map: other counts"
@@ -173,7 +176,8 @@ def problem(tile_map: TileMapKernels, device: torch.device) -> str | None:
 def _chooses_well(
     tile_map: TileMapKernels, counts: Tensor, want_counts: Tensor, query_tiles: int
 ) -> bool:
-    """Whether choices from ``counts`` on a card are the twin's, alone and beside another layer."""
+    """Whether choices from ``counts`` on a card are the twin's: alone, beside another layer, and
+    where so much is lost that all tiles have to come back."""
     ledger = torch.tensor([0.02, 0.01, 0.03, 2.0], dtype=torch.float64, device="cpu")
     lost = torch.tensor(0.03, device="cpu")
     other = torch.full((1 + BINS,), 1e-4, dtype=torch.float64, device="cpu")
@@ -183,6 +187,7 @@ def _chooses_well(
         audit, others = lost.to(there), [other.to(there)]
         yield from choose(counts, query_tiles, ledger.to(there), None, 0.3, [], 0.2)
         yield from choose(counts, query_tiles, ledger.to(there), audit, 0.3, others, 0.2)
+        yield from choose(counts, query_tiles, ledger.to(there), audit, 0.3, others, 1e-4)
 
     pairs = zip(made(tile_map.choose, counts), made(allocation.choose, want_counts), strict=True)
     return all(_close(got.cpu(), want) for got, want in pairs)

@@ -67,7 +67,7 @@ class BrokenMeans(ReferenceBackend):
         self.broken = broken
 
     def forward(self, q, k, v, scale, lists=None, criterion=None, order=None):
-        unordered = self.broken == "order" and order is not None
+        unordered = self.broken == ("order" if lists is not None else "order of all tiles")
         return super().forward(q, k, v, scale, lists, criterion, None if unordered else order)
 
     def audit_skipped(self, *arguments):
@@ -83,6 +83,7 @@ class BrokenMeans(ReferenceBackend):
     "broken, reason",
     [
         ("order", "a tile list, None: relative error"),
+        ("order of all tiles", "all tiles, mass: a score"),
         ("audit", "skipped tiles: means agree otherwise"),
         ("add", "skipped tiles: relative error"),
     ],

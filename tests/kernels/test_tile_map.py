@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton isn't installed, so there is no ker
 from interpreted_kernel import interpret, why_not
 
 from comfyui_liteattention import marking, policy
+from comfyui_liteattention.backends.cuda_variants import MAP_KERNELS
 from comfyui_liteattention.backends.tile_map import TileMapKernels, TileMaps, failure, problem
 from comfyui_liteattention.tiles import make_lists, pack, unpack
 
@@ -146,6 +147,37 @@ def test_the_default_device_does_not_matter():
 
     with torch.device("meta"):
         assert problem(TileMapKernels(launch), CPU) is None
+
+
+@pytest.mark.parametrize("broken", MAP_KERNELS, ids=lambda kernel: kernel.name)
+def test_every_kernel_is_part_of_the_self_test(broken):
+    """One that leaves memory as it was is found, whichever it is."""
+    tile_map = TileMapKernels(
+        lambda launch, _: None if launch.kernel == broken else interpret(launch)
+    )
+    assert "self-test" in problem(tile_map, CPU)
+
+
+@pytest.mark.parametrize("forgets", ["all are live", "to start over", "what comes back"])
+def test_the_self_test_goes_where_a_run_begins_and_starts_over(forgets):
+    class Forgetful(TileMapKernels):
+        def next_live(self, live, score, threshold, pinned):
+            if forgets == "what comes back" and live is not None and math.isnan(threshold):
+                threshold = -99.0
+            return super().next_live(live, score, threshold, pinned)
+
+        def histogram(self, live, score, pinned):
+            counts = super().histogram(live, score, pinned)
+            return counts * 2 if forgets == "all are live" and live is None else counts
+
+        def choose(self, *arguments):
+            choice = super().choose(*arguments)
+            if forgets == "to start over":
+                choice = choice._replace(limit=choice.limit.nan_to_num(nan=-4.0))
+            return choice
+
+    tile_map = Forgetful(lambda launch, _: interpret(launch))
+    assert "self-test" in problem(tile_map, CPU)
 
 
 def test_broken_kernels_are_found_and_named_once(caplog):
