@@ -90,7 +90,7 @@ def choose(
     bound = ledger[:1]
     theirs = torch.stack([*others]) if others else held.new_empty(0, 1 + BINS)
     limit = threshold(torch.cat([ratio * bound, ratio * held]), theirs, aim)
-    gone = torch.arange(-BINS, 0, device=held.device) / PER_LOG2 <= limit
+    gone = torch.arange(-BINS, 0, device=held.device).float() / PER_LOG2 <= limit
     bound = bound + torch.where(gone, held, 0).sum()
     stock = torch.cat([ratio * bound, (ratio * held).masked_fill(gone, 0)])
     fresh = overspent(stock, theirs, aim)
@@ -110,8 +110,8 @@ def threshold(own: Tensor, others: Tensor, aim: float) -> Tensor:
     alone = _up_to(own[1:]) <= LARGEST_SHARE * aim - own[0]
     fits = (together & alone).sum()
     # Everything below the first bin that doesn't fit.
-    below = torch.full((), -torch.inf, device=own.device)
-    return torch.nextafter((fits - BINS) / PER_LOG2, below)
+    below = torch.full((), -torch.inf, dtype=torch.float32, device=own.device)
+    return torch.nextafter((fits - BINS).float() / PER_LOG2, below)
 
 
 def overspent(own: Tensor, others: Tensor, aim: float) -> Tensor:

@@ -12,7 +12,7 @@ from . import budget, marking, policy, tail
 from .backends.base import Attended, Backend, TileMap, forward_and_audit, rows_of
 from .backends.pooled import Agreement, Pooled, pool
 from .learning import phase
-from .order import Arrangement, VideoTokens, arrange, take
+from .order import VideoTokens, arrange, take
 from .settings import Settings
 from .tiles import TileShape
 
@@ -23,7 +23,7 @@ class Tally(NamedTuple):
     ``computed`` [] int64: tiles computed, those of the audit and of the tail included; ``total``:
     tiles of the matrix; ``lost`` [] float32: mean lost mass of the audited rows, None where nothing
     was audited.
-    ``bound`` [] float32: what the ledger expected at most then, None where there is no ledger.
+    ``bound`` [] float64: what the ledger expected at most then, None where there is no ledger.
     """
 
     computed: Tensor
@@ -71,8 +71,7 @@ def attend(
     which tokens are video, where queries and keys are the same tokens; only those are skipped.
     """
     tile = backend.tile_shape(q.shape[3])
-    arrangement = _arrangement(settings, video, q, tile)
-    order = None if arrangement is None else arrangement.order
+    order = _order(settings, video, q, tile)
     if order is not None:
         k, v = take(k, order), take(v, order)
     b, h, lq, _ = q.shape
@@ -89,7 +88,8 @@ def attend(
     audited = range(0) if live is None else policy.audited_tiles(state.calls, tq, settings.audit)
     rows = rows_of(audited, tile, order)
     # Now, while k and v are in the caches from being put in order.
-    pooled = pool(k, v, tile.k) if settings.tail and live is not None else None
+    needed = settings.tail and (audited or state.seen is not None)
+    pooled = pool(k, v, tile.k) if needed else None
     full = None
     if audited:
         result, full = forward_and_audit(
@@ -116,6 +116,8 @@ def attend(
         limit = _limit(state, tile_map, result.score, lost, settings, position)
         kept = tile_map.next_live(live, result.score, limit, state.pinned)
         state.live = kept if live is None else live.copy_(kept)
+    elif lost is not None and state.ledger is not None:
+        state.ledger = budget.enter_audit(state.ledger, lost)
     state.calls += 1
     return result.out, Tally(computed, b * h * tq * tk, lost, bound)
 
@@ -147,9 +149,9 @@ def _limit(
     return limit
 
 
-def _arrangement(
+def _order(
     settings: Settings, video: VideoTokens | None, q: Tensor, tile: TileShape
-) -> Arrangement | None:
+) -> Tensor | None:
     """How to list the tokens, or None: as they come."""
     if video is None or settings.order == "raster":
         return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,19 +40,12 @@ class VideoTokens:
         return self.start + frames * rows * columns
 
 
-class Arrangement(NamedTuple):
-    """``order [L]`` int64: which token is listed at each place; ``place [L]``: its inverse."""
-
-    order: Tensor
-    place: Tensor
-
-
 @lru_cache(maxsize=8)  # every layer of every step asks for the same few
 def arrange(
     length: int, video: VideoTokens, apart: TokenRanges, tile: TileShape, device: torch.device
-) -> Arrangement:
-    """First all tokens that are not video or lie in the ranges ``apart``, in their order; then the
-    video in compact pieces of a tile each."""
+) -> Tensor:
+    """Which token is listed at each place, ``[length]`` int64: first all that are not video or lie
+    in the ranges ``apart``, in their order; then the video in compact pieces of a tile each."""
     is_video = np.zeros(length, dtype=bool)
     is_video[video.start : video.stop] = True
     for start, end in apart:
@@ -61,26 +54,22 @@ def arrange(
     filling = -len(first) % max(tile.q, tile.k)  # video that completes the tile where others end
     first, rest = np.append(first, rest[:filling]), rest[filling:]
     pieces = _pieces(rest - video.start, video.grid, tile)
-    return _arrangement(np.append(first, rest[pieces]), device)
+    return torch.from_numpy(np.append(first, rest[pieces])).to(device)
 
 
 @lru_cache(maxsize=8)
 def arrange_part(
     grid: Grid, first: int, count: int, tile: TileShape, device: torch.device
-) -> Arrangement:
-    """``count`` tokens of a video from its token ``first`` on, in compact pieces of a tile each."""
-    return _arrangement(_pieces(np.arange(first, first + count), grid, tile), device)
+) -> Tensor:
+    """The same for ``count`` tokens of a video from its token ``first`` on, all of them in compact
+    pieces; numbers count from ``first``."""
+    return torch.from_numpy(_pieces(np.arange(first, first + count), grid, tile)).to(device)
 
 
 def _pieces(tokens: np.ndarray, grid: Grid, tile: TileShape) -> np.ndarray:
     """The order in which ``tokens [N]`` of a video form compact pieces of a tile each."""
     places = np.stack(np.unravel_index(tokens, grid), axis=1)
     return compact_order(places, (max(tile.q, tile.k), min(tile.q, tile.k)))
-
-
-def _arrangement(order: np.ndarray, device: torch.device) -> Arrangement:
-    there = torch.from_numpy(order)
-    return Arrangement(there.to(device), there.argsort().to(device))
 
 
 def take(x: Tensor, order: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from comfyui_liteattention import allocation, budget, policy
 from comfyui_liteattention.allocation import BINS, PER_LOG2
+from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
@@ -151,6 +152,18 @@ def test_a_choice_spends_what_it_drops_and_starts_over_where_that_was_too_much()
     assert again.limit.isnan() and again.ledger[0] == 0 and again.stock[0] == 0
     live = policy.next_live(torch.zeros_like(droppable), score, again.limit, ~droppable[0, 0])
     assert live.all()
+
+
+def test_every_audit_is_entered_once():
+    """That of a call that marks, and that of one which doesn't: a sampler may start over."""
+    state, settings = LayerState(name="0"), Settings(budget=0.05, audit=1, warmup=0.4)
+    q, k, v = torch.randn(3, 1, 1, 64, 32, generator=torch.Generator().manual_seed(0))
+    backend = ReferenceBackend(TileShape(16, 16), torch.float32)
+    audits = []
+    for position in (0.5, 0.6, 0.3, 0.7):
+        attend(state, backend, q, k, v, 0.2, settings, position)
+        audits.append(float(state.ledger[3]))
+    assert audits == pytest.approx([0, 1, 1.8, 2.44])
 
 
 def drifting(steps, tokens=512, sharpness=4.0):

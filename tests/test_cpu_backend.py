@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from comfyui_liteattention.backends import cpu
-from comfyui_liteattention.backends.base import Attended
+from comfyui_liteattention.backends.base import Attended, pick
 from comfyui_liteattention.backends.cpu import CpuBackend
 from comfyui_liteattention.backends.pooled import Pooled, add_skipped, pool
 from comfyui_liteattention.backends.reference import ReferenceBackend
@@ -271,6 +271,15 @@ def test_an_order_of_queries_changes_nothing_else(backend) -> None:
     backend.add_skipped(want, take(q, order), *case, torch.ones(1, 2))
     backend.add_skipped(got, q, *case, torch.ones(1, 2), order)
     assert torch.equal(take(got.out, order), want.out)
+
+
+def test_audited_queries_lie_in_memory_as_the_others_do() -> None:
+    """Else numba compiles for another layout in the middle of a run."""
+    tokens_first = make_qkv(1, 2, 200, 200, 64)[0].transpose(1, 2).contiguous().transpose(1, 2)
+    for q in (tokens_first, tokens_first.contiguous()):
+        for rows in (slice(64, 128), torch.arange(64, 128)):
+            some = pick(q, rows)
+            assert torch.equal(some, q[:, :, 64:128]) and some.stride()[2:] == q.stride()[2:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, runt
 import torch
 from torch import Tensor
 
+from ..order import take
 from ..tiles import TileLists, TileShape
 
 if TYPE_CHECKING:
@@ -186,7 +187,20 @@ def forward_and_audit(
     if isinstance(backend, SharesKeys):
         return backend.forward_and_audit(q, k, v, scale, lists, criterion, order, audited)
     result = backend.forward(q, k, v, scale, lists, criterion, order)
-    return result, backend.forward(q[:, :, audited], k, v, scale)
+    return result, backend.forward(pick(q, audited), k, v, scale)
+
+
+def check_order(order: Tensor, lq: int) -> None:
+    """Refuse an order that isn't one of ``lq`` queries."""
+    if order.shape != (lq,) or order.dtype != torch.int64:
+        raise ValueError(f"order {tuple(order.shape)}, {order.dtype}, for {lq} queries.")
+
+
+def pick(q: Tensor, rows: Rows) -> Tensor:
+    """Some of the queries ``q [B, H, Lq, D]``, with the heads inside or outside the tokens as these
+    have them."""
+    inside = q.stride(1) < q.stride(2)
+    return take(q, rows) if inside and isinstance(rows, Tensor) else q[:, :, rows]
 
 
 def rows_of(tiles: range, tile: TileShape, order: Tensor | None) -> Rows:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import TileLists, TileShape
-from .base import Attended, Criterion, Rows, empty_out
+from .base import Attended, Criterion, Rows, check_order, empty_out, pick
 from .pooled import Agreement, Pooled, audit_skipped
 
 KERNELS = "_liteattention_cpu_kernels"
@@ -67,12 +67,6 @@ class CpuBackend:
         kernels = _load_kernels()
         return kernels if isinstance(kernels, str) else None
 
-    def prepare(self, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Compile (or load from the disk cache) what a call of this kind needs."""
-        # Two heads: their rows are strided, as models hand them over; numba compiles per layout.
-        x = torch.zeros(1, 64, 2, head_dim, dtype=dtype, device="cpu").transpose(1, 2)
-        self.forward(x, x, x, 1.0)
-
     def forward(
         self,
         q: Tensor,
@@ -97,7 +91,7 @@ class CpuBackend:
         audited: Rows,
     ) -> tuple[Attended, Attended]:
         """The keys are packed once."""
-        some = (q[:, :, audited], None, None, None)
+        some = (pick(q, audited), None, None, None)
         both = self._attend(k, v, scale, (q, lists, criterion, order), some)
         return both[0], both[1]
 
@@ -318,8 +312,7 @@ def _query_order(order: Tensor | None, lq: int) -> Any:
     """``[Lq]`` int64: the query of each row of the map."""
     if order is None:
         order = torch.arange(lq, device="cpu")
-    elif order.shape != (lq,) or order.dtype != torch.int64:
-        raise ValueError(f"order {tuple(order.shape)}, {order.dtype} for {lq} queries")
+    check_order(order, lq)
     return order.contiguous().numpy()
 
 

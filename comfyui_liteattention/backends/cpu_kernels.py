@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -36,8 +36,11 @@ LANES = 16
 GROUPS = TILE // LANES
 # Rows of sums that the registers hold, and lane groups of each. AVX2 has 16 registers of 8 lanes:
 # 12 sums, 2 vectors of B, a broadcast of A. AVX-512 has 32 of 16 lanes: 24 sums, and so few reads
-# for each product that both its multipliers are kept busy.
-BLOCK, AT_ONCE = (12, 2) if binding.get_host_cpu_features().get("avx512f") else (6, 1)
+# for each product that both its multipliers are kept busy. Where numba is told for which CPU to
+# compile, its cache may be another CPU's, and what this one can do must not decide.
+TOLD = getattr(config, "CPU_NAME", None) or getattr(config, "CPU_FEATURES", None)
+WIDE = binding.get_host_cpu_features().get("avx512f") and not TOLD
+BLOCK, AT_ONCE = (12, 2) if WIDE else (6, 1)
 BLOCK_END = TILE // BLOCK * BLOCK
 BLOCK_REST = TILE - BLOCK_END
 UNROLL = 4

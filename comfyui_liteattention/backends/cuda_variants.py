@@ -291,7 +291,8 @@ class Companion(NamedTuple):
 
 
 class MapKernel(NamedTuple):
-    """A kernel that keeps the tile map. ``flag``: ALTERNATE of the lists, else HAS_LIVE."""
+    """A kernel that keeps the tile map. ``flag``: ALTERNATE of the lists, HAS_LIVE where scores are
+    gone through."""
 
     entry: Entry
     flag: bool

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..tiles import TileLists, TileShape
 from . import qk_int8
-from .base import Attended, Criterion, Qk, empty_out
+from .base import Attended, Criterion, Qk, check_order, empty_out
 from .cuda_variants import (
     ADD_SKIPPED,
     AUDIT_SKIPPED,
@@ -169,12 +169,7 @@ def prepare_skipped(
 ) -> Launch:
     """The launch that does :func:`.pooled.add_skipped` to a result of :func:`prepare`."""
     b, h, lq, d = q.shape
-    tq, tk = tile.grid(lq, pooled.length)
-    if live.shape[:3] != (b, h, tq) or pooled.keys.shape != (b, h, tk, d):
-        raise ValueError(
-            f"tile bits {tuple(live.shape)} and means {tuple(pooled.keys.shape)} don't fit "
-            f"{(b, h, tq, tk)} tiles."
-        )
+    tq, tk = _check_means(q, pooled, live, tile)
     rows, ordered = _order(order, q)
     arguments: tuple[Argument, ...] = (
         *(q, pooled.keys, pooled.values, kept.out),
@@ -201,6 +196,10 @@ def prepare_audit(
     """The launch that does :func:`.pooled.audit_skipped`, and the memory that it fills: sums over
     each query tile, ``[B, H, len(audited), 2]``. See :func:`agreement`."""
     b, h, lq, d = q.shape
+    tq, tk = _check_means(q, pooled, live, tile)
+    queries = min(audited.stop * tile.q, lq) - audited.start * tile.q
+    if not audited or full.out.shape != (b, h, queries, d):
+        raise ValueError(f"{tuple(full.out.shape)} isn't the result of query tiles {audited}.")
     sums = q.new_empty(b, h, len(audited), 2, dtype=torch.float32)
     rows, ordered = _order(order, q)
     arguments: tuple[Argument, ...] = (
@@ -210,8 +209,8 @@ def prepare_audit(
         *q.stride()[:3],
         *kept.out.stride()[:3],
         *full.out.stride()[:3],
-        *(h, lq, pooled.length, pooled.keys.shape[2], live.shape[3], ordered),
-        *(audited.start, live.shape[2], full.out.shape[2]),
+        *(h, lq, pooled.length, tk, live.shape[3], ordered),
+        *(audited.start, tq, queries),
     )
     kernel = Companion(AUDIT_SKIPPED, d, DTYPE_NAMES[q.dtype])
     return Launch(kernel, (len(audited), b * h), arguments), sums
@@ -273,13 +272,24 @@ def card_number(device: torch.device) -> int:
     return device.index if device.index is not None else torch.cuda.current_device()
 
 
+def _check_means(q: Tensor, pooled: Pooled, live: Tensor, tile: TileShape) -> tuple[int, int]:
+    """The grid of a map that the means and the tile bits fit."""
+    b, h, lq, d = q.shape
+    tq, tk = tile.grid(lq, pooled.length)
+    if live.shape[:3] != (b, h, tq) or pooled.keys.shape != (b, h, tk, d):
+        raise ValueError(
+            f"tile bits {tuple(live.shape)} and means {tuple(pooled.keys.shape)} don't fit "
+            f"{(b, h, tq, tk)} tiles."
+        )
+    return tq, tk
+
+
 def _order(order: Tensor | None, q: Tensor) -> tuple[Tensor, int]:
     """What a kernel is told about an order, and how much of it there is to look at."""
     lq = q.shape[2]
     if order is None:
         return _nothing(q.device), 0
-    if order.shape != (lq,) or order.dtype != torch.int64:
-        raise ValueError(f"order {tuple(order.shape)}, {_short(order.dtype)} for {lq} queries.")
+    check_order(order, lq)
     return order.contiguous(), lq
 
 

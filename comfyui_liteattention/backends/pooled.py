@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..merge import merge
 from ..tiles import PART, TileShape, unpack
-from .base import Attended, rows_of
+from .base import Attended, pick, rows_of
 
 #: Log of the largest share that a part is taken for when it is compared.
 LARGEST_LOG_SHARE = 20.0
@@ -106,7 +106,7 @@ def audit_skipped(
     for :func:`add_skipped`, before which it has to be done."""
     rows = rows_of(audited, tile, order)
     some = unpack(live[:, :, audited.start : audited.stop], pooled.keys.shape[2])
-    part = skipped_part(q[:, :, rows], pooled, scale, some, tile.q)
+    part = skipped_part(pick(q, rows), pooled, scale, some, tile.q)
     return compare(Attended(kept.out[:, :, rows], kept.lse[:, :, rows], None), part, full)
 
 

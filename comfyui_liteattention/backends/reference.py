@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import TileLists, TileShape
-from .base import Attended, Criterion
+from .base import Attended, Criterion, check_order
 from .pooled import Agreement, Pooled, add_skipped, audit_skipped
 
 LOG2E = math.log2(math.e)
@@ -46,6 +46,7 @@ class ReferenceBackend:
         order: Tensor | None = None,
     ) -> Attended:
         if order is not None:
+            check_order(order, q.shape[2])
             q = q[:, :, order]
         b, h, lq, _ = q.shape
         lk = k.shape[2]

@@ -16,10 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .pooled import LARGEST_LOG_SHARE
 from .triton_kernel import load_tile, queries_of
 
-#: log2 of the largest share that a part is taken for when it is compared: pooled.LARGEST_LOG_SHARE.
-LARGEST = tl.constexpr(20.0 * 1.4426950408889634)
+LARGEST = tl.constexpr(LARGEST_LOG_SHARE * 1.4426950408889634)  # log2(e)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""Scores -> next live bits -> lists, on the card: small kernels in place of torch's many.
+"""Scores -> a threshold that holds the budget -> next live bits -> lists, on the card.
 
-``tile_map.py`` has their twins in plain PyTorch and says what each does. The map stays packed, one
-bit a tile. **No GPU has run this yet.**
+``marking.py`` has the twins in plain PyTorch, many small launches where these are four; the map
+stays packed, one bit a tile. **No GPU has run this yet.**
 """
 
 # ruff: noqa: N803 - compile-time arguments are capitals, as is the custom in Triton

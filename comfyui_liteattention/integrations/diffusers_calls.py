@@ -139,10 +139,10 @@ class TransformerCall:
             return self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
         tile = self._run.backend.tile_shape(q.shape[3])
         rows = arrange_part(video.grid, extra.first, q.shape[2], tile, q.device)
-        keys = arrange_part(video.grid, 0, length, tile, q.device).order
-        q, k, v = take(q, rows.order), take(k, keys), take(v, keys)
+        keys = arrange_part(video.grid, 0, length, tile, q.device)
+        q, k, v = take(q, rows), take(k, keys), take(v, keys)
         out = self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
-        return None if out is None else take(out, rows.place)
+        return None if out is None else take(out, rows.argsort())
 
     def _padded(
         self,
