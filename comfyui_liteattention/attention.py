@@ -171,7 +171,8 @@ def _pinned(
     queries = policy.pinned_tokens(settings.dense_queries, video, lq)
     keys = policy.pinned_tokens(settings.dense_keys, video, lk)
     if order is not None:
-        queries, keys = (tokens[order.cpu()] for tokens in (queries, keys))
+        listed = order.cpu()
+        queries, keys = queries[listed], keys[listed]
     return policy.pinned_tiles(queries, keys, tile)
 
 

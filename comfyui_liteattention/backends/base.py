@@ -7,7 +7,7 @@ computed, how much that tile mattered. What to do with the scores is ``policy.py
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -153,25 +153,6 @@ class TileMap(Protocol):
         ...
 
 
-@runtime_checkable
-class SharesKeys(Protocol):
-    """A backend that prepares the keys once where some queries see all of them as well."""
-
-    def forward_and_audit(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        lists: TileLists | None,
-        criterion: Criterion | None,
-        order: Tensor | None,
-        audited: Rows,
-    ) -> tuple[Attended, Attended]:
-        """As the function below."""
-        ...
-
-
 def forward_and_audit(
     backend: Backend,
     q: Tensor,
@@ -183,8 +164,9 @@ def forward_and_audit(
     order: Tensor | None,
     audited: Rows,
 ) -> tuple[Attended, Attended]:
-    """``backend.forward``, and the queries ``audited`` over all tiles."""
-    if isinstance(backend, SharesKeys):
+    """``backend.forward``, and the queries ``audited`` over all tiles. A backend that can prepare
+    the keys once for both has a method of this name."""
+    if hasattr(backend, "forward_and_audit"):
         return backend.forward_and_audit(q, k, v, scale, lists, criterion, order, audited)
     result = backend.forward(q, k, v, scale, lists, criterion, order)
     return result, backend.forward(pick(q, audited), k, v, scale)
