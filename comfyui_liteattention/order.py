@@ -81,6 +81,13 @@ def take(x: Tensor, order: Tensor) -> Tensor:
     return x.transpose(1, 2).index_select(1, order).transpose(1, 2)
 
 
+def put(x: Tensor, order: Tensor) -> Tensor:
+    """``x`` back in the order from which :func:`take` took it."""
+    listed = x.transpose(1, 2)
+    back = torch.empty_like(listed, memory_format=torch.contiguous_format)
+    return back.index_copy_(1, order, listed).transpose(1, 2)
+
+
 def compact_order(places: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     """Order of points ``places [N, 3]`` in which every run of ``sizes[0]`` points, from the start,
     is a compact piece, and inside it every run of ``sizes[1]``, and so on.

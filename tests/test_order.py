@@ -10,7 +10,7 @@ from benchmarks.orders import GRIDS, ORDERS, hilbert, radius
 from comfyui_liteattention import policy
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.order import VideoTokens, arrange, compact_order
+from comfyui_liteattention.order import VideoTokens, arrange, compact_order, put, take
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape, unpack
 
@@ -69,6 +69,15 @@ def test_tokens_beside_the_video_come_first_and_pieces_start_with_a_tile():
     pieces = order[16 : 16 + 240].reshape(-1, 16).numpy() - 5
     sides = np.stack([np.ptp(axis, 1) for axis in np.unravel_index(pieces, video.grid)], 1) + 1
     assert sides.max() <= 4
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_what_was_taken_can_be_put_back(tokens_first):
+    x = torch.randn(2, 20, 3, 4).transpose(1, 2)
+    x = x if tokens_first else x.contiguous()
+    order = torch.randperm(20)
+    back = put(take(x, order), order)
+    assert torch.equal(back, x) and back.transpose(1, 2).is_contiguous()
 
 
 def qkv(tokens, seed=0):

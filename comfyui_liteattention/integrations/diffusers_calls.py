@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..eligibility import CROSS_ATTENTION, dense_reason
-from ..order import VideoTokens, arrange_part, take
+from ..order import VideoTokens, arrange_part, put, take
 from ..run import Run
 from ..schedule import Progress
 
@@ -142,7 +142,7 @@ class TransformerCall:
         keys = arrange_part(video.grid, 0, length, tile, q.device)
         q, k, v = take(q, rows), take(k, keys), take(v, keys)
         out = self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
-        return None if out is None else take(out, rows.argsort())
+        return None if out is None else put(out, rows)
 
     def _padded(
         self,
