@@ -108,7 +108,7 @@ class CpuBackend:
             raise RuntimeError(kernels)
         b, h, lk, d = k.shape
         tk = -(-lk // self.tile.k)
-        d_padded = -(-d // kernels.LANES) * kernels.LANES
+        d_padded = kernels.padded(d)
         bytes_per_head = 4 * tk * kernels.TILE * (d + d_padded)
         heads_at_once = min(b * h, max(1, WORKSPACE_BYTES // bytes_per_head))
         keys = _floats(heads_at_once, tk, kernels.TILE, d)
@@ -141,7 +141,7 @@ class CpuBackend:
         b, h, _, d = q.shape
         tk = pooled.keys.shape[2]
         chunks = -(-tk // kernels.TILE)
-        d_padded = -(-d // kernels.LANES) * kernels.LANES
+        d_padded = kernels.padded(d)
         keys = _floats(b * h, chunks, kernels.TILE, d)
         values = _floats(b * h, chunks, d_padded // kernels.LANES, kernels.TILE, kernels.LANES)
         q_heads, out_heads = _head_arrays(q), _head_arrays(kept.out)

@@ -6,7 +6,7 @@ width of one vector of the matrix kernel. Workspaces are float32 and laid out fo
 * queries  ``[T/W, D, W]``: one query tile, transposed, so that a vector holds W rows;
 * keys     ``[Tk, T, D]``: the last key again behind ``Lk``, which changes no maximum; inside a tile
   in panels of BLOCK keys, each transposed, so that the matrix kernel reads straight on;
-* values   ``[Tk, Dp/W, T, W]`` with ``Dp`` = D rounded up to W: zeros behind ``Lk`` and D;
+* values   ``[Tk, Dp/W, T, W]`` with ``Dp`` = :func:`padded` D: zeros behind ``Lk`` and D;
 * scores   ``[T keys, T rows]``: transposed too, so that the softmax of W rows needs no reduction
   inside a vector.
 
@@ -66,6 +66,11 @@ def compiled(function: Callable[..., Any]) -> Any:
         return njit(cache=__name__ == "_liteattention_cpu_kernels", **options)(function)
     except RuntimeError:  # neither the package's nor the user's cache folder can be written
         return njit(**options)(function)
+
+
+def padded(head_dim: int) -> int:
+    """D rounded up to as many lane groups as are worked on at once."""
+    return -(-head_dim // (AT_ONCE * LANES)) * AT_ONCE * LANES
 
 
 def in_llvm(function: Callable[..., Any]) -> Any:
@@ -310,8 +315,7 @@ def _add_values(s: Floats, values: Floats, tile: int, o: Floats) -> None:
     """``o [T rows, Dp] += P^T V_tile`` with the probabilities in ``s [T keys, T rows]``."""
     groups = values.shape[1]
     dp, group = groups * LANES, TILE * LANES
-    together = groups - groups % AT_ONCE
-    for g in range(0, together, AT_ONCE):
+    for g in range(0, groups, AT_ONCE):
         c, v = g * LANES, (tile * groups + g) * group
         for r in range(0, BLOCK_END, BLOCK):
             _multiply(
@@ -321,12 +325,6 @@ def _add_values(s: Floats, values: Floats, tile: int, o: Floats) -> None:
         _multiply(
             o, r * dp + c, dp, s, r, 1, TILE, values, v, group, TILE, BLOCK_REST, AT_ONCE, None
         )
-    for g in range(together, groups):
-        c, v = g * LANES, (tile * groups + g) * group
-        for r in range(0, BLOCK_END, BLOCK):
-            _multiply(o, r * dp + c, dp, s, r, 1, TILE, values, v, group, TILE, BLOCK, 1, None)
-        r = BLOCK_END
-        _multiply(o, r * dp + c, dp, s, r, 1, TILE, values, v, group, TILE, BLOCK_REST, 1, None)
 
 
 @compiled
