@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import json
 import math
-import pickle
 import threading
 import time
 import zipfile
@@ -20,20 +19,14 @@ from comfyui_liteattention.backends import cuda, cuda_driver, kernel_call
 from comfyui_liteattention.backends.cuda_driver import ArgumentBlock, Driver, DriverError
 from comfyui_liteattention.backends.cuda_prebuilt import Prebuilt, PrebuiltError, parameters
 from comfyui_liteattention.backends.cuda_variants import (
-    ARCHS,
     ATTEND,
-    CONFIGS,
-    HEAD_DIMS,
     KERNELS,
-    MAP_KERNELS,
     TILE,
     VARIANTS,
-    Variant,
-    divisor,
 )
 from comfyui_liteattention.backends.pooled import pool
 from comfyui_liteattention.backends.tile_map import TileMapKernels
-from comfyui_liteattention.tiles import TileLists, make_lists, pack
+from comfyui_liteattention.tiles import make_lists, pack
 
 CARD = torch.device("cuda", 0)
 
@@ -255,68 +248,6 @@ def test_arguments_are_naturally_aligned():
     assert [p - pointers[0] for p in pointers] == [0, 8, 16, 24]
 
 
-@pytest.mark.parametrize("tokens_first", [False, True])
-def test_out_has_the_layout_of_q(tokens_first):
-    q, k, _ = (x if tokens_first else x.contiguous() for x in draw())
-    out = kernel_call.allocate(q, k, False, None).out
-    assert out.stride() == q.stride()
-
-
-def test_lists_that_do_not_fit_are_refused():
-    q, k, v = draw()
-    lists = some_lists(q, k)
-    with pytest.raises(ValueError, match="don't fit"):
-        kernel_call.prepare(q, k, v, 1.0, TileLists(lists.count, lists.index[..., 1:]), None)
-    with pytest.raises(ValueError, match="int32"):
-        kernel_call.prepare(q, k, v, 1.0, TileLists(lists.count, lists.index.long()), None)
-
-
-def change(q, k, v, case):
-    if case == "dtype":
-        return q.float(), k.float(), v.float()
-    if case == "mixed":
-        return q, k.bfloat16(), v
-    if case == "head_dim 72":
-        return draw(d=72)
-    if case == "don't match":
-        return q, k[:, :1], v[:, :1]
-    if case == "empty":
-        return q, k[:, :, :0], v[:, :, :0]
-    if case == "contiguous along":
-        return q, k.transpose(2, 3).contiguous().transpose(2, 3), v
-    if case == "multiples of 8":
-        return q, torch.zeros(1, 2, 330, 68, dtype=q.dtype)[..., :64], v
-    if case == "16 bytes":
-        return torch.zeros(1, 2, 200, 72, dtype=q.dtype)[..., 4:68], k, v
-    if case == "gradients":
-        return q.requires_grad_(), k, v
-    raise AssertionError(case)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        *("dtype", "mixed", "head_dim 72", "don't match", "empty", "contiguous along"),
-        *("multiples of 8", "16 bytes", "gradients"),
-    ],
-)
-def test_what_the_kernel_cannot_take_has_a_reason(case):
-    assert kernel_call.unsupported(*draw()) is None
-    assert case in kernel_call.unsupported(*change(*draw(), case))
-
-
-def test_rows_too_far_apart_for_32_bits_have_a_reason():
-    q, k, v = (x.to("meta") for x in draw())
-    k = torch.empty_strided(k.shape, (2**40, 64, 2**25, 1), dtype=k.dtype, device="meta")
-    assert "too far" in kernel_call.unsupported(q, k, v)
-
-
-def test_strides_of_single_rows_do_not_matter():
-    q, k, v = draw(b=1, lq=1)
-    odd = q.as_strided(q.shape, (3, q.stride(1), 5, 1))
-    assert kernel_call.unsupported(odd, k, v) is None
-
-
 # ---- loading ------------------------------------------------------------------------------------
 
 
@@ -528,28 +459,3 @@ def test_torch_compile_sees_the_tail_as_one_op_too(folder, library):
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert compiled(q, k, v).shape == q.shape
     assert library.launches == []
-
-
-# ---- the table ----------------------------------------------------------------------------------
-
-
-def test_every_architecture_has_every_head_dim():
-    for configs in CONFIGS.values():
-        assert all(tuple(by_head_dim) == HEAD_DIMS for by_head_dim in configs.values())
-        assert set(configs) <= set(ARCHS)
-    assert len({k.name for k in KERNELS}) == len(KERNELS) > len(VARIANTS)
-    assert Variant(96, "fp16", True, "gap").constants()["PADDED_DIM"] == 128
-
-
-def test_kernels_are_the_same_in_another_process():
-    for kernel in KERNELS:
-        copy = pickle.loads(pickle.dumps(kernel))
-        assert copy == kernel and copy.constants() == kernel.constants()
-
-
-def test_what_is_taken_for_granted_about_arguments():
-    native, int8 = (Variant(64, "bf16", True, "mass", qk) for qk in ("native", "int8"))
-    assert [divisor(native, f"{x}_row", "i32") for x in ("q", "v")] == [8, 8]
-    assert [divisor(int8, f"{x}_row", "i32") for x in ("q", "k", "v", "out")] == [16, 16, 8, 8]
-    assert divisor(int8, "q_unit", "*fp32") == 16 and divisor(int8, "lq", "i32") == 1
-    assert all(divisor(kernel, "threshold", "*fp32") == 1 for kernel in MAP_KERNELS)
