@@ -9,9 +9,9 @@ Three kinds of rows:
   writes the mass scores, as while sampling; "dense" does neither. "-int8" multiplies q and k in 8
   bits, and its times include what makes them so.
 - "0% whole", ...: **what a user gets**, a call of a run with the default preset and a map in which
-  so many tiles are skipped: putting k and v in order, lists, kernel, scores,
-  audit, tail, the next map, the test for finite numbers. Not in it: a run waits for each of its
-  calls, so that the card may then idle until the host has queued what comes next in the model.
+  so many tiles are skipped: putting k and v in order, lists, kernel, scores, audit, tail, the next
+  map, the test for finite numbers. Not in it: a run waits for each of its calls, so that the card
+  may then idle until the host has queued what comes next in the model.
 - at the end, what goes with the kernel: quantising alone, the tile map (scores to a threshold that
   holds a budget, to bits, to lists) with torch and with its own kernels, the means of skipped tiles
   and their audit.

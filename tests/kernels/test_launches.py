@@ -14,6 +14,8 @@ import interpreted_kernel
 from interpreted_kernel import InterpreterBackend, interpret, why_not
 
 from comfyui_liteattention.attention import LayerState, attend
+from comfyui_liteattention.backends.cuda_variants import TILE
+from comfyui_liteattention.backends.pooled import audit_skipped
 from comfyui_liteattention.backends.tile_map import TileMapKernels
 from comfyui_liteattention.order import VideoTokens
 from comfyui_liteattention.run import _finite
@@ -48,32 +50,55 @@ class Backend(InterpreterBackend):
         return TileMapKernels(lambda launch, _: interpreted_kernel.interpret(launch))
 
 
-def test_a_call_launches_little_beside_attention(monkeypatch):
-    """With all that a default call does: order, audit, tail, budget over several layers."""
+class WithTorch(InterpreterBackend):
+    """Of its own kernels only those of attention itself and of the tail."""
+
+    running_scores = True
+
+    def audit_skipped(self, kept, q, pooled, scale, live, full, audited, order=None):
+        return audit_skipped(kept, q, pooled, scale, live, full, audited, TILE, order)
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """Counts what a call launches: kernels of ours by name, operations of torch."""
     own = Counter()
 
-    def count(launch):
+    def note(launch):
         own[launch.kernel.entry.name] += 1
         with _disable_current_modes():
             interpret(launch)
 
-    monkeypatch.setattr(interpreted_kernel, "interpret", count)
-    torch.manual_seed(0)
-    stocks = {}
-    layers = [LayerState(name=name, stocks=stocks) for name in "abc"]
-    settings, video = Settings(budget=0.03, audit=4), VideoTokens((4, 8, 16))
-    launches = Launches()
-    for step in range(4):
-        for layer in layers:
-            rows = [(1.5 * torch.randn(1, 512, 2, 64)).half().transpose(1, 2) for _ in range(3)]
-            own.clear()
-            launches.counts.clear()
-            with launches:
-                call = attend(layer, Backend(), *rows, 0.125, settings, (step + 1) / 4, video)
-                _finite(call[0])
+    monkeypatch.setattr(interpreted_kernel, "interpret", note)
+
+    def last_call(backend):
+        """Of a default run: order, audit, tail, a budget over several layers."""
+        torch.manual_seed(0)
+        stocks = {}
+        layers = [LayerState(name=name, stocks=stocks) for name in "abc"]
+        settings, video = Settings(budget=0.03, audit=4), VideoTokens((4, 8, 16))
+        launches = Launches()
+        for step in range(4):
+            for layer in layers:
+                rows = [1.5 * torch.randn(1, 512, 2, 64) for _ in range(3)]
+                rows = [x.half().transpose(1, 2) for x in rows]
+                own.clear()
+                launches.counts.clear()
+                with launches:
+                    out, _ = attend(layer, backend, *rows, 0.125, settings, (step + 1) / 4, video)
+                    _finite(out)
+        return own, launches.counts
+
+    return last_call
+
+
+def test_a_call_launches_little_beside_attention(count):
+    own, torchs = count(Backend())
     assert own == {
         "attend_tiles": 2,  # one of them the audit
         **dict.fromkeys(("list_tiles", "count_scores", "choose_limit", "mark_tiles"), 1),
         **dict.fromkeys(("audit_skipped", "add_skipped"), 1),
     }
-    assert launches.counts.total() <= 34, launches.counts
+    assert torchs.total() <= 34, torchs
+    with_torch = sum(counts.total() for counts in count(WithTorch()))
+    assert with_torch > 2 * (8 + 34)
