@@ -47,16 +47,6 @@ def tile_scores(
     return TileScores(torch.stack(gaps, -2), torch.stack(masses, -2))
 
 
-def tile_gaps(q: torch.Tensor, k: torch.Tensor, tile: int = 64) -> torch.Tensor:
-    """Peak gaps [B, H, Tq, Tk] in log2 units."""
-    return tile_scores(q, k, tile).gap
-
-
-def tile_masses(q: torch.Tensor, k: torch.Tensor, tile: int = 64) -> torch.Tensor:
-    """Largest share of a row's softmax per tile, [B, H, Tq, Tk]."""
-    return tile_scores(q, k, tile).mass
-
-
 def negligible(
     scores: TileScores, gap: float | None = None, mass: float | None = None
 ) -> torch.Tensor:
