@@ -18,16 +18,15 @@ from tqdm import tqdm
 from benchmarks.demo_video import HELD_OUT, Case, DemoVideos, Moment
 from benchmarks.record import write_json
 from comfyui_liteattention.backends.base import Attended, Criterion, Rows
-from comfyui_liteattention.backends.cpu import CpuBackend
-from comfyui_liteattention.budget import target
-from comfyui_liteattention.order import VideoTokens
+from comfyui_liteattention.backends.cpu.backend import CpuBackend
+from comfyui_liteattention.budget.ledger import target
 from comfyui_liteattention.policy import lost_mass
-from comfyui_liteattention.profile import Profile
-from comfyui_liteattention.report import RunReport, loss_intervals
+from comfyui_liteattention.report.statistics import RunReport, loss_intervals
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.schedule import Progress
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileLists
+from comfyui_liteattention.token_order import VideoTokens
 from demo.model import LATENT_SHAPE
 
 BUDGETS = (0.002, 0.01, 0.03, 0.1)
@@ -92,14 +91,12 @@ def main() -> None:
         write_json(options.json, steps=options.steps, rows=rows)
 
 
-def measure(
-    videos: DemoVideos, case: Case, budget: float, profile: Profile | None = None
-) -> tuple[dict[str, Any], RunReport]:
+def measure(videos: DemoVideos, case: Case, budget: float) -> tuple[dict[str, Any], RunReport]:
     """One video with a budget: its true and its audited loss, means over the run, the share of its
     aim that the first marks lost, and the share of the (layer, step) cells whose true loss lies
     within the interval that the run gives; and the run's report."""
     backend = ShadowedBackend()
-    settings = Settings(budget=budget, profile=profile)
+    settings = Settings(budget=budget)
     run = Run(settings, backend, range(case.steps, -1, -1))
     _, frames, height, width = LATENT_SHAPE
     video = VideoTokens((frames, height // 2, width // 2))

@@ -14,8 +14,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
 import comfyui_liteattention as lite
-from comfyui_liteattention.integrations.diffusers_hooks import TransformerHook
-from comfyui_liteattention.integrations.diffusers_routes import register_backend, unregister_backend
+from comfyui_liteattention.integrations.diffusers.hooks import TransformerHook
+from comfyui_liteattention.integrations.diffusers.routes import register_backend, unregister_backend
 from comfyui_liteattention.policy import audited_tiles, lost_mass
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import make_lists

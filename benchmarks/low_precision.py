@@ -1,8 +1,9 @@
 """Would p v in 8 bits be precise enough? ``python -m benchmarks.low_precision``, two minutes.
 
-The kernel of ``triton_kernel.py`` in plain PyTorch, key tile by key tile, with the softmax weights
-p (over the row's running maximum, so in 0..1) and the values v rounded to what a card's matrix
-instructions would take. Sums are in float32, but for one variant; a card does no better.
+The kernel of ``backends/gpu/kernels/attend.py`` in plain PyTorch, key tile by key tile, with the
+softmax weights p (over the row's running maximum, so in 0..1) and the values v rounded to what a
+card's matrix instructions would take. Sums are in float32, but for one variant; a card does no
+better.
 
 The rule: the relative error (Frobenius) of the output against float64 is at most twice that of
 torch's own attention in the dtype of the inputs.
@@ -24,8 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.demo_video import DEVELOPMENT, DemoVideos, Moment
 from benchmarks.record import write_json
-from comfyui_liteattention.backends.cuda_variants import TILE
-from comfyui_liteattention.backends.qk_int8 import Int8Reference
+from comfyui_liteattention.backends.gpu.kernel_table import TILE
+from comfyui_liteattention.backends.gpu.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import LOG2E
 
 Inputs = tuple[Tensor, Tensor, Tensor]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
-from comfyui_liteattention.backends.cuda_variants import TILE
+from comfyui_liteattention.backends.gpu.kernel_table import TILE
 
 TOKENS = (32760, 75600)  # Wan at 480p and at 720p, 81 frames
 HEAD_DIM = 128

@@ -21,10 +21,10 @@ from torch import Tensor
 from benchmarks.demo_video import DEVELOPMENT, DemoVideos, Moment
 from benchmarks.record import write_json
 from comfyui_liteattention.attention import LayerState, attend
-from comfyui_liteattention.backends.cpu import CpuBackend
-from comfyui_liteattention.compare import compare
-from comfyui_liteattention.order import Grid, compact_order
+from comfyui_liteattention.backends.cpu.backend import CpuBackend
+from comfyui_liteattention.report.compare import compare
 from comfyui_liteattention.settings import Settings
+from comfyui_liteattention.token_order import Grid, compact_order
 
 TILE = 64
 #: Token grids (frames, rows, columns) of common settings.

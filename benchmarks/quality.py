@@ -29,7 +29,7 @@ from benchmarks.rivals import (
     Window,
     check_sol_attention,
 )
-from comfyui_liteattention.compare import compare
+from comfyui_liteattention.report.compare import compare
 from comfyui_liteattention.settings import Settings
 
 GOALS = (35.0, 40.0)

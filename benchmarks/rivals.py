@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from comfyui_liteattention.backends.cpu import CpuBackend
-from comfyui_liteattention.merge import merge
+from comfyui_liteattention.backends.cpu.backend import CpuBackend
+from comfyui_liteattention.backends.merge import merge
 from comfyui_liteattention.tiles import make_lists
 
 LOG2E = math.log2(math.e)

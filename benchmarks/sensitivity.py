@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.demo_video import DEVELOPMENT, Case, DemoVideos, Moment
 from benchmarks.record import write_json
-from comfyui_liteattention.backends.cpu import CpuBackend
+from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.policy import lost_mass
 from comfyui_liteattention.tiles import make_lists
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.record import describe_machine
 from benchmarks.timing import Paired, Spread, time_pairs
-from comfyui_liteattention.backends.cpu import CpuBackend
+from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.tiles import make_lists
 
 SKIPPED = (0.0, 0.25, 0.5, 0.75, 0.9)

@@ -43,18 +43,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from comfyui_liteattention import marking
-from comfyui_liteattention.allocation import BINS
-from comfyui_liteattention.backends import kernel_call
+from comfyui_liteattention.backends import torch_tile_map
 from comfyui_liteattention.backends.base import Backend, TileMap
-from comfyui_liteattention.backends.cuda import CudaBackend
+from comfyui_liteattention.backends.gpu import launches
+from comfyui_liteattention.backends.gpu.jit import TritonBackend
+from comfyui_liteattention.backends.gpu.prebuilt import CudaBackend
 from comfyui_liteattention.backends.pooled import pool
-from comfyui_liteattention.backends.triton import TritonBackend
-from comfyui_liteattention.order import Grid, VideoTokens
+from comfyui_liteattention.budget.allocation import BINS
 from comfyui_liteattention.presets import DEFAULT, preset
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.schedule import Progress
 from comfyui_liteattention.tiles import TileLists, make_lists, pack
+from comfyui_liteattention.token_order import Grid, VideoTokens
 
 DEVICE = torch.device("cuda")
 #: Cycles, some 10 ms, in which the host queues what is timed.
@@ -229,13 +229,13 @@ def measure_companions(
         following = tile_map.next_live(bits, score, choice.limit, pinned)
         return tile_map.make_lists(following, tk, alternate=True)
 
-    calls: dict[str, Call] = {"tile map, torch": lambda: keep(marking)}
+    calls: dict[str, Call] = {"tile map, torch": lambda: keep(torch_tile_map)}
     if (kernels := backend.tile_map(q.device)) is not None:
         calls["tile map, own kernels"] = lambda: keep(kernels)
     if backend.unsupported(q, k, k) is None:
 
         def quantise() -> None:
-            call = kernel_call.prepare(q, k, k, 0.1, None, None, qk="int8")
+            call = launches.prepare(q, k, k, 0.1, None, None, qk="int8")
             for launch in call.launches[:-1]:
                 backend.launcher.launch(launch, q.device)
 

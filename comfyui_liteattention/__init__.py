@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .settings import SAFEST, Settings
 
 if TYPE_CHECKING:
-    from .integrations.diffusers import disable, enable, enabled, summary
+    from .integrations.diffusers.api import disable, enable, enabled, summary
 
 __all__ = ["SAFEST", "Settings", "disable", "enable", "enabled", "summary"]
 __version__ = "0.1.0"
@@ -20,6 +20,6 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in ("disable", "enable", "enabled", "summary"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .integrations import diffusers
+    from .integrations.diffusers import api as diffusers
 
     return getattr(diffusers, name)

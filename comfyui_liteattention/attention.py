@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import budget, marking, policy, tail
+from . import policy, tail
+from .backends import torch_tile_map
 from .backends.base import Attended, Backend, TileMap, forward_and_audit, rows_of
 from .backends.pooled import Agreement, Pooled, pool
-from .learning import phase
-from .order import VideoTokens, arrange, take
+from .budget.ledger import PRIOR, enter_audit, open_ledger, target
 from .settings import Settings
 from .tiles import TileShape
+from .token_order import VideoTokens, arrange, take
 
 
 class Tally(NamedTuple):
@@ -38,9 +39,9 @@ class LayerState:
 
     ``live [B, H, Tq, ceil(Tk/32)]`` int32, one bit a tile, updated in place; None until a call has
     marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once. ``ledger [4]``:
-    see budget.py, None where there is none to hold. ``seen``: see tail.py. ``ratios [PHASES]``:
-    what a profile knows of this layer, see :func:`learning.learn`. ``stocks``: those of all layers
-    of the stream by ``name``, see allocation.py; all states of a stream have the same one.
+    see budget/ledger.py, None where there is none to hold. ``seen``: see tail.py. ``stocks``:
+    those of all layers of the stream by ``name``, see budget/allocation.py; all states of a stream
+    have the same one.
     """
 
     live: Tensor | None = None
@@ -48,7 +49,6 @@ class LayerState:
     ledger: Tensor | None = None
     seen: Agreement | None = None
     calls: int = 0
-    ratios: tuple[float, ...] | None = None
     name: str = ""
     stocks: dict[str, Tensor] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ def attend(
     b, h, lq, _ = q.shape
     tq, tk = tile.grid(lq, k.shape[2])
     marks = policy.marks(settings, position)
-    tile_map: TileMap = backend.tile_map(q.device) or marking
+    tile_map: TileMap = backend.tile_map(q.device) or torch_tile_map
 
     # Scores against a running sum find only what lies behind the peak in visiting order, so every
     # other call visits the other way round, as upstream does.
@@ -117,7 +117,7 @@ def attend(
         kept = tile_map.next_live(live, result.score, limit, state.pinned)
         state.live = kept if live is None else live.copy_(kept)
     elif lost is not None and state.ledger is not None:
-        state.ledger = budget.enter_audit(state.ledger, lost)
+        state.ledger = enter_audit(state.ledger, lost)
     state.calls += 1
     return result.out, Tally(computed, b * h * tq * tk, lost, bound)
 
@@ -135,16 +135,16 @@ def _limit(
         return policy.threshold_at(settings, position, score.shape[-1])
     assert state.pinned is not None
     if state.ledger is None:
-        state.ledger = budget.open_ledger(score.device)
+        state.ledger = open_ledger(score.device)
     others = [stock for name, stock in [*state.stocks.items()] if name != state.name]
     limit, state.ledger, state.stocks[state.name] = tile_map.choose(
         tile_map.histogram(state.live, score, state.pinned),
         score[..., 0].numel(),
         state.ledger,
         lost,
-        state.ratios[phase(position)] if state.ratios else budget.PRIOR,
+        PRIOR,
         others,
-        budget.target(settings.budget, settings.ramp, position),
+        target(settings.budget, settings.ramp, position),
     )
     return limit
 

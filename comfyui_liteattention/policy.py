@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from .order import TokenRanges, VideoTokens
 from .settings import Settings
 from .tiles import TileShape, tiles_touching
+from .token_order import TokenRanges, VideoTokens
 
 #: Golden ratio: successive multiples, taken modulo 1, spread evenly however many are drawn.
 GOLDEN = (math.sqrt(5) - 1) / 2

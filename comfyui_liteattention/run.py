@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,17 +16,15 @@ from torch import Tensor
 from .attention import LayerState, Tally, attend
 from .backends.base import Backend
 from .backends.kernel_selftest import lacks_memory
-from .budget import allowance
-from .learning import Audit
-from .map_history import MapHistory
-from .order import VideoTokens
-from .pace import Pace, stopwatch
+from .budget.ledger import allowance
+from .never_slower import Pace, stopwatch
 from .policy import marks
-from .profile import Fingerprint, Profile, fingerprint, make
-from .report import CallStats, MapStats, RunReport, fraction, in_short, mean_lost, saving
+from .report.map_history import MapHistory
+from .report.statistics import CallStats, MapStats, RunReport, fraction, in_short, mean_lost, saving
 from .schedule import Progress, locate
 from .settings import Settings, describe
 from .tiles import unpack
+from .token_order import VideoTokens
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +73,6 @@ class Run:
         self._stopped: str | None = None
         self._calls: list[_Call] = []
         self._layers: dict[str, int] = {}
-        self._profile = settings.profile
-        self._model: Fingerprint | None = None
-        self._notes: tuple[str, ...] = ()
         self._seconds: defaultdict[int, float] = defaultdict(float)
         self._lock = threading.Lock()
         self._pace = Pace(len(self.sigmas) - 1, self._first_step())
@@ -122,7 +116,7 @@ class Run:
         if self._stopped or layer in self._failed:
             self.decline(self._stopped or NOT_FINITE)
             return None
-        index = self._enter(layer, streams[0], q)
+        index = self._enter(layer)
         if index in self.settings.dense_layers:
             self.decline(DENSE_LAYER)
             return None
@@ -241,7 +235,7 @@ class Run:
     def report(self) -> RunReport:
         """What the run has done so far."""
         with self._lock:
-            report = RunReport(
+            return RunReport(
                 settings=describe(self.settings),
                 backend=self.backend.name,
                 steps=max(len(self.sigmas) - 1, 0),
@@ -254,9 +248,7 @@ class Run:
                 allowed=self._allowed(),
                 stopped=self._stopped,
                 dense_rate=self._pace.dense_rate,
-                notes=self._notes,
             )
-            return replace(report, learned=self._learned(report))
 
     def progress_text(self, step: int) -> str:
         """One line about the step that just ended, for people who are waiting."""
@@ -290,41 +282,14 @@ class Run:
 
     def _state(self, layer: str, stream: Stream, q: Tensor) -> LayerState:
         with self._lock:
-            ratios = self._profile.ratios_of(layer) if self._profile else None
             key = _Key(layer, stream, *q.shape[1:])
             stocks = self._stocks[key._replace(layer=""), q.device]
-            return self._states.setdefault(
-                key, LayerState(ratios=ratios, name=layer, stocks=stocks)
-            )
+            return self._states.setdefault(key, LayerState(name=layer, stocks=stocks))
 
-    def _enter(self, layer: str, stream: Stream, q: Tensor) -> int:
-        """Number of a layer, in the order of execution. Sees to it that the profile, if there is
-        one, fits the model: the number of its layers is known when one of them comes again."""
+    def _enter(self, layer: str) -> int:
+        """Number of a layer, in the order of execution."""
         with self._lock:
-            index = self._layers.setdefault(layer, len(self._layers))
-            heads, head_dim = (q.shape[1], q.shape[3]) if self._model is None else self._model[1:3]
-            tile = self.backend.tile_shape(head_dim)
-            self._model = fingerprint(len(self._layers), heads, head_dim, tile)
-            complete = _Key(layer, stream, *q.shape[1:]) in self._states
-            reason = self._profile.misfit(self._model, complete) if self._profile else None
-            if reason is not None:
-                log.warning("LiteAttention: %s", reason)
-                self._profile = None
-                self._notes += (reason,)
-                for state in self._states.values():
-                    state.ratios = None
-        return index
-
-    def _learned(self, report: RunReport) -> Profile | None:
-        """What later runs can use."""
-        if self.settings.budget is None or self._model is None:
-            return None
-        audits = (
-            Audit(call.layer, call.position, stats.lost, stats.bound)
-            for call, stats in zip(self._calls, report.calls, strict=True)
-            if stats.lost is not None and stats.bound is not None
-        )
-        return make(audits, report, self._model, self.settings.budget, self.settings.ramp)
+            return self._layers.setdefault(layer, len(self._layers))
 
     def _allowed(self) -> tuple[float, ...]:
         """Lost mass that the budget allows in the middle of each step."""

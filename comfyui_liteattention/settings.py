@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from .backends.base import Criterion, Qk
-from .order import TokenOrder, TokenRanges
-
-if TYPE_CHECKING:
-    from .profile import Profile
+from .token_order import TokenOrder, TokenRanges
 
 #: A threshold at or below this never skips a tile.
 SAFEST = -40.0
@@ -57,13 +54,11 @@ class Settings:
         Shorter sequences stay dense.
     never_slower
         Use the attention that would be used otherwise as long as it is the faster one, and switch
-        off for a run in which it stays so (pace.py).
+        off for a run in which it stays so (never_slower.py).
     qk
         How a graphics card multiplies queries and keys: ``native``, in their own dtype, or
         ``int8``, meant to be faster on some cards, and less precise. Where there is no INT8 kernel,
         and on the CPU, it is native all the same.
-    profile
-        What earlier runs learned about this model (profile.py), for a budget.
     """
 
     budget: float | None = None
@@ -80,7 +75,6 @@ class Settings:
     min_tokens: int = 2048
     never_slower: bool = True
     qk: Qk = "native"
-    profile: Profile | None = None
 
     def __post_init__(self) -> None:
         for name, problem in _problems(self):
@@ -122,11 +116,6 @@ def _problems(s: Settings):
             yield "criterion", "a budget is lost mass and needs criterion='mass'"
         if s.audit == 0:
             yield "audit", "a budget needs the audit, which measures the loss; try 64"
-    elif s.profile is not None:
-        yield (
-            "profile",
-            "is for a budget, and there is none; try budget=0.01",
-        )
     if not (isinstance(s.threshold, (int, float)) and s.threshold < 0):
         yield "threshold", "must be negative (log2 units; more negative is safer, try -4)"
     if s.criterion not in get_args(Criterion):

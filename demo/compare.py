@@ -21,8 +21,8 @@ import torch
 from PIL import Image, ImageSequence
 from tqdm import tqdm
 
-from comfyui_liteattention.compare import psnr
 from comfyui_liteattention.presets import preset
+from comfyui_liteattention.report.compare import psnr
 
 from .comfy_server import REPOSITORY, ComfyServer, Finished, Graph, comfyui_version, make_base
 from .workflow import find, load_workflow, to_graph, without

@@ -31,16 +31,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from comfyui_liteattention.backends import cuda_variants as table
-from comfyui_liteattention.backends.cuda_prebuilt import parameters
-from comfyui_liteattention.backends.cuda_variants import Kernel
+from comfyui_liteattention.backends.gpu import kernel_table as table
+from comfyui_liteattention.backends.gpu.archive import parameters
+from comfyui_liteattention.backends.gpu.kernel_table import Kernel
 
 PACKAGE = Path(sys.path[0]) / "comfyui_liteattention"
 SOURCES = tuple(
-    PACKAGE / "backends" / f"{module}.py"
+    PACKAGE / "backends" / "gpu" / "kernels" / f"{module}.py"
     for module in sorted({kernel.entry.module for kernel in table.KERNELS})
 )
-PREBUILT = PACKAGE / "backends" / "prebuilt"
+PREBUILT = PACKAGE / "backends" / "gpu" / "archives"
 
 BLACKWELL_ASSEMBLER = "TRITON_PTXAS_BLACKWELL_PATH"
 
@@ -63,7 +63,7 @@ def compile_kernel(job: tuple[int, Kernel]) -> Built:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from comfyui_liteattention.backends.triton import source
+    from comfyui_liteattention.backends.gpu.jit import source
 
     arch, kernel = job
     config = kernel.config(arch)
@@ -78,7 +78,7 @@ def compile_kernel(job: tuple[int, Kernel]) -> Built:
     constants = kernel.constants()
     signature |= dict.fromkeys(constants, "constexpr")
     if tuple(signature) != tuple(function.arg_names):
-        raise RuntimeError(f"cuda_variants and the arguments of {kernel.entry.name} differ")
+        raise RuntimeError(f"kernel_table and the arguments of {kernel.entry.name} differ")
     places = {(function.arg_names.index(name),): value for name, value in constants.items()}
 
     with tempfile.TemporaryDirectory() as cache, chosen_assembler(config):

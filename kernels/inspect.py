@@ -26,8 +26,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from comfyui_liteattention.backends.cuda_prebuilt import FOLDER, Prebuilt
-from comfyui_liteattention.backends.cuda_variants import KERNELS
+from comfyui_liteattention.backends.gpu.archive import FOLDER, Prebuilt
+from comfyui_liteattention.backends.gpu.kernel_table import KERNELS
 
 #: Per multiprocessor: registers, and shared memory in bytes by compute capability.
 REGISTERS = 65536

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from comfyui_liteattention.backends.cuda_variants import TILE
+from comfyui_liteattention.backends.gpu.kernel_table import TILE
 
 GRID = (8, 16, 32)  # frames, rows, columns
 N = math.prod(GRID)

@@ -13,11 +13,7 @@ SWITCH = "TRITON_INTERPRET"
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ[SWITCH] = "1"
-    from comfyui_liteattention.backends import (  # noqa: F401
-        triton_kernel,
-        triton_quantise,
-        triton_tile_map,
-    )
+    from comfyui_liteattention.backends.gpu.kernels import attend, quantise, tile_map  # noqa: F401
 
     del os.environ[SWITCH]  # the rest of the suite, and processes that it starts, don't want it
 

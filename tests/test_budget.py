@@ -7,10 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfyui_liteattention import allocation, budget, policy
-from comfyui_liteattention.allocation import BINS, PER_LOG2
+from comfyui_liteattention import policy
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.budget import allocation
+from comfyui_liteattention.budget.allocation import BINS, PER_LOG2
+from comfyui_liteattention.budget.ledger import (
+    MARGIN,
+    PRIOR,
+    enter_audit,
+    lost_per_bound,
+    open_ledger,
+    target,
+)
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape
@@ -93,18 +102,18 @@ def test_a_layer_that_loses_little_leaves_its_share_to_the_others():
 
 def test_the_mean_of_the_target_over_a_run_is_the_budget_with_its_margin():
     for ramp in (0.0, 1.0, 2.0):
-        targets = [budget.target(0.01, ramp, (t + 0.5) / 1000) for t in range(1000)]
-        assert sum(targets) / 1000 == pytest.approx(0.01 * budget.MARGIN, rel=1e-3)
+        targets = [target(0.01, ramp, (t + 0.5) / 1000) for t in range(1000)]
+        assert sum(targets) / 1000 == pytest.approx(0.01 * MARGIN, rel=1e-3)
         assert targets == sorted(targets)
 
 
 def test_the_ratio_of_loss_to_bound_is_learned():
-    ledger = budget.open_ledger(CPU)
-    assert float(budget.lost_per_bound(ledger)) == pytest.approx(budget.PRIOR)
+    ledger = open_ledger(CPU)
+    assert float(lost_per_bound(ledger)) == pytest.approx(PRIOR)
     ledger[0] = 0.1
     for _ in range(30):
-        ledger = budget.enter_audit(ledger, torch.tensor(0.02))
-    assert float(budget.lost_per_bound(ledger)) == pytest.approx(0.2, rel=0.15)
+        ledger = enter_audit(ledger, torch.tensor(0.02))
+    assert float(lost_per_bound(ledger)) == pytest.approx(0.2, rel=0.15)
 
 
 class Truth(ReferenceBackend):
@@ -140,7 +149,7 @@ def test_a_layer_that_lost_far_too_much_starts_over():
 def test_a_choice_spends_what_it_drops_and_starts_over_where_that_was_too_much():
     score, droppable = some_scores(4)
     counts, tiles = allocation.histogram(score, droppable), score[..., 0].numel()
-    ledger = budget.open_ledger(CPU)
+    ledger = open_ledger(CPU)
     choice = allocation.choose(counts, tiles, ledger, None, 1.0, [], 0.05)
     dropped = torch.where(droppable & (score <= choice.limit), score.exp2(), 0).sum() / tiles
     assert float(choice.ledger[0]) == pytest.approx(float(dropped), rel=0.05) and dropped > 0.03

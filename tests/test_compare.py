@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from comfyui_liteattention import perceptual
-from comfyui_liteattention.compare import (
+from comfyui_liteattention.report import perceptual
+from comfyui_liteattention.report.compare import (
     STRIP,
     compare,
     figures,

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from comfyui_liteattention.backends import cpu
 from comfyui_liteattention.backends.base import Attended, pick
-from comfyui_liteattention.backends.cpu import CpuBackend
+from comfyui_liteattention.backends.cpu import backend
+from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.backends.pooled import Pooled, add_skipped, pool
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.order import take
 from comfyui_liteattention.tiles import TileLists, make_lists, pack, unpack
+from comfyui_liteattention.token_order import take
 
 pytest.importorskip("numba")
 binding = pytest.importorskip("llvmlite.binding")
@@ -186,7 +186,7 @@ def test_heads_and_samples_are_independent(monkeypatch: pytest.MonkeyPatch) -> N
                 q[at], k[at], v[at], 0.125, TileLists(lists.count[at], lists.index[at])
             )
             assert torch.equal(one.out, batched.out[at]) and torch.equal(one.lse, batched.lse[at])
-    monkeypatch.setattr(cpu, "WORKSPACE_BYTES", 1)  # one head at a time
+    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)  # one head at a time
     assert_same_bits(batched, BACKEND.forward(q, k, v, 0.125, lists, "mass"))
 
 

@@ -17,7 +17,7 @@ from tiny_wan import hooks_left, make_wan
 
 import comfyui_liteattention as lite
 from comfyui_liteattention import SAFEST
-from comfyui_liteattention.integrations.diffusers_routes import LITE
+from comfyui_liteattention.integrations.diffusers.routes import LITE
 from comfyui_liteattention.presets import DEFAULT, PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -337,29 +337,6 @@ def test_the_second_transformer_of_wan_2_2(pipe):
     assert hooks_left(pipe.transformer) == hooks_left(pipe.transformer_2) == []
 
 
-def test_a_profile_is_saved_and_used(tmp_path):
-    file = tmp_path / "wan.safetensors"
-    choices = {"budget": 0.2, "min_tokens": 0, "audit": 1, "never_slower": False}
-    pipe = make_pipe(transformer_2=make_wan(1), boundary_ratio=0.5)
-    session = lite.enable(pipe, **choices)
-    with pytest.raises(ValueError, match="nothing to save yet"):
-        session.save_profile(file)
-    run(pipe, steps=8)
-    first = session.report()
-    session.save_profile(file)
-    session = lite.enable(pipe, profile=file, **choices)
-    run(pipe, steps=8)
-    again = session.report()
-    learned = again.learned
-    assert set(learned.layers) == {f"transformer{n}.blocks.{i}" for n in ("", "_2") for i in (0, 1)}
-    assert learned.steps == 8
-    assert not again.notes and "profile=wan.safetensors" in again.settings
-    assert [c.computed for c in again.calls] != [c.computed for c in first.calls]
-    with pytest.raises(ValueError, match="is not there"):
-        lite.enable(pipe, profile=tmp_path / "none.safetensors", **choices)
-    assert "profile=wan.safetensors" in lite.summary(pipe)  # a bad file changes nothing
-
-
 def test_other_models_are_declined_with_a_reason():
     from diffusers import DiTTransformer2DModel
 
@@ -406,7 +383,6 @@ def test_the_demo_model_skips():
         ({"budget": 10}, ValueError, "fraction"),
         ({"budget": 0.1, "criterion": "gap"}, ValueError, "criterion='mass'"),
         ({"treshold": -1}, TypeError, "no setting treshold"),
-        ({"profile": "none.safetensors"}, ValueError, "is not there"),
     ],
 )
 def test_choices_that_make_no_sense(pipe, choices, error, says):
@@ -425,7 +401,7 @@ def test_choices(pipe):
 
 def test_both_forms_of_a_cache_context_are_read():
     """diffusers 0.40 has a name alone; later versions say more."""
-    from comfyui_liteattention.integrations.diffusers_hooks import Context, _context
+    from comfyui_liteattention.integrations.diffusers.hooks import Context, _context
 
     older = SimpleNamespace(_current_context="cond")
     found = SimpleNamespace(name="cond", step_index=2, num_inference_steps=9)

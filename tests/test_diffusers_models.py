@@ -18,18 +18,18 @@ from tiny_sampling import GRID, RESET, STEPS, VIDEO, latent, texts
 
 import comfyui_liteattention as lite
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.integrations import diffusers_session
-from comfyui_liteattention.integrations.diffusers_families import (
+from comfyui_liteattention.integrations.diffusers import session as diffusers_session
+from comfyui_liteattention.integrations.diffusers.families import (
     FAMILIES,
     NOT_FOUND,
     self_attention,
     video_tokens,
 )
-from comfyui_liteattention.integrations.diffusers_masks import Padding, tail_padding
-from comfyui_liteattention.integrations.diffusers_routes import ELSEWHERE
-from comfyui_liteattention.integrations.diffusers_runs import Moment, Trajectory, noise_levels
-from comfyui_liteattention.order import VideoTokens
+from comfyui_liteattention.integrations.diffusers.masks import Padding, tail_padding
+from comfyui_liteattention.integrations.diffusers.routes import ELSEWHERE
+from comfyui_liteattention.integrations.diffusers.trajectory import Moment, Trajectory, noise_levels
 from comfyui_liteattention.tiles import TileShape
+from comfyui_liteattention.token_order import VideoTokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

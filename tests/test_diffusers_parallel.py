@@ -26,13 +26,13 @@ from tiny_wan import make_ltx, make_wan
 import comfyui_liteattention as lite
 from comfyui_liteattention import Settings
 from comfyui_liteattention.backends import backend_for
-from comfyui_liteattention.integrations.diffusers_calls import MIXED, Place, TransformerCall
-from comfyui_liteattention.integrations.diffusers_parallel import declined
-from comfyui_liteattention.integrations.diffusers_routes import Extra
-from comfyui_liteattention.order import VideoTokens, arrange, arrange_part
+from comfyui_liteattention.integrations.diffusers.calls import MIXED, Place, TransformerCall
+from comfyui_liteattention.integrations.diffusers.parallel import declined
+from comfyui_liteattention.integrations.diffusers.routes import Extra
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.schedule import Progress
 from comfyui_liteattention.tiles import TileShape
+from comfyui_liteattention.token_order import VideoTokens, arrange, arrange_part
 
 WORLD = 2
 #: Seconds until processes that wait for each other are given up.
@@ -178,7 +178,7 @@ def one_dense(rank, mode):
             return self._stopped is not None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("comfyui_liteattention.integrations.diffusers_session.Run", Slow)
+        patch.setattr("comfyui_liteattention.integrations.diffusers.session.Run", Slow)
         return sample_with(split(make_pipe(), **MODES[mode]), BOLD)
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from comfyui_liteattention.integrations.diffusers_families import less_noisy
-from comfyui_liteattention.integrations.diffusers_runs import Moment, Trajectory, name_stream
+from comfyui_liteattention.integrations.diffusers.families import less_noisy
+from comfyui_liteattention.integrations.diffusers.trajectory import Moment, Trajectory, name_stream
 
 
 def follow(moments):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from comfyui_liteattention.estimate import Interval, Sample, intervals, mean
+from comfyui_liteattention.report.confidence import Interval, Sample, intervals, mean
 
 
 def runs(seed, steps=20, spread=0.4):

@@ -11,8 +11,7 @@ from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.canvas import THEMES, ramp_colours
-from comfyui_liteattention.map_animation import (
+from comfyui_liteattention.report.animation import (
     FRAMES,
     GAP,
     MAP,
@@ -21,8 +20,9 @@ from comfyui_liteattention.map_animation import (
     animation,
     shown_steps,
 )
-from comfyui_liteattention.map_history import ALL, LAYERS, SIDE, StepMap, chosen, small_map
-from comfyui_liteattention.report import RunReport
+from comfyui_liteattention.report.canvas import THEMES, ramp_colours
+from comfyui_liteattention.report.map_history import ALL, LAYERS, SIDE, StepMap, chosen, small_map
+from comfyui_liteattention.report.statistics import RunReport
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape, pack

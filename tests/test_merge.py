@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfyui_liteattention.merge import merge
+from comfyui_liteattention.backends.merge import merge
 
 
 def attention(q, k, v):

@@ -10,9 +10,9 @@ from benchmarks.orders import GRIDS, ORDERS, hilbert, radius
 from comfyui_liteattention import policy
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.order import VideoTokens, arrange, compact_order, put, take
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape, unpack
+from comfyui_liteattention.token_order import VideoTokens, arrange, compact_order, put, take
 
 CPU = torch.device("cpu")
 TILE = TileShape(16, 16)

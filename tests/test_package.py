@@ -39,7 +39,7 @@ def test_the_wheel_holds_the_code_and_the_kernels(wheel):
     for path in PACKAGE.rglob("*"):
         if path.suffix in (".py", ".zip", ".json") and "__pycache__" not in path.parts:
             assert path.relative_to(ROOT).as_posix() in names
-    assert any(name.startswith("comfyui_liteattention/backends/prebuilt/sm_") for name in names)
+    assert any(name.startswith("comfyui_liteattention/backends/gpu/archives/sm_") for name in names)
     assert not any(name.startswith(("tests", "demo", "benchmarks", "kernels")) for name in names)
     assert sum(info.compress_size for info in wheel.infolist()) < 12 << 20
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfyui_liteattention import policy
-from comfyui_liteattention.order import VideoTokens
 from comfyui_liteattention.settings import SAFEST, Settings, parse_layers
 from comfyui_liteattention.tiles import TileShape
+from comfyui_liteattention.token_order import VideoTokens
 
 NOTHING_PINNED = torch.zeros(6, 40, dtype=torch.bool)
 

@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from comfyui_liteattention.canvas import SHARP, THEMES, Canvas, labelled, ramp_colours, ticks
 from comfyui_liteattention.eligibility import CROSS_ATTENTION
-from comfyui_liteattention.report import (
+from comfyui_liteattention.report.canvas import SHARP, THEMES, Canvas, labelled, ramp_colours, ticks
+from comfyui_liteattention.report.pictures import (
+    LEFT,
+    PAGE,
+    RIGHT,
+    SIZE,
+    by_layer,
+    heat_map,
+    pictures,
+    short_names,
+    step_chart,
+)
+from comfyui_liteattention.report.statistics import (
     CallStats,
     MapStats,
     RunReport,
@@ -20,17 +31,6 @@ from comfyui_liteattention.report import (
     saving,
     status_line,
     text_table,
-)
-from comfyui_liteattention.report_images import (
-    LEFT,
-    PAGE,
-    RIGHT,
-    SIZE,
-    by_layer,
-    heat_map,
-    pictures,
-    short_names,
-    step_chart,
 )
 
 WIDTH, HEIGHT = SIZE

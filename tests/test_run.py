@@ -11,10 +11,17 @@ from hypothesis import strategies as st
 
 from comfyui_liteattention import run as run_module
 from comfyui_liteattention.attention import LayerState, Tally, attend
-from comfyui_liteattention.backends.cpu import CpuBackend
+from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.pace import ALLOWANCE, GROUPS, TIMED_CALLS, Pace, joining, stopwatch
-from comfyui_liteattention.report import status_line, text_table
+from comfyui_liteattention.never_slower import (
+    ALLOWANCE,
+    GROUPS,
+    TIMED_CALLS,
+    Pace,
+    joining,
+    stopwatch,
+)
+from comfyui_liteattention.report.statistics import status_line, text_table
 from comfyui_liteattention.run import DENSE_LAYER, NOT_FINITE, OUT_OF_MEMORY, WAITING, Run
 from comfyui_liteattention.settings import SAFEST, Settings
 from comfyui_liteattention.tiles import TileShape, unpack

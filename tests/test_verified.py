@@ -6,7 +6,7 @@ import tiny_families
 from packaging.version import parse
 from verified import COMFYUI, DIFFUSERS, HOSTS, TABLES, rows, written
 
-from comfyui_liteattention.integrations.diffusers_families import FAMILIES
+from comfyui_liteattention.integrations.diffusers.families import FAMILIES
 
 each_host = pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
 

@@ -12,7 +12,7 @@ from . import kernel_selftest
 from .base import Attended, Backend, Criterion, Qk
 
 if TYPE_CHECKING:
-    from .fallback import FirstTrusted
+    from .gpu.first_trusted import FirstTrusted
 
 __all__ = ["Attended", "Backend", "Criterion", "Qk", "backend_for"]
 
@@ -34,7 +34,7 @@ def backend_for(device: torch.device, qk: Qk = "native") -> Backend | str:
 
 @lru_cache
 def _cpu() -> Backend | str:
-    from .cpu import CpuBackend
+    from .cpu.backend import CpuBackend
 
     backend = CpuBackend()
     probe = torch.zeros(1, 1, 64, 64, device="cpu")
@@ -45,9 +45,9 @@ def _cpu() -> Backend | str:
 @lru_cache
 def _card(device: torch.device, qk: Qk) -> FirstTrusted | str:
     """Prebuilt code first, then the same kernel through triton; both in native mode after that."""
-    from .cuda import CudaBackend
-    from .fallback import Candidate, FirstTrusted
-    from .triton import TritonBackend
+    from .gpu.first_trusted import Candidate, FirstTrusted
+    from .gpu.jit import TritonBackend
+    from .gpu.prebuilt import CudaBackend
 
     candidates: list[Candidate] = []
     reasons = []

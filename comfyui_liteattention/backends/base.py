@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from ..order import take
 from ..tiles import TileLists, TileShape
+from ..token_order import take
 
 if TYPE_CHECKING:
-    from ..allocation import Choice
+    from ..budget.allocation import Choice
     from .pooled import Agreement, Pooled
 
 Criterion = Literal["mass", "gap"]
 
-#: How q and k are multiplied: in their own dtype, or in 8 bits (see triton_quantise), which is
+#: How q and k are multiplied: in their own dtype, or in 8 bits (see kernels/quantise.py), which is
 #: faster on cards whose tensor cores are the limit, and less precise.
 Qk = Literal["native", "int8"]
 
@@ -119,7 +119,7 @@ class Backend(Protocol):
 
 
 class TileMap(Protocol):
-    """Scores -> next live bits -> lists: kernels of a backend, or ``marking.py``.
+    """Scores -> next live bits -> lists: kernels of a backend, or ``torch_tile_map.py``.
 
     Bits ``live [B, H, Tq, ceil(Tk/32)]`` int32 (None: all tiles are live), ``score [B, H, Tq, Tk]``
     float32, log2, ``pinned [Tq, Tk]`` bool. Nothing waits for a device.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..tiles import make_lists, pack
 from .base import Attended, Backend, Qk, rows_of
+from .gpu.qk_int8 import Int8Reference
 from .pooled import pool
-from .qk_int8 import Int8Reference
 from .reference import ReferenceBackend
 
 #: Largest relative error (Frobenius norm) of the output; plain attention stays below a third of it.
@@ -186,7 +186,7 @@ def _difference(got: Attended, want: Attended, tolerance: float) -> str | None:
     score, visited = got.score.cpu(), want.score > -torch.inf
     if (score[~visited] > -torch.inf).any():
         return "a score for a tile that was not visited"
-    # The running reference never scores below the final one (see triton_kernel).
+    # The running reference never scores below the final one (see gpu/kernels/attend.py).
     below = (want.score - score)[visited].max().item()
     if not below <= SCORE_TOLERANCE or not (score <= SCORE_TOLERANCE).all():
         return f"a score is {below:.2f} log2 too low or above 0"

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..merge import merge
 from ..tiles import PART, TileShape, unpack
 from .base import Attended, pick, rows_of
+from .merge import merge
 
 #: Log of the largest share that a part is taken for when it is compared.
 LARGEST_LOG_SHARE = 20.0

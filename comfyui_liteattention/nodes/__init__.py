@@ -6,10 +6,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from .budget import LiteAttentionBudget
 from .compare import LiteAttentionCompare
-from .load_profile import LiteAttentionLoadProfile
 from .patch import LiteAttentionPatch
 from .report import LiteAttentionReport
-from .save_profile import LiteAttentionSaveProfile
 from .threshold import LiteAttentionThreshold
 
 
@@ -19,8 +17,6 @@ class LiteAttentionExtension(ComfyExtension):
             LiteAttentionPatch,
             LiteAttentionBudget,
             LiteAttentionThreshold,
-            LiteAttentionLoadProfile,
-            LiteAttentionSaveProfile,
             LiteAttentionReport,
             LiteAttentionCompare,
         ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import comfy.utils
 from comfy_api.latest import io, ui
 
-from ..compare import compare, figures, side_by_side, text_table
-from ..perceptual import lpips_distance
+from ..report.compare import compare, figures, side_by_side, text_table
+from ..report.perceptual import lpips_distance
 from .schema import CATEGORY, schema
 
 

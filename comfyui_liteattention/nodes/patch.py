@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..integrations.comfy import apply_patch
+from ..integrations.comfy.session import apply_patch
 from ..presets import DEFAULT, PRESETS
 from ..presets import preset as settings_of
 from ..settings import Settings

@@ -8,11 +8,11 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..canvas import THEMES
-from ..integrations.comfy import patch_of
-from ..map_animation import animation
-from ..report import figures, text_table
-from ..report_images import pictures
+from ..integrations.comfy.session import patch_of
+from ..report.animation import animation
+from ..report.canvas import THEMES
+from ..report.pictures import pictures
+from ..report.statistics import figures, text_table
 from .schema import CATEGORY, after_sampling, latent_output, schema
 
 

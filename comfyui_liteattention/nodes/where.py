@@ -7,8 +7,8 @@ from typing import Any, get_args
 from comfy_api.latest import io
 
 from ..backends.base import Qk
-from ..order import TokenOrder
 from ..settings import Settings, parse_layers
+from ..token_order import TokenOrder
 
 DEFAULTS = Settings()
 

@@ -27,7 +27,7 @@ def main():
     comfy.cli_args.args.cpu = True
     from comfy.ldm.modules import attention
 
-    from comfyui_liteattention.integrations.comfy import apply_patch, patch_of
+    from comfyui_liteattention.integrations.comfy.session import apply_patch, patch_of
     from comfyui_liteattention.run import WAITING
     from comfyui_liteattention.settings import Settings
 

@@ -26,13 +26,13 @@ def plain(comfy):
 
 
 def patched(model):
-    from comfyui_liteattention.integrations.comfy import apply_patch
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
 
     return apply_patch(model, SETTINGS)
 
 
 def report(model):
-    from comfyui_liteattention.integrations.comfy import patch_of
+    from comfyui_liteattention.integrations.comfy.session import patch_of
 
     return patch_of(model).last_report
 

@@ -42,13 +42,13 @@ def compiled(model, backend="eager", **options):
 
 
 def patched(model, settings=SETTINGS):
-    from comfyui_liteattention.integrations.comfy import apply_patch
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
 
     return apply_patch(model, settings)
 
 
 def report(model):
-    from comfyui_liteattention.integrations.comfy import patch_of
+    from comfyui_liteattention.integrations.comfy.session import patch_of
 
     return patch_of(model).last_report
 
@@ -123,11 +123,11 @@ def test_another_attention_stays_the_dense_path(plain):
 
 
 def test_what_a_cuda_graph_would_replay_stays_dense(plain, monkeypatch):
-    from comfyui_liteattention.integrations import comfy_override
+    from comfyui_liteattention.integrations.comfy import hooks
 
     want = sample(plain)
-    monkeypatch.setattr(comfy_override, "_being_recorded", lambda q: True)
+    monkeypatch.setattr(hooks, "_being_recorded", lambda q: True)
     model = patched(compiled(plain))
     torch.testing.assert_close(sample(model), want, rtol=1e-4, atol=1e-4)
     assert not report(model).calls
-    assert comfy_override.RECORDED in report(model).reasons
+    assert hooks.RECORDED in report(model).reasons

@@ -50,9 +50,9 @@ VERSIONS = [call_plain, call_positional, call_containers, call_preferred]
 @pytest.fixture
 def setup(comfy):
     from comfyui_liteattention.backends import backend_for
-    from comfyui_liteattention.integrations.comfy_calls import Forward
-    from comfyui_liteattention.integrations.comfy_override import override
-    from comfyui_liteattention.integrations.models import Form
+    from comfyui_liteattention.integrations.comfy.calls import Forward
+    from comfyui_liteattention.integrations.comfy.families import Form
+    from comfyui_liteattention.integrations.comfy.hooks import override
     from comfyui_liteattention.run import Run
     from comfyui_liteattention.settings import Settings
 
@@ -125,12 +125,12 @@ def test_what_a_model_forbids_is_declined_untouched(setup, flags, reason):
 def test_text_padding_is_left_out(comfy, split, rows):
     """Both conditionings hide the same text, or each its own; the answer is the masked one."""
     from comfyui_liteattention.backends import backend_for
-    from comfyui_liteattention.integrations.comfy_calls import Forward
-    from comfyui_liteattention.integrations.comfy_override import override
-    from comfyui_liteattention.integrations.models import Form
-    from comfyui_liteattention.order import VideoTokens
+    from comfyui_liteattention.integrations.comfy.calls import Forward
+    from comfyui_liteattention.integrations.comfy.families import Form
+    from comfyui_liteattention.integrations.comfy.hooks import override
     from comfyui_liteattention.run import Run
     from comfyui_liteattention.settings import Settings
+    from comfyui_liteattention.token_order import VideoTokens
 
     settings = Settings(min_tokens=0, never_slower=False)
     run = Run(settings, backend_for(torch.device("cpu")), [1.0, 0.5, 0.0])
@@ -182,7 +182,7 @@ def test_a_call_of_another_length_is_declined(setup):
 
 
 def test_a_call_from_outside_a_model_call_goes_through(setup):
-    from comfyui_liteattention.integrations.comfy_calls import current
+    from comfyui_liteattention.integrations.comfy.calls import current
 
     run, override = setup
     q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)

@@ -10,10 +10,8 @@ from demo.comfy_server import REPOSITORY
 NODES = (
     "LiteAttentionBudget",
     "LiteAttentionCompare",
-    "LiteAttentionLoadProfile",
     "LiteAttentionPatch",
     "LiteAttentionReport",
-    "LiteAttentionSaveProfile",
     "LiteAttentionThreshold",
 )
 LANGUAGES = ("en", "zh")

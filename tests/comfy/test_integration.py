@@ -22,7 +22,7 @@ def plain(comfy):
 
 @pytest.fixture
 def patched(plain):
-    from comfyui_liteattention.integrations.comfy import apply_patch
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
 
     return apply_patch(plain, SETTINGS)
 
@@ -47,7 +47,7 @@ def generate(comfy):
 
 
 def report(model):
-    from comfyui_liteattention.integrations.comfy import patch_of
+    from comfyui_liteattention.integrations.comfy.session import patch_of
 
     return patch_of(model).last_report
 
@@ -126,7 +126,7 @@ def test_split_sampling_is_two_runs(patched, generate):
 
 
 def test_applying_twice_is_applying_once(plain, patched, generate):
-    from comfyui_liteattention.integrations.comfy import apply_patch
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
 
     twice = apply_patch(patched, SETTINGS)
     assert torch.equal(generate(patched), generate(twice))
@@ -134,7 +134,7 @@ def test_applying_twice_is_applying_once(plain, patched, generate):
 
 
 def test_removing_leaves_the_model_as_it_was(plain, patched, generate):
-    from comfyui_liteattention.integrations.comfy import remove_patch
+    from comfyui_liteattention.integrations.comfy.session import remove_patch
 
     before = generate(plain)
     generate(patched)
@@ -186,7 +186,7 @@ def test_a_cancelled_run_leaves_no_state(comfy, patched, generate):
 
 
 def test_two_patched_models_do_not_disturb_each_other(plain, patched, generate):
-    from comfyui_liteattention.integrations.comfy import apply_patch
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
 
     other = apply_patch(plain, Settings(threshold=-6.0, min_tokens=0, never_slower=False))
     alone = generate(patched)
@@ -228,7 +228,7 @@ def test_easycache_may_leave_out_steps(comfy, plain, generate, before):
     """Whichever of the two was applied first."""
     from comfy_extras.nodes_easycache import EasyCacheNode
 
-    from comfyui_liteattention.integrations.comfy import apply_patch
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
 
     def cached(model):
         return EasyCacheNode.execute(model, 0.5, 0.15, 0.95, False).result[0]
@@ -286,7 +286,7 @@ def test_a_lora_changes_the_weights_and_nothing_else(plain, patched, generate):
 
 
 def test_models_may_be_switched_in_one_queue(comfy, patched, generate):
-    from comfyui_liteattention.integrations.comfy import apply_patch
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
 
     first = generate(patched)
     weights = str(REPOSITORY / "demo" / "weights" / WEIGHTS)
@@ -298,7 +298,7 @@ def test_models_may_be_switched_in_one_queue(comfy, patched, generate):
 
 def test_another_attention_stays_the_dense_path(plain, generate):
     """What an earlier node installed, SageAttention for example, gets every call we decline."""
-    from comfyui_liteattention.integrations.comfy import apply_patch
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
 
     seen = []
 
@@ -326,7 +326,7 @@ def test_a_run_switches_itself_off_where_the_users_attention_is_faster(
 ):
     """The user's own attention is asked once a call, whoever times it."""
     from comfyui_liteattention import run as run_module
-    from comfyui_liteattention.integrations.comfy import apply_patch
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
 
     # Of each step three layers wait and the fourth is ours; its first call is forgiven.
     seconds, shown = [*[1.0] * 3, 3.0, *[1.0] * 3, 2.5], []
@@ -344,7 +344,7 @@ def test_a_run_switches_itself_off_where_the_users_attention_is_faster(
 
 
 def test_the_line_on_the_node(plain, generate):
-    from comfyui_liteattention.integrations.comfy import apply_patch
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
 
     shown = []
     generate(apply_patch(plain, SETTINGS, shown.append))

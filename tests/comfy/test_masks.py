@@ -11,8 +11,8 @@ BATCH, LENGTH = 2, 20
 @pytest.fixture
 def kept(comfy):
     """``kept(mask)`` for 4 text tokens, 12 of video, 4 of text; two conditionings."""
-    from comfyui_liteattention.integrations.comfy_masks import kept_tokens
-    from comfyui_liteattention.order import VideoTokens
+    from comfyui_liteattention.integrations.comfy.masks import kept_tokens
+    from comfyui_liteattention.token_order import VideoTokens
 
     def look(mask, parts=2, batch=BATCH):
         return kept_tokens(mask, batch, LENGTH, VideoTokens((3, 2, 2), 4), parts)

@@ -23,7 +23,8 @@ from tiny_comfy import (
 )
 
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.integrations.models import ModelCall, describe_call
+from comfyui_liteattention.integrations.comfy import families
+from comfyui_liteattention.integrations.comfy.families import ModelCall, describe_call
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape
@@ -64,7 +65,7 @@ def build(comfy):
 def generate(model, case, backend=None, batches=(("a",),)):
     """Three steps: the outputs, ``(ours, dense, accepted)`` of every attention call, the report and
     its notes. ``batches`` are the model calls of a step, each with its conditionings."""
-    from comfyui_liteattention.integrations.comfy import _install
+    from comfyui_liteattention.integrations.comfy.session import _install
 
     settings = Settings(
         threshold=-1.0, criterion="gap", ramp=0, audit=0, min_tokens=0, never_slower=False
@@ -163,7 +164,7 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
     import comfy.model_patcher
     import comfy.sample
 
-    from comfyui_liteattention.integrations import comfy as integration
+    from comfyui_liteattention.integrations.comfy import session as integration
 
     case = find(name)
     settings = Settings(
@@ -190,10 +191,9 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
 
 
 def test_an_unknown_video_model_runs_in_generic_mode(build, monkeypatch):
-    from comfyui_liteattention.integrations import models
 
     model = build(CASES[0])
-    monkeypatch.setattr(models, "FAMILIES", {})
+    monkeypatch.setattr(families, "FAMILIES", {})
     _, _, report, notes = generate(model, CASES[0], Recorder(-50.0))
     assert {call.tokens for call in report.calls} == {96}
     assert report.active
@@ -205,11 +205,10 @@ def test_an_unknown_video_model_runs_in_generic_mode(build, monkeypatch):
 @pytest.mark.parametrize("name", ["HunyuanVideo", "Wan HuMo", "Mochi", "Flux", "Qwen-Image"])
 def test_an_unknown_model_with_more_than_video_stays_dense(build, monkeypatch, name):
     """Text or references make its sequence longer than the video, or its latent is an image."""
-    from comfyui_liteattention.integrations import models
 
     case = find(name)
     model = build(case)
-    monkeypatch.setattr(models, "FAMILIES", {})
+    monkeypatch.setattr(families, "FAMILIES", {})
     _, seen, report, _ = generate(model, case, Recorder(-50.0))
     assert not report.calls
     assert all(torch.equal(out, dense) for out, dense, _ in seen)
@@ -278,7 +277,7 @@ def test_a_model_that_changed_stays_dense():
 
 def test_a_model_that_passes_no_call_on_is_said_to(build):
     """S2V of ComfyUI 0.3.75 calls its blocks without the options that hold the override."""
-    from comfyui_liteattention.integrations.comfy import NEVER_ASKED, _annotate
+    from comfyui_liteattention.integrations.comfy.session import NEVER_ASKED, _annotate
 
     case = find("Wan S2V")
     _, seen, report, _ = generate(build(replace(case, since="0.3.75")), case, Recorder(-50.0))

@@ -118,8 +118,8 @@ def test_the_prebuilt_kernels_are_read_from_there(tree, alone):
     pack = tree / "custom_nodes" / "ComfyUI-LiteAttention"
     look = (
         "import comfyui_liteattention as lite\n"
-        "from comfyui_liteattention.backends.cuda_prebuilt import Prebuilt\n"
-        "from comfyui_liteattention.backends.cuda_variants import VARIANTS\n"
+        "from comfyui_liteattention.backends.gpu.archive import Prebuilt\n"
+        "from comfyui_liteattention.backends.gpu.kernel_table import VARIANTS\n"
         "prebuilt = Prebuilt()\n"
         "for archive in prebuilt.manifest['archives']:\n"
         "    print(archive, len(prebuilt.read(archive, VARIANTS[0]).image))\n"

@@ -2,16 +2,14 @@
 
 import json
 from argparse import Namespace
-from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 from PIL import Image
 
-from comfyui_liteattention.map_animation import SIZE as ANIMATION_SIZE
-from comfyui_liteattention.profile_file import load, save
-from comfyui_liteattention.report_images import SIZE
+from comfyui_liteattention.report.animation import SIZE as ANIMATION_SIZE
+from comfyui_liteattention.report.pictures import SIZE
 from comfyui_liteattention.settings import SAFEST
 from demo.comfy_server import PromptRefusedError
 from demo.compare import BUDGET, PATCH, REPORT, SAMPLER, compare, summary
@@ -23,8 +21,6 @@ NODES = (
     "LiteAttentionReport",
     "LiteAttentionBudget",
     "LiteAttentionCompare",
-    "LiteAttentionLoadProfile",
-    "LiteAttentionSaveProfile",
 )
 
 
@@ -189,79 +185,6 @@ def test_a_choice_that_is_not_there_is_named_with_the_others(server, workflow):
     preset[find(preset, PATCH)]["inputs"]["preset"] = "Reckless"
     assert "Balanced" in message(preset)
     assert server.run(small(workflow, steps=1, seed=78)).error is None
-
-
-def budgeted(workflow, seed, load=None, save=None):
-    """The small workflow with a budget; ``load`` and ``save`` name profiles."""
-    graph = small(workflow, seed=seed, steps=6)
-    control = graph["100"]
-    del control["inputs"]["threshold"], control["inputs"]["criterion"]
-    control["class_type"] = "LiteAttentionBudget"
-    control["inputs"].update(budget=0.05, audit=4)
-    patch, sampler = find(graph, PATCH), find(graph, SAMPLER)
-    if load is not None:
-        inputs = {"profile": load, "control": ["100", 0]}
-        graph["110"] = {"class_type": "LiteAttentionLoadProfile", "inputs": inputs}
-        graph[patch]["inputs"]["control"] = ["110", 0]
-    if save is not None:
-        inputs = {"model": [patch, 0], "latent": [sampler, 0], "file_name": save}
-        graph["111"] = {"class_type": "LiteAttentionSaveProfile", "inputs": inputs}
-    return graph
-
-
-def test_a_profile_is_saved_and_used(server, workflow):
-    first = server.run(budgeted(workflow, seed=20, save="mine/small"))
-    assert first.error is None
-    assert "profile of 4 layers saved: small.safetensors" in first.outputs["111"]["text"][0]
-    profile = load(server.base / "output" / "mine" / "small.safetensors")
-    assert profile.steps == 6 and profile.tokens == 1024 and profile.backend == "cpu"
-    report = report_of(server, budgeted(workflow, seed=20, load="mine/small"))
-    assert report["active"] and not report["notes"]
-    assert "profile=small.safetensors" in report["settings"]
-    # Another model's, saved under the same name: loaded anew, ignored, and the report says why.
-    other = replace(profile, model=profile.model._replace(heads=99))
-    save(other, server.base / "output" / "mine" / "small.safetensors")
-    report = report_of(server, budgeted(workflow, seed=20, load="mine/small"))
-    assert report["active"]
-    assert "small.safetensors ignored: it was made for" in report["notes"][0]
-
-
-def test_a_bad_profile_gives_one_clear_message_and_the_queue_goes_on(server, workflow):
-    (server.base / "input" / "bad.safetensors").write_bytes(b"no profile at all")
-    error = server.run(budgeted(workflow, seed=21, load="bad")).error
-    assert "bad.safetensors" in error and "can't be used: it is damaged" in error
-    assert "is not there" in server.run(budgeted(workflow, seed=21, load="none")).error
-    for wrong, says in (
-        ({"load": "../bad"}, "try liteattention/profile"),
-        ({"load": "a/b@main"}, "no pinned revision"),
-        ({"save": "../bad"}, "try liteattention/profile"),
-        ({"save": "/bad"}, "try liteattention/profile"),
-    ):
-        try:  # without its save node the rest of a graph still runs
-            reply = server.post("/prompt", {"prompt": budgeted(workflow, seed=21, **wrong)})
-        except PromptRefusedError as refused:
-            reply = json.loads(str(refused))
-        (errors,) = reply["node_errors"].values()
-        assert len(errors["errors"]) == 1
-        assert says in str(errors)
-    assert server.run(small(workflow, steps=1, seed=79)).error is None
-
-
-def test_a_run_that_learned_nothing_saves_nothing_and_keeps_its_video(server, workflow):
-    graph = budgeted(workflow, seed=22, save="nothing")
-    graph["100"]["inputs"]["warmup"] = 1.0
-    finished = server.run(graph)
-    assert finished.error is None
-    assert "nothing to save yet" in finished.outputs["111"]["text"][0]
-    assert not (server.base / "output" / "nothing.safetensors").exists()
-
-
-def test_saving_never_replaces_another_file(server, workflow):
-    other = server.base / "output" / "weights.safetensors"
-    other.write_bytes(b"weights")
-    error = server.run(budgeted(workflow, seed=20, save="weights")).error
-    assert "is there already, and not a profile" in error
-    assert other.read_bytes() == b"weights"
 
 
 def test_the_report_without_a_patch_says_so(server, workflow):

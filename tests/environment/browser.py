@@ -25,7 +25,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from comfyui_liteattention.map_animation import SIZE as ANIMATION_SIZE  # noqa: E402
+from comfyui_liteattention.report.animation import SIZE as ANIMATION_SIZE  # noqa: E402
 from demo.comfy_server import ComfyServer, make_base  # noqa: E402
 
 WORKFLOWS = REPOSITORY / "workflows"

@@ -13,20 +13,20 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from comfyui_liteattention import marking
+from comfyui_liteattention.backends import torch_tile_map
 from comfyui_liteattention.backends.base import Attended, rows_of
-from comfyui_liteattention.backends.cuda import CudaBackend
-from comfyui_liteattention.backends.cuda_variants import ATTEND, HEAD_DIMS, TILE
-from comfyui_liteattention.backends.fallback import FirstTrusted
+from comfyui_liteattention.backends.gpu.first_trusted import FirstTrusted
+from comfyui_liteattention.backends.gpu.jit import TritonBackend, source
+from comfyui_liteattention.backends.gpu.kernel_table import ATTEND, HEAD_DIMS, TILE
+from comfyui_liteattention.backends.gpu.prebuilt import CudaBackend
+from comfyui_liteattention.backends.gpu.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.pooled import audit_skipped, pool
-from comfyui_liteattention.backends.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.backends.triton import TritonBackend, source
-from comfyui_liteattention.order import VideoTokens, take
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.schedule import Progress
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import make_lists, pack
+from comfyui_liteattention.token_order import VideoTokens, take
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card")
 
@@ -259,20 +259,20 @@ def test_the_tile_map_is_its_twin_s(backend, shape, all_live):
     score = -torch.randint(0, 40, shape, device="cuda").float() / 2
     live = None if all_live else pack(torch.rand(shape, device="cuda") < 0.5)
     pinned = torch.rand(shape[2:], device="cuda") < 0.05
-    got, want = (x.histogram(live, score, pinned) for x in (kernels, marking))
+    got, want = (x.histogram(live, score, pinned) for x in (kernels, torch_tile_map))
     assert torch.equal(got, want)
     ledger = torch.tensor([0.02, 0.01, 0.03, 2.0], dtype=torch.float64, device="cuda")
     others = [torch.full((161,), 1e-4, dtype=torch.float64, device="cuda")] * 29
     for lost in (None, ledger[1]):
         rest = (shape[0] * shape[1] * shape[2], ledger, lost, 0.3, others, 0.05)
-        ours, theirs = (x.choose(want, *rest) for x in (kernels, marking))
+        ours, theirs = (x.choose(want, *rest) for x in (kernels, torch_tile_map))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9, equal_nan=True)
     for limit in (-9.0, torch.tensor(math.nan, device="cuda")):
-        got, want = (x.next_live(live, score, limit, pinned) for x in (kernels, marking))
+        got, want = (x.next_live(live, score, limit, pinned) for x in (kernels, torch_tile_map))
         assert torch.equal(got, want)
     for alternate in (False, True):
-        lists = [x.make_lists(want, shape[-1], alternate) for x in (kernels, marking)]
+        lists = [x.make_lists(want, shape[-1], alternate) for x in (kernels, torch_tile_map)]
         assert torch.equal(lists[0].count, lists[1].count)
         assert torch.equal(lists[0].index, lists[1].index)
 

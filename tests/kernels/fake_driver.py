@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from comfyui_liteattention.backends.cuda_driver import _SIGNATURES
-from comfyui_liteattention.backends.cuda_variants import KERNELS, TRAILING_POINTERS
+from comfyui_liteattention.backends.gpu.driver import _SIGNATURES
+from comfyui_liteattention.backends.gpu.kernel_table import KERNELS, TRAILING_POINTERS
 
 _PARAMETERS = {kernel.entry.name: kernel.entry.parameters for kernel in KERNELS}
 _TYPES = {"fp32": ctypes.c_float, "i32": ctypes.c_int32, "i64": ctypes.c_int64}

@@ -8,8 +8,10 @@ import triton
 from triton.runtime import interpreter
 
 from comfyui_liteattention.backends.base import Attended, Criterion, Qk
-from comfyui_liteattention.backends.cuda_variants import TILE
-from comfyui_liteattention.backends.kernel_call import (
+from comfyui_liteattention.backends.gpu.jit import source
+from comfyui_liteattention.backends.gpu.kernel_table import TILE
+from comfyui_liteattention.backends.gpu.kernels.attend import attend_tiles
+from comfyui_liteattention.backends.gpu.launches import (
     Launch,
     agreement,
     prepare,
@@ -18,8 +20,6 @@ from comfyui_liteattention.backends.kernel_call import (
     unsupported,
 )
 from comfyui_liteattention.backends.pooled import Agreement, Pooled
-from comfyui_liteattention.backends.triton import source
-from comfyui_liteattention.backends.triton_kernel import attend_tiles
 from comfyui_liteattention.tiles import TileLists, TileShape
 
 #: The version whose interpreter the bfloat16 corrections below were written for.

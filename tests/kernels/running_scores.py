@@ -16,7 +16,7 @@ LOG2E = math.log2(math.e)
 def running_scores(
     q: Tensor, k: Tensor, scale: float, lists: TileLists, tile: TileShape, criterion: Criterion
 ) -> Tensor:
-    """``[B, H, Tq, Tk]`` float64, log2; the formulas of ``triton_kernel``, one tile at a time."""
+    """``[B, H, Tq, Tk]`` float64, log2; ``gpu/kernels/attend.py``'s formulas, tile by tile."""
     b, h, lq, _ = q.shape
     lk = k.shape[2]
     s = q.double() @ k.double().mT * (scale * LOG2E)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from comfyui_liteattention import backends
-from comfyui_liteattention.backends import cuda, triton
-from comfyui_liteattention.backends.fallback import FirstTrusted
+from comfyui_liteattention.backends.gpu import jit, prebuilt
+from comfyui_liteattention.backends.gpu.first_trusted import FirstTrusted
 from comfyui_liteattention.backends.kernel_selftest import NO_MEMORY
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import TileShape
@@ -111,14 +111,14 @@ def test_order_of_the_candidates(monkeypatch, qk, missing, names):
     def unavailable(self, device):
         return "not here" if self.name in missing else None
 
-    for kind in (cuda.CudaBackend, triton.TritonBackend):
+    for kind in (prebuilt.CudaBackend, jit.TritonBackend):
         monkeypatch.setattr(kind, "unavailable", unavailable)
     backend = backends._card(CARD, qk)
     assert [c.name for c in backend._candidates] == names
 
 
 def test_no_candidate_is_a_reason(monkeypatch):
-    for kind in (cuda.CudaBackend, triton.TritonBackend):
+    for kind in (prebuilt.CudaBackend, jit.TritonBackend):
         monkeypatch.setattr(kind, "unavailable", lambda self, device: "not here")
     assert backends._card(CARD, "native") == "cuda: not here; triton: not here"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from comfyui_liteattention.backends import kernel_call
-from comfyui_liteattention.backends.cuda_variants import TILE
+from comfyui_liteattention.backends.gpu import launches
+from comfyui_liteattention.backends.gpu.kernel_table import TILE
 from comfyui_liteattention.backends.pooled import pool
 from comfyui_liteattention.tiles import TileLists, all_live, make_lists
 
@@ -18,7 +18,7 @@ def draw(b=1, h=2, lq=200, lk=330, d=64, dtype=torch.float16):
 @pytest.mark.parametrize("tokens_first", [False, True])
 def test_out_has_the_layout_of_q(tokens_first):
     q, k, _ = (x if tokens_first else x.contiguous() for x in draw())
-    out = kernel_call.allocate(q, k, False, None).out
+    out = launches.allocate(q, k, False, None).out
     assert out.stride() == q.stride()
 
 
@@ -26,9 +26,9 @@ def test_lists_that_do_not_fit_are_refused():
     q, k, v = draw()
     lists = make_lists(torch.ones(1, 2, *TILE.grid(200, 330), dtype=torch.bool))
     with pytest.raises(ValueError, match="don't fit"):
-        kernel_call.prepare(q, k, v, 1.0, TileLists(lists.count, lists.index[..., 1:]), None)
+        launches.prepare(q, k, v, 1.0, TileLists(lists.count, lists.index[..., 1:]), None)
     with pytest.raises(ValueError, match="int32"):
-        kernel_call.prepare(q, k, v, 1.0, TileLists(lists.count, lists.index.long()), None)
+        launches.prepare(q, k, v, 1.0, TileLists(lists.count, lists.index.long()), None)
 
 
 def change(q, k, v, case):
@@ -61,35 +61,35 @@ def change(q, k, v, case):
     ],
 )
 def test_what_the_kernel_cannot_take_has_a_reason(case):
-    assert kernel_call.unsupported(*draw()) is None
-    assert case in kernel_call.unsupported(*change(*draw(), case))
+    assert launches.unsupported(*draw()) is None
+    assert case in launches.unsupported(*change(*draw(), case))
 
 
 def test_rows_too_far_apart_for_32_bits_have_a_reason():
     q, k, v = (x.to("meta") for x in draw())
     k = torch.empty_strided(k.shape, (2**40, 64, 2**25, 1), dtype=k.dtype, device="meta")
-    assert "too far" in kernel_call.unsupported(q, k, v)
+    assert "too far" in launches.unsupported(q, k, v)
 
 
 def test_strides_of_single_rows_do_not_matter():
     q, k, v = draw(b=1, lq=1)
     odd = q.as_strided(q.shape, (3, q.stride(1), 5, 1))
-    assert kernel_call.unsupported(odd, k, v) is None
+    assert launches.unsupported(odd, k, v) is None
 
 
 @pytest.mark.parametrize("wrong", [None, "bits", "means", "full", "no audited"])
 def test_an_audit_that_does_not_fit_is_refused(wrong):
     """The kernel would read past the end."""
     q, k, v = draw()
-    kept = kernel_call.allocate(q, k, True, None)
-    full = kernel_call.allocate(q[:, :, 128 : 200 - (wrong == "full")], k, True, None)
+    kept = launches.allocate(q, k, True, None)
+    full = launches.allocate(q[:, :, 128 : 200 - (wrong == "full")], k, True, None)
     live = all_live(1, 2, 2 + (wrong == "bits"), 6)
     pooled = pool(k, v, TILE.k // 2 if wrong == "means" else TILE.k)
     audited = range(1, 1 if wrong == "no audited" else 2)
     arguments = (kept, q, pooled, 0.125, live, full, audited)
     if wrong is None:
-        launch, sums = kernel_call.prepare_audit(*arguments)
+        launch, sums = launches.prepare_audit(*arguments)
         assert launch.grid == (1, 2) and sums.shape == (1, 2, 1, 2)
     else:
         with pytest.raises(ValueError, match=r"don't fit|isn't the result"):
-            kernel_call.prepare_audit(*arguments)
+            launches.prepare_audit(*arguments)

@@ -7,9 +7,9 @@ import torch
 
 from comfyui_liteattention import backends
 from comfyui_liteattention.backends.base import Attended
+from comfyui_liteattention.backends.gpu.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.kernel_selftest import NO_MEMORY, Verdicts, problem
 from comfyui_liteattention.backends.pooled import Agreement
-from comfyui_liteattention.backends.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import TileShape
 

@@ -14,12 +14,12 @@ import interpreted_kernel
 from interpreted_kernel import InterpreterBackend, interpret, why_not
 
 from comfyui_liteattention.attention import LayerState, attend
-from comfyui_liteattention.backends.cuda_variants import TILE
+from comfyui_liteattention.backends.gpu.kernel_table import TILE
+from comfyui_liteattention.backends.gpu.tile_map import TileMapKernels
 from comfyui_liteattention.backends.pooled import audit_skipped
-from comfyui_liteattention.backends.tile_map import TileMapKernels
-from comfyui_liteattention.order import VideoTokens
 from comfyui_liteattention.run import _finite
 from comfyui_liteattention.settings import Settings
+from comfyui_liteattention.token_order import VideoTokens
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),

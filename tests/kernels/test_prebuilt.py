@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from comfyui_liteattention.backends.cuda_prebuilt import FOLDER, Prebuilt
-from comfyui_liteattention.backends.cuda_variants import (
+from comfyui_liteattention.backends.gpu.archive import FOLDER, Prebuilt
+from comfyui_liteattention.backends.gpu.kernel_table import (
     ARCHS,
     KERNELS,
     PTX_ARCH,
@@ -24,7 +24,7 @@ from comfyui_liteattention.backends.cuda_variants import (
 )
 
 ROOT = Path(__file__).parents[2]
-BACKENDS = ROOT / "comfyui_liteattention" / "backends"
+SOURCES = ROOT / "comfyui_liteattention" / "backends" / "gpu" / "kernels"
 MANIFEST = Prebuilt().manifest
 LARGEST = 12 * 2**20
 
@@ -58,7 +58,7 @@ def test_every_variant_is_there_and_untampered():
 
 def test_built_from_this_source():
     modules = sorted({kernel.entry.module for kernel in KERNELS})
-    source = b"".join((BACKENDS / f"{module}.py").read_bytes() for module in modules)
+    source = b"".join((SOURCES / f"{module}.py").read_bytes() for module in modules)
     source = source.replace(b"\r\n", b"\n")
     assert hashlib.sha256(source).hexdigest() == MANIFEST["source_sha256"], (
         "a kernel's source changed: run kernels/build.py"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from comfyui_liteattention.backends import kernel_call, qk_int8
-from comfyui_liteattention.backends.cuda_variants import HEAD_DIMS, TILE
-from comfyui_liteattention.backends.qk_int8 import Int8Reference
+from comfyui_liteattention.backends.gpu import launches, qk_int8
+from comfyui_liteattention.backends.gpu.kernel_table import HEAD_DIMS, TILE
+from comfyui_liteattention.backends.gpu.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.policy import lost_mass, next_live
 from comfyui_liteattention.tiles import make_lists
@@ -82,7 +82,7 @@ def dense_truth(q, k, v) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantising_matches_its_twin(d, dtype):
     q, k, v = draw(b=2, d=d, dtype=dtype)
-    call = kernel_call.prepare(q, k, v, 0.2, None, None, qk="int8")
+    call = launches.prepare(q, k, v, 0.2, None, None, qk="int8")
     for launch in call.launches[:2]:
         interpret(launch)
     mean = qk_int8.mean_key(k)

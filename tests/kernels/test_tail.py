@@ -10,12 +10,12 @@ pytest.importorskip("triton", reason="triton isn't installed, so there is no ker
 from interpreted_kernel import InterpreterBackend, interpret, why_not
 
 from comfyui_liteattention.backends.base import rows_of
-from comfyui_liteattention.backends.cuda_variants import TILE
-from comfyui_liteattention.backends.kernel_call import prepare_skipped
+from comfyui_liteattention.backends.gpu.kernel_table import TILE
+from comfyui_liteattention.backends.gpu.launches import prepare_skipped
 from comfyui_liteattention.backends.pooled import Pooled, add_skipped, audit_skipped, pool
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.order import take
 from comfyui_liteattention.tiles import make_lists, pack
+from comfyui_liteattention.token_order import take
 
 KERNEL = InterpreterBackend()
 

@@ -11,9 +11,10 @@ pytest.importorskip("triton", reason="triton isn't installed, so there is no ker
 
 from interpreted_kernel import interpret, why_not
 
-from comfyui_liteattention import marking, policy
-from comfyui_liteattention.backends.cuda_variants import MAP_KERNELS
-from comfyui_liteattention.backends.tile_map import TileMapKernels, TileMaps, failure, problem
+from comfyui_liteattention import policy
+from comfyui_liteattention.backends import torch_tile_map
+from comfyui_liteattention.backends.gpu.kernel_table import MAP_KERNELS
+from comfyui_liteattention.backends.gpu.tile_map import TileMapKernels, TileMaps, failure, problem
 from comfyui_liteattention.tiles import make_lists, pack, unpack
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -96,7 +97,7 @@ def test_counting_matches_its_twin(shape, all_live, odd):
     if odd is not None:
         score[..., 0] = odd
     bits = None if all_live else pack(live)
-    got, want = (x.histogram(bits, score, pinned) for x in (FUSED, marking))
+    got, want = (x.histogram(bits, score, pinned) for x in (FUSED, torch_tile_map))
     assert got.dtype == want.dtype and torch.equal(got, want)
 
 
@@ -108,7 +109,7 @@ def test_choices_match_their_twin(layers, audited, aim, seed):
     """Little and much lost so far, by this layer and by others; from nothing allowed to all."""
     score, live, pinned = draw((1, 2, 3, 70), seed)
     score -= torch.rand(score.shape, generator=torch.Generator().manual_seed(seed))
-    counts = marking.histogram(pack(live), score, pinned)
+    counts = torch_tile_map.histogram(pack(live), score, pinned)
     random = torch.Generator().manual_seed(seed)
     factor = (0.0, 0.1, 1.0, 3.0)[seed]
     ledger = factor * aim * torch.rand(4, dtype=torch.float64, generator=random)
@@ -117,7 +118,9 @@ def test_choices_match_their_twin(layers, audited, aim, seed):
         factor * aim / 160 * torch.rand(161, dtype=torch.float64, generator=random)
         for _ in range(layers - 1)
     ]
-    got, want = (x.choose(counts, 6, ledger, lost, 0.3, others, aim) for x in (FUSED, marking))
+    got, want = (
+        x.choose(counts, 6, ledger, lost, 0.3, others, aim) for x in (FUSED, torch_tile_map)
+    )
     assert got.limit.dtype == torch.float32 and got.limit.shape == ()
     assert torch.equal(got.limit.nan_to_num(nan=99), want.limit.nan_to_num(nan=99))
     assert close(got.ledger, want.ledger) and close(got.stock, want.stock)
@@ -126,7 +129,7 @@ def test_choices_match_their_twin(layers, audited, aim, seed):
 def test_a_limit_that_is_no_number_brings_all_tiles_back():
     score, live, pinned = draw((1, 2, 3, 70))
     limit = torch.tensor(math.nan)
-    want = marking.next_live(pack(live), score, limit, pinned)
+    want = torch_tile_map.next_live(pack(live), score, limit, pinned)
     assert torch.equal(FUSED.next_live(pack(live), score, limit, pinned), want)
     assert unpack(want, 70).all()
 

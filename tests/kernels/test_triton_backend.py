@@ -8,9 +8,9 @@ import importlib.util
 import pytest
 import torch
 
-from comfyui_liteattention.backends import triton as jit
-from comfyui_liteattention.backends.cuda_variants import ATTEND, CONFIGS, TILE, Config, Variant
-from comfyui_liteattention.backends.qk_int8 import Int8Reference
+from comfyui_liteattention.backends.gpu import jit
+from comfyui_liteattention.backends.gpu.kernel_table import ATTEND, CONFIGS, TILE, Config, Variant
+from comfyui_liteattention.backends.gpu.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import TileShape, make_lists
 

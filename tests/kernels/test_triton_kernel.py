@@ -14,10 +14,10 @@ pytest.importorskip("triton", reason="triton isn't installed, so there is no ker
 from interpreted_kernel import InterpreterBackend, why_not
 from running_scores import running_scores
 
-from comfyui_liteattention.backends.cuda_variants import HEAD_DIMS, TILE
+from comfyui_liteattention.backends.gpu.kernel_table import HEAD_DIMS, TILE
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.order import take
 from comfyui_liteattention.tiles import TileLists, make_lists
+from comfyui_liteattention.token_order import take
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 
-from comfyui_liteattention.backends.cuda_variants import (
+from comfyui_liteattention.backends.gpu.kernel_table import (
     ARCHS,
     CONFIGS,
     HEAD_DIMS,

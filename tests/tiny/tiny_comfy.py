@@ -432,7 +432,7 @@ def demo_weights():
 
 def skips_and_stays_close(plain, settings):
     """The demo model, as loaded in some format: these settings skip and change little."""
-    from comfyui_liteattention.integrations.comfy import apply_patch, patch_of
+    from comfyui_liteattention.integrations.comfy.session import apply_patch, patch_of
 
     prompts = [[[torch.zeros(1, 8, 4096), {}]], [[torch.zeros(1, 8, 4096), {}]]]
     latent = torch.zeros(1, 16, 4, 16, 16)

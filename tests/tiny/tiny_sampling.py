@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from comfyui_liteattention.integrations.diffusers_families import FAMILIES, self_attention
+from comfyui_liteattention.integrations.diffusers.families import FAMILIES, self_attention
 
 GRID = (4, 8, 8)  # tokens: frames, rows, columns
 VIDEO = 4 * 8 * 8

@@ -1,0 +1,1 @@
+"""The CPU: a numba kernel that really skips."""

@@ -1,0 +1,1 @@
+"""Graphics cards: prebuilt kernels launched through the driver, or the same ones through triton."""

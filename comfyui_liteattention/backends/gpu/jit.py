@@ -1,0 +1,184 @@
+"""The same kernel compiled on the spot, for cards without prebuilt code: needs triton.
+
+On Linux triton also needs a C compiler at run time; on Windows the package ``triton-windows``.
+AMD cards have tiles of their own. **Untested**: compiled for AMD, but run on no GPU yet.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...tiles import TileLists, TileShape
+from .. import kernel_selftest
+from ..base import Attended, Criterion, Qk, TileMap
+from ..pooled import Agreement, Pooled
+from . import launches, tile_map
+from .kernel_table import (
+    ADD_SKIPPED,
+    ARCHS,
+    ATTEND,
+    AUDIT_SKIPPED,
+    CONFIGS,
+    TILE,
+    Config,
+    Entry,
+    Kernel,
+)
+
+#: AMD architecture prefix -> (tile, warps, stages), from compiled registers only.
+AMD = {
+    "gfx9": (TileShape(128, 64), Config(4, 1)),  # Instinct
+    "gfx1": (TileShape(64, 32), Config(4, 1)),  # Radeon: 128 x 64 spills hundreds of registers
+}
+_NEAREST = 80  # configurations of an NVIDIA card that isn't in the table
+
+
+class TritonBackend:
+    """See :class:`~.base.Backend`."""
+
+    running_scores = True
+
+    def __init__(self, qk: Qk = "native") -> None:
+        self.qk = qk
+        self.name = "triton" if qk == "native" else f"triton, {qk}"
+        self._verdicts = kernel_selftest.Verdicts()
+        self._maps = tile_map.TileMaps(self._launch)
+        self._amd = _amd_setting()
+
+    def tile_shape(self, head_dim: int) -> TileShape:
+        return self._amd[0] if self._amd else TILE
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend can't work on a device at all, or None."""
+        if device.type != "cuda":
+            return f"tensors on {device.type}, not on a graphics card"
+        if importlib.util.find_spec("triton") is None:
+            return "triton isn't installed"
+        if self.qk not in _modes(device):
+            return f"no {self.qk} for this compute capability: it would be slower"
+        return None
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        reason = self.unavailable(q.device) or launches.unsupported(q, k, v)
+        return reason or self.untrusted(q.device.index or 0, q.shape[-1], q.dtype)
+
+    @torch.compiler.assume_constant_result
+    def untrusted(self, number: int, head_dim: int, dtype: torch.dtype) -> str | None:
+        return self._verdicts.of(self, head_dim, dtype, torch.device("cuda", number), self.qk)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lists: TileLists | None = None,
+        criterion: Criterion | None = None,
+        order: Tensor | None = None,
+    ) -> Attended:
+        tile = self.tile_shape(q.shape[-1])
+        call = launches.prepare(q, k, v, scale, lists, criterion, order, tile, self.qk)
+        for launch in call.launches:
+            self._launch(launch, q.device)
+        return call.finish()
+
+    def add_skipped(
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        factor: Tensor,
+        order: Tensor | None = None,
+    ) -> None:
+        tile = self.tile_shape(q.shape[-1])
+        launch = launches.prepare_skipped(kept, q, pooled, scale, live, factor, order, tile)
+        self._launch(launch, q.device)
+
+    def audit_skipped(
+        self,
+        kept: Attended,
+        q: Tensor,
+        pooled: Pooled,
+        scale: float,
+        live: Tensor,
+        full: Attended,
+        audited: range,
+        order: Tensor | None = None,
+    ) -> Agreement:
+        tile = self.tile_shape(q.shape[-1])
+        launch, sums = launches.prepare_audit(
+            kept, q, pooled, scale, live, full, audited, order, tile
+        )
+        self._launch(launch, q.device)
+        return launches.agreement(sums)
+
+    def tile_map(self, device: torch.device) -> TileMap | None:
+        """See tile_map.py."""
+        return self._maps.of(device)
+
+    # torch's compiler need not look into triton's.
+    @torch.compiler.disable
+    def _launch(self, launch: launches.Launch, device: torch.device) -> None:
+        config = self._config(launch.kernel, device)
+        # A kernel doesn't look at pointers that its variant leaves out, but triton wants tensors.
+        anything = next(a for a in launch.arguments if isinstance(a, Tensor))
+        arguments = [anything if a is None else a for a in launch.arguments]
+        with torch.cuda.device(device):
+            for_any_size(launch.kernel.entry)[launch.grid](
+                *arguments,
+                **launch.kernel.constants(self._amd[0] if self._amd else TILE),
+                num_warps=config.warps,
+                num_stages=config.stages,
+            )
+
+    def _config(self, kernel: Kernel, device: torch.device) -> Config:
+        if self._amd and kernel.entry in (ATTEND, ADD_SKIPPED, AUDIT_SKIPPED):
+            return self._amd[1]
+        major, minor = torch.cuda.get_device_capability(device)
+        return kernel.config(major * 10 + minor) or kernel.config(_NEAREST) or Config(4, 1)
+
+
+def _modes(device: torch.device) -> tuple[Qk, ...]:
+    """What is worth compiling for a card: everything, unless the table knows it and says not."""
+    if torch.version.hip is not None:
+        return tuple(CONFIGS)
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = major * 10 + minor
+    return tuple(qk for qk in CONFIGS if arch in CONFIGS[qk] or arch not in ARCHS)
+
+
+def source(entry: Entry) -> Any:
+    """The Triton function of an entry point."""
+    return getattr(importlib.import_module(f".kernels.{entry.module}", __package__), entry.name)
+
+
+@cache
+def for_any_size(entry: Entry) -> Any:
+    """The Triton function of an entry point, compiled once for all sizes. Triton itself would
+    compile anew, in the middle of a run, for sizes that are 1 or multiples of 16; strides, of which
+    that is worth knowing, are so at any size."""
+    import triton
+
+    return triton.jit(source(entry).fn, do_not_specialize=sizes(entry))
+
+
+def sizes(entry: Entry) -> list[str]:
+    """The parameters that are numbers of heads, tokens, tiles, words."""
+    whole = (name for name, type_ in entry.parameters if type_ == "i32")
+    return [name for name in whole if not name.endswith("_row")]
+
+
+def _amd_setting() -> tuple[TileShape, Config] | None:
+    """Tile and configuration of the AMD card in this machine, or None if there is none."""
+    if torch.version.hip is None or not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_properties(0).gcnArchName
+    return next((setting for prefix, setting in AMD.items() if name.startswith(prefix)), None)

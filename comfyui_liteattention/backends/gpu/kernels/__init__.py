@@ -1,0 +1,1 @@
+"""The kernels' Triton sources. ``kernels/build.py`` compiles them ahead of time."""

@@ -1,0 +1,308 @@
+"""One call of the attention kernel, whoever launches it: may it run, and what is to be launched."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...tiles import TileLists, TileShape
+from ..base import Attended, Criterion, Qk, check_order, empty_out
+from ..pooled import Agreement, Pooled
+from . import qk_int8
+from .kernel_table import (
+    ADD_SKIPPED,
+    AUDIT_SKIPPED,
+    HEAD_DIMS,
+    POINTER_ALIGNMENT,
+    QUANTISE_KEYS,
+    QUANTISE_QUERIES,
+    QUERY_ROWS,
+    STRIDE_ALIGNMENT,
+    TILE,
+    Companion,
+    Kernel,
+    Variant,
+)
+
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+LOG2E = math.log2(math.e)
+Argument: TypeAlias = Tensor | int | float | None
+_GRID_Y = 65535
+_INT32 = 2**31
+
+
+class Launch(NamedTuple):
+    """Which kernel, over which grid, with which arguments (in the order of its parameters).
+
+    Pointers are tensors, or None where this variant doesn't look.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int]
+    arguments: tuple[Argument, ...]
+
+
+class Call(NamedTuple):
+    """What to launch, in this order, and where the result will be."""
+
+    launches: tuple[Launch, ...]
+    result: Attended
+    criterion: Criterion | None
+
+    def finish(self) -> Attended:
+        """The result, once everything is launched: mass scores are stored linear."""
+        if self.criterion == "mass" and self.result.score is not None:
+            self.result.score.log2_()
+        return self.result
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernel can't take ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]``, or None."""
+    if q.dtype not in DTYPE_NAMES:
+        return f"dtype {_short(q.dtype)} (the kernel takes float16 and bfloat16)"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"mixed dtypes {', '.join(_short(x.dtype) for x in (q, k, v))}"
+    if any(x.dim() != 4 for x in (q, k, v)):
+        return f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} aren't [B, H, L, D]"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return "gradients are needed"
+    b, h, lq, d = q.shape
+    if d not in HEAD_DIMS:
+        return f"head_dim {d} (the kernel takes {', '.join(map(str, HEAD_DIMS))})"
+    if k.shape != v.shape or k.shape != (b, h, k.shape[2], d):
+        return f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} don't match"
+    if lq < 1 or k.shape[2] < 1 or b * h < 1:
+        return "empty tensors"
+    if b * h > _GRID_Y:
+        return f"batch times heads is {b * h}, more than {_GRID_Y}"
+    for name, tensor in zip("qkv", (q, k, v), strict=True):
+        if tensor.device != q.device:
+            return f"q is on {q.device}, {name} on {tensor.device}"
+        if reason := _layout_problem(tensor):
+            return f"{name} {reason}"
+    return None
+
+
+def _layout_problem(tensor: Tensor) -> str | None:
+    """What the compiled code takes for granted about memory and this tensor doesn't fulfil."""
+    if tensor.stride(-1) != 1:
+        return "isn't contiguous along head_dim"
+    # The stride of a dimension of size 1 is never used.
+    strides = [s for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1]
+    if any(s % STRIDE_ALIGNMENT for s in strides):
+        return f"has strides {tensor.stride()}, not multiples of {STRIDE_ALIGNMENT}"
+    if tensor.stride(2) * max(TILE.q, TILE.k) >= _INT32:
+        return f"has rows {tensor.stride(2)} elements apart, too far for the kernel"
+    if not torch.compiler.is_compiling() and tensor.data_ptr() % POINTER_ALIGNMENT:
+        return f"doesn't start at a multiple of {POINTER_ALIGNMENT} bytes"
+    return None
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    lists: TileLists | None,
+    criterion: Criterion | None,
+    order: Tensor | None = None,
+    tile: TileShape = TILE,
+    qk: Qk = "native",
+) -> Call:
+    """Outputs and launches of one call. The tensors must have passed :func:`unsupported`."""
+    if not scale > 0:
+        raise ValueError(f"scale={scale}: the kernel takes positive scales only.")
+    b, h, lq, d = q.shape
+    lk = k.shape[2]
+    tq, tk = tile.grid(lq, lk)
+    result = allocate(q, k, lists is not None, criterion, tile)
+    count, index = (lists.count, lists.index) if lists is not None else (None, None)
+    if count is not None and index is not None:
+        if count.shape != (b, h, tq) or index.shape != (b, h, tq, tk):
+            raise ValueError(
+                f"lists {tuple(count.shape)}, {tuple(index.shape)} don't fit a map of "
+                f"{(b, h, tq, tk)} tiles."
+            )
+        count, index = _int32(count), _int32(index)
+    before: tuple[Launch, ...] = ()
+    dtype = DTYPE_NAMES[q.dtype]
+    units: tuple[Tensor | None, ...] = (None, None, None)
+    if qk == "int8":
+        mean = qk_int8.mean_key(k)
+        keys, make_keys = _quantise_keys(k, mean, tile)
+        queries, make_queries = _quantise_queries(q, mean, scale)
+        before = (make_keys, make_queries)
+        q, k = queries.values, keys.values
+        units = (queries.unit, keys.unit, queries.shift)
+    out = result.out
+    rows, ordered = _order(order, q)
+    arguments = (
+        *(q, k, v, out),
+        *(result.lse, result.score),
+        *(count, index),
+        *units,
+        rows,
+        scale * LOG2E,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *(h, lq, lk, tk, ordered),
+    )
+    variant = Variant(d, dtype, lists is not None, criterion, qk)
+    return Call((*before, Launch(variant, (tq, b * h), arguments)), result, criterion)
+
+
+def prepare_skipped(
+    kept: Attended,
+    q: Tensor,
+    pooled: Pooled,
+    scale: float,
+    live: Tensor,
+    factor: Tensor,
+    order: Tensor | None = None,
+    tile: TileShape = TILE,
+) -> Launch:
+    """The launch that does :func:`.pooled.add_skipped` to a result of :func:`prepare`."""
+    b, h, lq, d = q.shape
+    tq, tk = _check_means(q, pooled, live, tile)
+    rows, ordered = _order(order, q)
+    arguments: tuple[Argument, ...] = (
+        *(q, pooled.keys, pooled.values, kept.out),
+        *(kept.lse, live.contiguous(), factor.float().contiguous(), rows),
+        scale * LOG2E,
+        *q.stride()[:3],
+        *kept.out.stride()[:3],
+        *(h, lq, pooled.length, tk, live.shape[3], ordered),
+    )
+    return Launch(Companion(ADD_SKIPPED, d, DTYPE_NAMES[q.dtype]), (tq, b * h), arguments)
+
+
+def prepare_audit(
+    kept: Attended,
+    q: Tensor,
+    pooled: Pooled,
+    scale: float,
+    live: Tensor,
+    full: Attended,
+    audited: range,
+    order: Tensor | None = None,
+    tile: TileShape = TILE,
+) -> tuple[Launch, Tensor]:
+    """The launch that does :func:`.pooled.audit_skipped`, and the memory that it fills: sums over
+    each query tile, ``[B, H, len(audited), 2]``. See :func:`agreement`."""
+    b, h, lq, d = q.shape
+    tq, tk = _check_means(q, pooled, live, tile)
+    queries = min(audited.stop * tile.q, lq) - audited.start * tile.q
+    if not audited or full.out.shape != (b, h, queries, d):
+        raise ValueError(f"{tuple(full.out.shape)} isn't the result of query tiles {audited}.")
+    sums = q.new_empty(b, h, len(audited), 2, dtype=torch.float32)
+    rows, ordered = _order(order, q)
+    arguments: tuple[Argument, ...] = (
+        *(q, pooled.keys, pooled.values, kept.out, kept.lse),
+        *(full.out, full.lse, live.contiguous(), rows, sums),
+        scale * LOG2E,
+        *q.stride()[:3],
+        *kept.out.stride()[:3],
+        *full.out.stride()[:3],
+        *(h, lq, pooled.length, tk, live.shape[3], ordered),
+        *(audited.start, tq, queries),
+    )
+    kernel = Companion(AUDIT_SKIPPED, d, DTYPE_NAMES[q.dtype])
+    return Launch(kernel, (len(audited), b * h), arguments), sums
+
+
+def agreement(sums: Tensor) -> Agreement:
+    """What the kernel has found, all query tiles together."""
+    return Agreement(*sums.sum(2).unbind(-1))
+
+
+def _quantise_queries(q: Tensor, mean: Tensor, scale: float) -> tuple[qk_int8.Queries, Launch]:
+    """Memory for the quantised queries, and the launch that fills it."""
+    b, h, lq, d = q.shape
+    to = qk_int8.Queries(
+        q.new_empty(q.shape, dtype=torch.int8),
+        *(q.new_empty(b, h, lq, dtype=torch.float32) for _ in range(2)),
+    )
+    kernel = Companion(QUANTISE_QUERIES, d, DTYPE_NAMES[q.dtype])
+    arguments: tuple[Argument, ...] = (q, mean, *to, scale, *q.stride()[:3], h, lq)
+    return to, Launch(kernel, (-(-lq // QUERY_ROWS), b * h), arguments)
+
+
+def _quantise_keys(k: Tensor, mean: Tensor, tile: TileShape) -> tuple[qk_int8.Keys, Launch]:
+    """Memory for the quantised keys, and the launch that fills it."""
+    b, h, lk, d = k.shape
+    tk = -(-lk // tile.k)
+    to = qk_int8.Keys(
+        k.new_empty(k.shape, dtype=torch.int8), k.new_empty(b, h, tk, dtype=torch.float32)
+    )
+    arguments: tuple[Argument, ...] = (k, mean, *to, *k.stride()[:3], h, lk)
+    kernel = Companion(QUANTISE_KEYS, d, DTYPE_NAMES[k.dtype])
+    return to, Launch(kernel, (tk, b * h), arguments)
+
+
+def allocate(
+    q: Tensor, k: Tensor, lists: bool, criterion: Criterion | None, tile: TileShape = TILE
+) -> Attended:
+    """Empty outputs."""
+    b, h, lq, _ = q.shape
+    tq, tk = tile.grid(lq, k.shape[2])
+    out = empty_out(q)
+    lse = q.new_empty(b, h, lq, dtype=torch.float32)
+    if criterion is None:
+        return Attended(out, lse, None)
+    # Tiles that no list names keep this value: log2(0) = -inf for mass.
+    never = 0.0 if criterion == "mass" else -math.inf
+    score = q.new_empty(b, h, tq, tk, dtype=torch.float32)
+    return Attended(out, lse, score.fill_(never) if lists else score)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x [B, H, L, D]``, or a copy where it doesn't start at such an address as the compiled code
+    takes for granted. A graph of torch.compile has no addresses to check when it is made."""
+    return empty_out(x).copy_(x) if x.data_ptr() % POINTER_ALIGNMENT else x
+
+
+def card_number(device: torch.device) -> int:
+    """The number of a card; ``cuda`` without one is the current card."""
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
+def _check_means(q: Tensor, pooled: Pooled, live: Tensor, tile: TileShape) -> tuple[int, int]:
+    """The grid of a map that the means and the tile bits fit."""
+    b, h, lq, d = q.shape
+    tq, tk = tile.grid(lq, pooled.length)
+    if live.shape[:3] != (b, h, tq) or pooled.keys.shape != (b, h, tk, d):
+        raise ValueError(
+            f"tile bits {tuple(live.shape)} and means {tuple(pooled.keys.shape)} don't fit "
+            f"{(b, h, tq, tk)} tiles."
+        )
+    return tq, tk
+
+
+def _order(order: Tensor | None, q: Tensor) -> tuple[Tensor, int]:
+    """What a kernel is told about an order, and how much of it there is to look at."""
+    lq = q.shape[2]
+    if order is None:
+        return _nothing(q.device), 0
+    check_order(order, lq)
+    return order.contiguous(), lq
+
+
+@lru_cache(maxsize=8)
+def _nothing(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=device)
+
+
+def _int32(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.int32:
+        raise ValueError(f"tile lists are {_short(tensor.dtype)}, the kernel takes int32.")
+    return tensor.contiguous()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""ComfyUI. Imported by its nodes alone: everything here imports the host."""

@@ -1,0 +1,184 @@
+"""diffusers: what is done with the attention calls of one call of a transformer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...eligibility import CROSS_ATTENTION, dense_reason
+from ...run import Run
+from ...schedule import Progress
+from ...token_order import VideoTokens, arrange_part, put, take
+
+# First: it says which diffusers is needed where this one is too old.
+from .routes import Extra  # isort: split
+
+from .masks import Padding, tail_padding
+from .parallel import GRADIENTS
+
+log = logging.getLogger(__name__)
+
+MASK = "an attention mask"
+MIXED = "several processes share a sequence that is not video alone"
+PINNED = "ring attention with tokens that are never skipped (use Ulysses)"
+
+
+class Place(NamedTuple):
+    """Where a call happens: step and position, conditioning, device, and which transformer."""
+
+    progress: Progress
+    stream: str
+    device: torch.device
+    prefix: str
+
+
+class TransformerCall:
+    """One call of a transformer. ``video`` says where the video lies in a sequence of so many
+    tokens, or why that can't be told; ``end`` is called when the transformer has returned."""
+
+    def __init__(
+        self,
+        run: Run,
+        place: Place,
+        video: Callable[[int], VideoTokens | str | None],
+        end: Callable[[], None],
+    ) -> None:
+        self._run = run
+        self._place = place
+        self._video = video
+        self._end = end
+        # Checkpointed layers run once without gradients before they run with them.
+        self._training = torch.is_grad_enabled()
+
+    def attend(
+        self, layer: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, extra: Extra
+    ) -> Tensor | None:
+        """See :class:`.routes.Call`."""
+        reason = extra.reason or self._ineligible(q)
+        # Of a sequence that processes share there may be only some of the queries.
+        whole = k if extra.across else q
+        reason = reason or dense_reason(whole, k, v, 1, self._run.settings, self._run.backend)
+        padding = None
+        if reason is None and extra.mask is not None:
+            padding = _padding(extra.mask, q)
+            reason = MASK if padding is None else None
+        if reason is not None:
+            self.decline(reason)
+            return None
+        name = self._place.prefix + layer.rpartition(".")[0]
+        stream = f"{self._place.stream} row {extra.row}" if extra.row else self._place.stream
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if extra.across:
+            return self._across(name, stream, q, k, v, scale, extra)
+        if padding is None:
+            return self._attend(name, stream, q, k, v, scale, extra.dense)
+        if len(set(padding.kept)) == 1:
+            kept, blind = padding.kept[0], padding.blind
+            return self._padded(name, stream, q, k, v, scale, kept, blind, extra.dense)
+        rows = []
+        for i, kept in enumerate(padding.kept):
+            qs, ks, vs = (t[i : i + 1] for t in (q, k, v))
+            out = self._padded(name, f"{stream} row {i}", qs, ks, vs, scale, kept, padding.blind)
+            if out is None:
+                return None
+            rows.append(out)
+        return torch.cat(rows)
+
+    def decline(self, reason: str) -> None:
+        """Count a call that stays dense."""
+        if self._run.decline(reason) and reason != CROSS_ATTENTION:
+            log.info("LiteAttention: calls stay dense: %s", reason)
+
+    def end(self, seconds: float) -> None:
+        """The transformer returned."""
+        self._end()
+        self._run.time_step(self._place.progress.step, seconds)
+
+    def _attend(
+        self,
+        name: str,
+        stream: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        dense: Callable[[], Tensor] | None = None,
+        reason_if_short: str | None = None,
+    ) -> Tensor | None:
+        """Attention of all tokens to all tokens; ``dense`` does the same as without us."""
+        video = self._video(q.shape[2])
+        if isinstance(video, str):
+            self.decline(reason_if_short or video)
+            return None
+        streams, progress = [_stream(stream, q.shape[0])], self._place.progress
+        return self._run.attend(name, streams, progress, q, k, v, scale, video, dense)
+
+    def _across(
+        self, name: str, stream: str, q: Tensor, k: Tensor, v: Tensor, scale: float, extra: Extra
+    ) -> Tensor | None:
+        """Attention of all tokens, or of the piece ``q [B, H, Lq, D]``, to all tokens of a sequence
+        that processes share. Pieces of text and video come in turns there, if there is text."""
+        length = k.shape[2]
+        video = self._video(length)
+        if video is not None and (isinstance(video, str) or video.stop - video.start < length):
+            self.decline(video if isinstance(video, str) else MIXED)
+            return None
+        if q.shape[2] == length:
+            return self._attend(name, stream, q, k, v, scale, extra.dense)
+        settings = self._run.settings
+        if settings.dense_keys or settings.dense_queries:
+            self.decline(PINNED)
+            return None
+        streams, progress = [_stream(stream, q.shape[0])], self._place.progress
+        if video is None or settings.order == "raster":
+            return self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
+        tile = self._run.backend.tile_shape(q.shape[3])
+        rows = arrange_part(video.grid, extra.first, q.shape[2], tile, q.device)
+        keys = arrange_part(video.grid, 0, length, tile, q.device)
+        q, k, v = take(q, rows), take(k, keys), take(v, keys)
+        out = self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
+        return None if out is None else put(out, rows)
+
+    def _padded(
+        self,
+        name: str,
+        stream: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        kept: int,
+        blind: bool,
+        dense: Callable[[], Tensor] | None = None,
+    ) -> Tensor | None:
+        """Attention to the first ``kept`` tokens."""
+        rest, q, k, v = q[:, :, kept:], *(t[:, :, :kept] for t in (q, k, v))
+        out = self._attend(name, stream, q, k, v, scale, dense, reason_if_short=MASK)
+        if out is None or not rest.shape[2]:
+            return out
+        # No kept token ever sees what the padding gets here; it gets what it would have got.
+        if blind:
+            return torch.cat([out, torch.zeros_like(rest)], dim=2)
+        padded = F.scaled_dot_product_attention(rest, k, v, scale=scale)
+        return torch.cat([out, padded], dim=2)
+
+    def _ineligible(self, q: Tensor) -> str | None:
+        if self._training:
+            return GRADIENTS
+        if q.device != self._place.device:
+            return "the transformer is spread over several devices"
+        return None
+
+
+def _stream(name: str, batch: int) -> str:
+    """A pipeline may stop guiding in the middle of a run: the batch halves, and starts afresh."""
+    return name if batch == 1 else f"{name} x{batch}"
+
+
+def _padding(mask: object, q: Tensor) -> Padding | None:
+    return tail_padding(mask, q.shape[0], q.shape[2]) if isinstance(mask, Tensor) else None

@@ -1,0 +1,264 @@
+"""Which transformers of diffusers are understood, and what is known of each. Pure functions.
+
+Skipping needs four facts about a transformer: which modules do self-attention over the video, which
+classes of attention processor do it as plain attention, how the video is cut into tokens, and where
+these tokens lie in the sequence. Everything else in a sequence (text, references) is never skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...token_order import Grid, TokenRanges, VideoTokens
+
+#: Arguments of a transformer's ``forward``, by name.
+Arguments = dict[str, Any]
+
+#: The last timestep of models whose timesteps rise.
+RISING_END = 1000.0
+
+NOT_FOUND = "where the video lies in the sequence could not be told"
+
+
+def latent_grid(arguments: Arguments, config: Any) -> Grid:
+    """Of a transformer that is given a latent ``[B, C, T, H, W]``."""
+    return _cut(arguments["hidden_states"].shape[2:], config)
+
+
+def frames_first_grid(arguments: Arguments, config: Any) -> Grid:
+    """Of a transformer that is given a latent ``[B, T, C, H, W]``."""
+    frames, _, rows, columns = arguments["hidden_states"].shape[1:]
+    return _cut((frames, rows, columns), config)
+
+
+def channels_last_grid(arguments: Arguments, config: Any) -> Grid:
+    """Of a transformer that is given a latent ``[B, T, H, W, C]``."""
+    return _cut(arguments["hidden_states"].shape[1:4], config)
+
+
+def told_grid(arguments: Arguments, config: Any) -> Grid | None:
+    """Of a transformer that is given tokens and told their grid."""
+    frames, rows, columns = (arguments.get(n) for n in ("num_frames", "height", "width"))
+    if frames is None or rows is None or columns is None:
+        return None
+    return frames, rows, columns
+
+
+def video_first(arguments: Arguments, others: int) -> int:
+    """Text, if there is any, comes after the video."""
+    return 0
+
+
+def video_last(arguments: Arguments, others: int) -> int:
+    """Text or earlier frames come before the video."""
+    return others
+
+
+def video_between(arguments: Arguments, others: int) -> int:
+    """Earlier frames come before the video; picture and text after it. (Only of a single sample is
+    the padding cut off, so that the text's length tells where the video is.)"""
+    mask = arguments["encoder_attention_mask"]
+    if len(mask) > 1:
+        return -1
+    return others - arguments["image_embeds"].shape[1] - int(mask.sum())
+
+
+def no_given_frames(arguments: Arguments, config: Any) -> int:
+    return 0
+
+
+def first_frame(arguments: Arguments, config: Any) -> int:
+    """The reference picture comes first."""
+    return 1
+
+
+def replaced_frame(arguments: Arguments, config: Any) -> int:
+    """HunyuanVideo's image-to-video can take the first frame as it is given."""
+    return int(config.image_condition_type == "token_replace")
+
+
+def vace_references(arguments: Arguments, config: Any) -> int:
+    """VACE's pictures of reference come first. Of its control ``[B, 2 C + mask, T, H, W]`` the
+    pipeline leaves all but the first C channels at exactly zero in their frames, and in no other,
+    because an encoded picture isn't zero."""
+    control = arguments.get("control_hidden_states")
+    if control is None:
+        return 0
+    return _leading((control[:, config.in_channels :] == 0).all(dim=(0, 1, 3, 4)))
+
+
+def conditioned_frames(arguments: Arguments, config: Any) -> int:
+    """Cosmos is told of given frames by a mask ``[B, 1, T, H, W]``."""
+    mask = arguments.get("condition_mask")
+    return 0 if mask is None else _leading((mask == 1).all(dim=(0, 1, 3, 4)))
+
+
+def marked_frames(arguments: Arguments, config: Any) -> int:
+    """Kandinsky's latent ``[B, T, H, W, C]`` marks given frames in its last channel."""
+    if not config.visual_cond:
+        return 0
+    return _leading((arguments["hidden_states"][..., -1] == 1).all(dim=(0, 2, 3)))
+
+
+class Family(NamedTuple):
+    """What is known of one class of transformers.
+
+    ``layers``: patterns of the names of its self-attention modules. ``processors``: classes that
+    are known to do plain attention there. ``grid``: from the arguments of ``forward`` and the
+    config, or None if it isn't told. ``start``: how many of so many other tokens of the sequence
+    come before the video. ``given``: how many frames, from the first, the model is shown rather
+    than asked for. ``rising``: its timestep goes from 0 to ``RISING_END``.
+    """
+
+    layers: tuple[str, ...]
+    processors: tuple[str, ...]
+    grid: Callable[[Arguments, Any], Grid | None] = latent_grid
+    start: Callable[[Arguments, int], int] = video_first
+    given: Callable[[Arguments, Any], int] = no_given_frames
+    rising: bool = False
+
+
+FAMILIES = {
+    "WanTransformer3DModel": Family(("blocks.*.attn1",), ("WanAttnProcessor",)),
+    "WanVACETransformer3DModel": Family(
+        ("blocks.*.attn1", "vace_blocks.*.attn1"), ("WanAttnProcessor",), given=vace_references
+    ),
+    "WanAnimateTransformer3DModel": Family(
+        ("blocks.*.attn1",), ("WanAttnProcessor",), given=first_frame
+    ),
+    "SkyReelsV2Transformer3DModel": Family(("blocks.*.attn1",), ("SkyReelsV2AttnProcessor",)),
+    "HunyuanVideoTransformer3DModel": Family(
+        ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        ("HunyuanVideoAttnProcessor2_0",),
+        given=replaced_frame,
+    ),
+    "HunyuanVideo15Transformer3DModel": Family(
+        ("transformer_blocks.*.attn",), ("HunyuanVideo15AttnProcessor2_0",)
+    ),
+    "LTXVideoTransformer3DModel": Family(
+        ("transformer_blocks.*.attn1",), ("LTXVideoAttnProcessor",), told_grid
+    ),
+    "LTX2VideoTransformer3DModel": Family(
+        ("transformer_blocks.*.attn1",),
+        ("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
+        told_grid,
+    ),
+    "CogVideoXTransformer3DModel": Family(
+        ("transformer_blocks.*.attn1",),
+        ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
+        frames_first_grid,
+        video_last,
+    ),
+    "MochiTransformer3DModel": Family(
+        ("transformer_blocks.*.attn1",), ("MochiAttnProcessor2_0",), rising=True
+    ),
+    "CosmosTransformer3DModel": Family(
+        ("transformer_blocks.*.attn1",), ("CosmosAttnProcessor2_0",), given=conditioned_frames
+    ),
+    "Kandinsky5Transformer3DModel": Family(
+        ("visual_transformer_blocks.*.self_attention",),
+        ("Kandinsky5AttnProcessor",),
+        channels_last_grid,
+        given=marked_frames,
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": Family(
+        ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        ("HunyuanVideoAttnProcessor2_0",),
+        start=video_between,
+    ),
+    "MotifVideoTransformer3DModel": Family(
+        ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        ("MotifVideoAttnProcessor2_0",),
+    ),
+    "HeliosTransformer3DModel": Family(
+        ("blocks.*.attn1",), ("HeliosAttnProcessor",), start=video_last
+    ),
+    "ChronoEditTransformer3DModel": Family(("blocks.*.attn1",), ("WanAttnProcessor",)),
+    "ConsisIDTransformer3DModel": Family(
+        ("transformer_blocks.*.attn1",),
+        ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
+        frames_first_grid,
+        video_last,
+    ),
+    "EasyAnimateTransformer3DModel": Family(
+        ("transformer_blocks.*.attn1",), ("EasyAnimateAttnProcessor2_0",), start=video_last
+    ),
+    "AllegroTransformer3DModel": Family(
+        ("transformer_blocks.*.attn1",), ("AllegroAttnProcessor2_0",)
+    ),
+}
+
+
+def family_of(transformer: nn.Module) -> Family | str:
+    """What is known of a transformer, or why it stays dense."""
+    cls = type(transformer)
+    if cls.__module__.startswith("diffusers.") and cls.__name__ in FAMILIES:
+        return FAMILIES[cls.__name__]
+    return f"{cls.__name__} is not supported yet"
+
+
+def self_attention(transformer: nn.Module, family: Family) -> list[str]:
+    """Names of the modules that attend from the video to itself."""
+    return [
+        name
+        for name, _ in transformer.named_modules()
+        if any(fnmatchcase(name, pattern) for pattern in family.layers)
+    ]
+
+
+def video_tokens(
+    family: Family, arguments: Arguments, grid: Grid | None, length: int
+) -> VideoTokens | str | None:
+    """Where the video lies in a sequence of ``length`` tokens, or why that can't be told.
+
+    None: all tokens are video, on a grid that isn't known.
+    """
+    if grid is None:
+        return None
+    others = length - VideoTokens(grid).stop
+    start = family.start(arguments, others)
+    return VideoTokens(grid, start) if 0 <= start <= others else NOT_FOUND
+
+
+def given_tokens(
+    family: Family, arguments: Arguments, config: Any, grid: Grid | None
+) -> TokenRanges:
+    """Video tokens that the model is shown rather than asked for: they are never skipped."""
+    timestep = torch.as_tensor(arguments["timestep"])
+    frame = None if grid is None else grid[1] * grid[2]
+    levels = timestep.flatten(1) if timestep.dim() > 1 else None
+    if levels is not None and frame is not None and grid is not None and levels.shape[1] == grid[0]:
+        levels = levels.repeat_interleave(frame, dim=1)
+    ranges = () if levels is None else less_noisy(levels)
+    leading = family.given(arguments, config)
+    return ((0, leading * frame), *ranges) if leading and frame is not None else ranges
+
+
+def less_noisy(levels: Tensor) -> TokenRanges:
+    """Ranges of tokens that are less noisy than the others, from noise levels ``[B, L]``.
+
+    Image-to-video models that give each token, or each frame, a noise level of its own mark the
+    given frames in this way.
+    """
+    clean = [False, *(levels < levels.max()).any(0).tolist(), False]
+    edges = [i for i in range(len(clean) - 1) if clean[i] != clean[i + 1]]
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _cut(sizes: Any, config: Any) -> Grid:
+    """Frames, rows and columns of tokens of a latent of ``sizes``."""
+    patch = config.patch_size
+    if isinstance(patch, int):
+        patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
+    frames, rows, columns = (n // p for n, p in zip(sizes, patch, strict=True))
+    return frames, rows, columns
+
+
+def _leading(flags: Tensor) -> int:
+    """How many entries of ``flags [T]`` bool are set before the first that isn't."""
+    return int(flags.long().cumprod(0).sum())

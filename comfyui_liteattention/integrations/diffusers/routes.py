@@ -1,0 +1,242 @@
+"""diffusers: how the attention of one module reaches us, for the length of its call.
+
+A processor that goes through diffusers' dispatch gets a backend of ours. One that calls PyTorch's
+attention itself, or dispatches to whatever is set globally, runs in a mode of PyTorch in which its
+calls of that function come to us. Either way, what we decline goes where it would have gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
+from typing import Any, NamedTuple, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+try:
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _AttentionBackendRegistry,
+        dispatch_attention_fn,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"LiteAttention: diffusers 0.40 or newer is needed (pip install -U diffusers): {error}"
+    ) from error
+
+from .parallel import attend_across, declined
+
+NAME = "liteattention"
+ELSEWHERE = "this model attends through the attention backend that is set for all models"
+
+
+class Extra(NamedTuple):
+    """What a call of attention asks for beside plain attention over all tokens.
+
+    ``mask`` as PyTorch's attention takes it, or None. ``reason`` rules the call out. ``row``
+    counts the calls of attention in one call of a module: some models attend one row of the batch
+    after the other. ``dense`` does the call as it would have been done without us. ``across``:
+    the sequence was put together from several processes; of the queries there may be only those
+    from the token ``first`` on.
+    """
+
+    mask: Any = None
+    reason: str | None = None
+    row: int = 0
+    dense: Callable[[], Tensor] | None = None
+    across: bool = False
+    first: int = 0
+
+
+class Call(Protocol):
+    """One call of a transformer, for its self-attention layers."""
+
+    def attend(
+        self, layer: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, extra: Extra
+    ) -> Tensor | None:
+        """Attention of ``q [B, H, Lq, D]``, ``k, v [B, H, L, D]``; None: do it densely."""
+        ...
+
+    def decline(self, reason: str) -> None:
+        """Count an attention call that stays dense."""
+        ...
+
+    def end(self, seconds: float) -> None:
+        """The transformer returned."""
+        ...
+
+
+def routed(processor: Any, call: Call, layer: str) -> AbstractContextManager[None]:
+    """Let the attention of ``processor`` come to ``call`` as that of ``layer``."""
+    if hasattr(processor, "_attention_backend"):
+        return _dispatched(processor, call, layer)
+    return _intercepted(call, layer)
+
+
+class _Site(NamedTuple):
+    """Who is asking for attention, and which backend would have served them."""
+
+    call: Call
+    layer: str
+    backend: AttentionBackendName | None
+
+
+_site: ContextVar[_Site] = ContextVar(f"{NAME}_site")
+
+
+@contextmanager
+def _dispatched(processor: Any, call: Call, layer: str) -> Iterator[None]:
+    """Let ``processor`` dispatch to our backend, then put back exactly what was there."""
+    own = vars(processor)
+    before = {name: own[name] for name in ("_attention_backend",) if name in own}
+    token = _site.set(_Site(call, layer, processor._attention_backend))
+    processor._attention_backend = LITE
+    try:
+        yield
+    finally:
+        del processor._attention_backend
+        own.update(before)
+        _site.reset(token)
+
+
+@contextmanager
+def _intercepted(call: Call, layer: str) -> Iterator[None]:
+    with _Interception(call, layer) as mode:
+        yield
+    if mode.ran and not mode.seen:
+        call.decline(ELSEWHERE)
+
+
+class _Interception(TorchFunctionMode):
+    """While it is entered, in this thread, calls of PyTorch's attention are offered to us.
+
+    ``seen`` counts them. ``ran``: the module made projections (a cache may answer for it instead).
+    """
+
+    def __init__(self, call: Call, layer: str) -> None:
+        super().__init__()
+        self.call = call
+        self.layer = layer
+        self.seen = 0
+        self.ran = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.ran |= func is F.linear
+        if func is F.scaled_dot_product_attention:
+            dense = cache(partial(func, *args, **kwargs))
+            out = self._attend(dense, *args, **kwargs)
+            return dense() if out is None else out
+        return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        dense: Callable[[], Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        """The arguments of PyTorch's function; None: it has to do the call itself."""
+        reason = _ineligible(dropout_p, is_causal, enable_gqa)
+        extra = Extra(attn_mask, reason, self.seen, dense)
+        self.seen += 1
+        return self.call.attend(self.layer, query, key, value, scale, extra)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> Tensor:
+    """The backend: ``query, key, value [B, L, H, D]`` -> ``[B, L, H, D]``; with a
+    ``_parallel_config`` a piece of the sequence, of several processes' each."""
+    site = _site.get()
+    reason = _ineligible(dropout_p, is_causal, enable_gqa)
+    dense = partial(
+        dispatch_attention_fn,
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        backend=site.backend,
+        parallel_config=_parallel_config,
+    )
+    if _parallel_config is None:
+        return _answer(site, query, key, value, scale, dense, Extra(attn_mask, reason))
+    reason = reason or declined(_parallel_config, query, key, value, attn_mask)
+    if reason is not None:
+        site.call.decline(reason)
+        return dense()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
+        # What is declined here, after the exchange, needs no more of it.
+        dense = partial(dispatch_attention_fn, q, k, v, scale=scale, backend=site.backend)
+        return _answer(site, q, k, v, scale, dense, Extra(across=True, first=first))
+
+    return attend_across(_parallel_config, query, key, value, attend)
+
+
+def _answer(
+    site: _Site,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    dense: Callable[[], Tensor],
+    extra: Extra,
+) -> Tensor:
+    """Attention of ``query, key, value [B, L, H, D]`` in this process alone: ours, or dense."""
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    dense = cache(dense)
+    out = site.call.attend(site.layer, q, k, v, scale, extra._replace(dense=dense))
+    return dense() if out is None else out.transpose(1, 2)
+
+
+def _ineligible(dropout: float, causal: bool, gqa: bool) -> str | None:
+    """Why the arguments of attention rule a call out, or None."""
+    if causal:
+        return "causal attention"
+    if dropout:
+        return "dropout (training)"
+    if gqa:
+        return "grouped or uneven heads (q, k and v have different shapes)"
+    return None
+
+
+def _backend_name() -> AttentionBackendName:
+    """A name that dispatch accepts; it doesn't join the names that users can set."""
+    name = str.__new__(AttentionBackendName, NAME)
+    name._name_ = name._value_ = NAME
+    return name
+
+
+LITE = _backend_name()
+
+
+def register_backend() -> None:
+    _AttentionBackendRegistry.register(LITE, supports_context_parallel=True)(_attend)
+
+
+def unregister_backend() -> None:
+    for table in ("_backends", "_constraints", "_supported_arg_names"):
+        getattr(_AttentionBackendRegistry, table).pop(LITE, None)
+    _AttentionBackendRegistry._supports_context_parallel.discard(LITE.value)

@@ -1,0 +1,311 @@
+"""Statistics of a run -> numbers and a text table. Pictures are in ``pictures.py``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from ..eligibility import CROSS_ATTENTION
+from .confidence import Interval, Sample, intervals, of_layers, of_steps
+
+if TYPE_CHECKING:
+    from .map_history import StepMap
+
+
+K = TypeVar("K", bound=Hashable)
+NOTHING = Interval(0.0, 0.0, 0.0)
+LAYER, STEP = 12, 5  # widths of the first column: with the steps' others it fits on the node
+
+
+class CallStats(NamedTuple):
+    """One attention call of one stream; ``lost`` is None where nothing was audited, ``bound`` (at
+    most that much was expected) where no budget was held either. ``waits``: the user's own
+    attention did it, since it was the faster one yet."""
+
+    step: int
+    layer: str
+    stream: str
+    tokens: int
+    computed: int
+    total: int
+    lost: float | None
+    bound: float | None = None
+    seconds: float = 0.0
+    waits: bool = False
+
+
+class MapStats(NamedTuple):
+    """Share of heads in which a tile was live at the end of the run, ``live [Tq, Tk]`` 0..1."""
+
+    layer: str
+    stream: str
+    tokens: int
+    live: Tensor
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What remains of a run.
+
+    ``dense_rate``: seconds that the user's own attention takes for a tile of a call, None if it
+    wasn't timed.
+    ``history``: small maps of a few layers at each step but the first, which is dense.
+    ``allowed``: lost mass that the budget allows at each step, empty without one. ``stopped``: why
+    the run went on densely from some point. ``notes``: what else people should know.
+    """
+
+    settings: str
+    backend: str
+    steps: int
+    seconds: float
+    step_seconds: dict[int, float]
+    calls: tuple[CallStats, ...]
+    reasons: dict[str, int]
+    maps: tuple[MapStats, ...]
+    allowed: tuple[float, ...] = ()
+    stopped: str | None = None
+    notes: tuple[str, ...] = ()
+    dense_rate: float | None = None
+    history: tuple[StepMap, ...] = ()
+
+    @property
+    def active(self) -> bool:
+        return any(call.computed < call.total for call in self.calls)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the longest sequence that LiteAttention computed; 0 where it computed none."""
+        return max((call.tokens for call in self.calls), default=0)
+
+    @property
+    def computed_fraction(self) -> float:
+        """Tiles computed over all tiles of the calls that LiteAttention computed or that waited for
+        it, 0..1, audits counted; 1.0 where there were none. What else was left to the user's own
+        attention doesn't count."""
+        return fraction(self.calls)
+
+    @property
+    def attention_speedup(self) -> float | None:
+        """How many times faster the calls of LiteAttention were than the user's own would have
+        been, estimated from some that these did; None where none was timed."""
+        ours = [call for call in self.calls if not call.waits]
+        taken = sum(call.seconds for call in ours)
+        if self.dense_rate is None or taken == 0:
+            return None
+        return self.dense_rate * tiles(ours)[1] / taken
+
+    @property
+    def saved_seconds(self) -> float | None:
+        """Seconds that the run took less than it would have taken densely, estimated likewise."""
+        return self.saved_in(self.calls)
+
+    @property
+    def dense_seconds(self) -> dict[int, float]:
+        """Seconds that each step would have taken densely, estimated; empty where nothing was
+        timed. Attention alone is estimated: all else is taken to cost the same."""
+        dense = {}
+        for step, calls in sorted(by(self.calls, "step").items()):
+            seconds, saved = self.step_seconds.get(step), self.saved_in(calls)
+            if seconds is not None and saved is not None:
+                # Not below 0, where a step was timed less exactly than its calls.
+                dense[step] = max(seconds + saved, 0.0)
+        return dense
+
+    def saved_in(self, calls: Iterable[CallStats]) -> float | None:
+        """Seconds of attention saved in some calls, estimated; negative where they cost more."""
+        if self.dense_rate is None:
+            return None
+        ours = [call for call in calls if not call.waits]
+        return self.dense_rate * tiles(ours)[1] - sum(call.seconds for call in ours)
+
+    @property
+    def lost_mass_allowed(self) -> float | None:
+        """Mean lost mass that the budget allows over the run; None without a budget."""
+        return sum(self.allowed) / len(self.allowed) if self.allowed else None
+
+    @property
+    def lost_mass_mean(self) -> float | None:
+        """Mean measured lost mass over all audited calls; dense calls lose nothing."""
+        return mean_lost(self.calls)
+
+
+def tiles(calls: Iterable[CallStats]) -> tuple[int, int]:
+    """Tiles computed, and tiles of the matrices."""
+    calls = tuple(calls)
+    return sum(call.computed for call in calls), sum(call.total for call in calls)
+
+
+def loss_intervals(report: RunReport) -> dict[tuple[str, int], Interval]:
+    """What each (layer, step) loses, with 95 % confidence; empty without a budget. Calls that wait
+    lose nothing."""
+    found = intervals(
+        Sample(call.layer, call.step, call.lost, call.bound)
+        for call in report.calls
+        if call.lost is not None and call.bound is not None
+    )
+    dense = {(call.layer, call.step): NOTHING for call in report.calls if call.waits}
+    return dense | found if found else {}
+
+
+def fraction(calls: Iterable[CallStats]) -> float:
+    computed, total = tiles(calls)
+    return computed / total if total else 1.0
+
+
+def mean_lost(calls: Iterable[CallStats]) -> float | None:
+    """Calls that computed every tile lose nothing; calls that were not audited don't count."""
+    lost = [0.0 if c.lost is None else c.lost for c in calls if c.lost is not None or _dense(c)]
+    return sum(lost) / len(lost) if lost else None
+
+
+def by(calls: Iterable[CallStats], field: str) -> dict:
+    """Group calls by one of their fields, in order of first appearance."""
+    groups: dict = defaultdict(list)
+    for call in calls:
+        groups[getattr(call, field)].append(call)
+    return dict(groups)
+
+
+def status_line(report: RunReport) -> str:
+    """One line for the log and the node: active or not, and why."""
+    if not report.active:
+        # Cross-attention always stays dense: it explains nothing.
+        reasons = [reason for reason in report.reasons if reason != CROSS_ATTENTION]
+        why = "; ".join(reasons) or "nothing was negligible at this threshold"
+        return f"LiteAttention inactive: {why}"
+    return (
+        f"LiteAttention active: {1 - report.computed_fraction:.0%} of the tiles skipped, "
+        f"lost mass {_measured(report)}, {_speedup(report)}{report.seconds:.1f} s in all "
+        f"({report.backend} backend)" + (f"; {report.stopped}" if report.stopped else "")
+    )
+
+
+def node_line(report: RunReport) -> str:
+    """The same in few words, for the node that says LiteAttention already."""
+    if not report.active:
+        if report.stopped:
+            return f"inactive: {in_short(report.stopped)}"
+        return status_line(report).removeprefix("LiteAttention ")
+    parts = [f"{1 - report.computed_fraction:.0%} skipped", f"lost {_measured(report)}"]
+    if report.attention_speedup is not None:
+        parts.append(f"attention {report.attention_speedup:.2f}x")
+    if report.saved_seconds is not None:
+        parts.append(saving(report.saved_seconds))
+    return (
+        "active: " + ", ".join(parts) + (f"; {in_short(report.stopped)}" if report.stopped else "")
+    )
+
+
+def in_short(stopped: str) -> str:
+    """Why a run went on densely, without the figures: there is little room on a node."""
+    return stopped.partition(": ")[0]
+
+
+def saving(seconds: float) -> str:
+    """An estimate of the seconds saved, in as many digits as one can believe."""
+    if abs(seconds) < 0.05:
+        return "nothing saved"
+    amount = f"{abs(seconds):.1f} s" if abs(seconds) < 10 else f"{abs(seconds):.0f} s"
+    return f"saved about {amount}" if seconds > 0 else f"cost about {amount}"
+
+
+def _speedup(report: RunReport) -> str:
+    """Both estimates, or nothing where nothing was timed."""
+    speedup, saved = report.attention_speedup, report.saved_seconds
+    if speedup is None or saved is None:
+        return ""
+    return f"attention about {speedup:.2f}x as fast, {saving(saved)} (estimated), "
+
+
+def _measured(report: RunReport) -> str:
+    lost = report.lost_mass_mean
+    if lost is None:
+        return "not measured"
+    allowed = report.lost_mass_allowed
+    return f"{lost:.2%}" if allowed is None else f"{lost:.2%} of {allowed:.2%} allowed"
+
+
+def text_table(report: RunReport) -> str:
+    """The report as plain text: a summary, a line per layer, a line per step, the reasons."""
+    lines = [
+        status_line(report),
+        f"settings: {report.settings}",
+        f"{report.tokens} tokens, {report.steps} steps"
+        if report.calls
+        else f"{report.steps} steps",
+        *report.notes,
+    ]
+    if report.calls:
+        cells = loss_intervals(report)
+        layers, steps = of_layers(cells), of_steps(cells)
+        heading = f"{'computed':>9} {'lost mass':>10}" + (f" {'95 %':>15}" if cells else "")
+        lines += ["", f"{'layer':<{LAYER}} {heading}"]
+        lines += [
+            _row(name, calls, layers, LAYER) for name, calls in by(report.calls, "layer").items()
+        ]
+        dense = report.dense_seconds
+        columns = f"{'step':<{STEP}} {heading} {'seconds':>8}"
+        lines += ["", columns + (f" {'dense, est.':>12}" if dense else "")]
+        for step, calls in sorted(by(report.calls, "step").items()):
+            row = _row(step, calls, steps, STEP)
+            for seconds, width in ((report.step_seconds.get(step), 8), (dense.get(step), 12)):
+                row += "" if seconds is None else f" {seconds:{width}.2f}"
+            lines.append(row)
+    if report.reasons:
+        lines += ["", "calls that stayed dense:"]
+        lines += [f"  {count:>6} x {reason}" for reason, count in report.reasons.items()]
+    return "\n".join(lines)
+
+
+def figures(report: RunReport) -> dict[str, Any]:
+    """The report as plain JSON data."""
+    dense = report.dense_seconds
+    cells = loss_intervals(report)
+    layers, steps = of_layers(cells), of_steps(cells)
+    return {
+        "active": report.active,
+        "status": status_line(report),
+        "settings": report.settings,
+        "backend": report.backend,
+        "tokens": report.tokens,
+        "steps": report.steps,
+        "seconds": report.seconds,
+        "computed_fraction": report.computed_fraction,
+        "lost_mass_mean": report.lost_mass_mean,
+        "attention_speedup": report.attention_speedup,
+        "saved_seconds": report.saved_seconds,
+        "lost_mass_allowed": report.lost_mass_allowed,
+        "per_layer": {k: _pair(v, layers.get(k)) for k, v in by(report.calls, "layer").items()},
+        "per_step": [
+            _pair(v, steps.get(k))
+            | {"step": k, "seconds": report.step_seconds.get(k), "dense_seconds": dense.get(k)}
+            for k, v in sorted(by(report.calls, "step").items())
+        ],
+        "reasons": report.reasons,
+        "notes": list(report.notes),
+    }
+
+
+def _pair(calls: list[CallStats], interval: Interval | None) -> dict[str, Any]:
+    return {
+        "computed_fraction": fraction(calls),
+        "lost_mass": mean_lost(calls),
+        "lost_mass_95": None if interval is None else [interval.low, interval.high],
+    }
+
+
+def _row(key: K, calls: list[CallStats], cells: Mapping[K, Interval], width: int) -> str:
+    lost = mean_lost(calls)
+    row = f"{key!s:<{width}} {fraction(calls):>9.1%} {'-' if lost is None else f'{lost:.3%}':>10}"
+    if cells:
+        found = cells.get(key)
+        row += f" {'-' if found is None else f'{found.low:.2%} - {found.high:.2%}':>15}"
+    return row
+
+
+def _dense(call: CallStats) -> bool:
+    return call.computed >= call.total
