@@ -1,10 +1,10 @@
 """The main job: one video, dense and with LiteAttention, in a real ComfyUI.
 
-``python dev.py demo`` runs this. It loads ``workflows/liteattention_demo.json``, runs it with the
-LiteAttention node bypassed and with it, same seed, twice each in turns, and writes both videos, the
-pictures of the report and the figures. It shows what is skipped, so in the workflow LiteAttention
-stays on even where the machine's own attention is faster; with ``--never-slower`` it is as presets
-have it.
+``python dev.py demo`` runs this. It loads ``demo/workflows/liteattention_demo.json``, runs it with
+the LiteAttention node bypassed and with it, same seed, twice each in turns, and writes both videos,
+the pictures of the report and the figures. It shows what is skipped, so in the workflow
+LiteAttention stays on even where the machine's own attention is faster; with ``--never-slower`` it
+is as presets have it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from comfyui_liteattention.report.compare import psnr
 from .comfy_server import REPOSITORY, ComfyServer, Finished, Graph, comfyui_version, make_base
 from .workflow import find, load_workflow, to_graph, without
 
-WORKFLOW = REPOSITORY / "workflows" / "liteattention_demo.json"
+WORKFLOW = REPOSITORY / "demo" / "workflows" / "liteattention_demo.json"
 BUDGET, PATCH, REPORT = "LiteAttentionBudget", "LiteAttentionPatch", "LiteAttentionReport"
 SAMPLER, VIDEO = "KSampler", "SaveAnimatedWEBP"
 EQUAL = 100.0  # dB, where the videos are equal: JSON has no infinity

@@ -16,7 +16,13 @@ from workflows.tools import make_workflows
 from workflows.tools.record_nodes import brief
 from workflows.tools.subgraphs import unfold
 
-FILES = sorted((REPOSITORY / "workflows").glob("*.json"))
+DEMO = REPOSITORY / "demo" / "workflows"
+#: By pack: those of the demo need its nodes and weights.
+PACKS = {
+    "liteattention": sorted((REPOSITORY / "workflows").glob("*.json")),
+    "liteattention_demo": sorted(DEMO.glob("*.json")),
+}
+FILES = [path for files in PACKS.values() for path in files]
 MODEL_FILES = {"unet_name", "vae_name", "ckpt_name", "image"} | {
     *(f"clip_name{which}" for which in ("", "1", "2")),
     *("text_encoder", "lora_name", "model_name"),
@@ -189,15 +195,14 @@ def test_liteattention_is_the_last_before_each_sampler(path, nodes_of):
 
 
 def test_the_demo_of_thresholds_stays_on(object_info):
-    path = REPOSITORY / "workflows" / "liteattention_threshold.json"
-    graph = to_graph(load_workflow(path), object_info)
+    graph = to_graph(load_workflow(DEMO / "liteattention_threshold.json"), object_info)
     assert graph[find(graph, "LiteAttentionThreshold")]["inputs"]["never_slower"] is False
 
 
 @pytest.mark.parametrize("name", ["liteattention_demo", "liteattention_demo_ab"])
 def test_the_demo_is_balanced_and_stays_on(name, object_info):
     """There is something to see on any machine, and the figures are those of the preset."""
-    graph = to_graph(load_workflow(REPOSITORY / "workflows" / f"{name}.json"), object_info)
+    graph = to_graph(load_workflow(DEMO / f"{name}.json"), object_info)
     budget = find(graph, BUDGET)
     assert graph[find(graph, PATCH)]["inputs"]["control"] == [budget, 0]
     wanted = replace(preset("Balanced"), never_slower=False)
@@ -224,7 +229,7 @@ def test_they_are_what_the_script_writes(monkeypatch):
     make_workflows.main()
     assert len(written) > 1
     for name, made in written.items():
-        assert made == load_workflow(REPOSITORY / "workflows" / f"{name}.json"), name
+        assert made == load_workflow(REPOSITORY / f"{name}.json"), name
 
 
 @every_workflow
@@ -238,11 +243,19 @@ def test_it_has_a_note_and_a_thumbnail(path):
 
 
 def test_the_template_browser_lists_and_serves_them(server):
-    listed = server.get("/workflow_templates")["liteattention"]
-    assert sorted(listed) == [path.stem for path in FILES]
-    for path in FILES:
-        served = server.get(f"/api/workflow_templates/liteattention/{path.name}")
-        assert served == load_workflow(path)
+    listed = server.get("/workflow_templates")
+    for pack, files in PACKS.items():
+        assert sorted(listed[pack]) == [path.stem for path in files]
+        for path in files:
+            served = server.get(f"/api/workflow_templates/{pack}/{path.name}")
+            assert served == load_workflow(path)
+
+
+def test_what_the_pack_lists_needs_no_nodes_but_its_own_and_comfyuis():
+    """After an install of the pack alone: the demo's nodes are in its folder only."""
+    workflows = map(load_workflow, PACKS["liteattention"])
+    kinds = {node["type"] for workflow in workflows for node in workflow["nodes"]}
+    assert not any(kind.startswith("LiteAttentionDemo") for kind in kinds)
 
 
 def folded():

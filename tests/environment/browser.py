@@ -28,7 +28,11 @@ sys.path.insert(0, str(REPOSITORY))
 from comfyui_liteattention.report.animation import SIZE as ANIMATION_SIZE  # noqa: E402
 from demo.comfy_server import ComfyServer, make_base  # noqa: E402
 
-WORKFLOWS = REPOSITORY / "workflows"
+WORKFLOWS = {
+    path.stem: path
+    for folder in ("workflows", "demo/workflows")
+    for path in sorted((REPOSITORY / folder).glob("*.json"))
+}
 DEMO, AB = "liteattention_demo", "liteattention_demo_ab"
 SIZE = {"width": 1760, "height": 900}
 FREE = (SIZE["width"] / 2, SIZE["height"] - 60)  # of nodes, where a view shows the whole
@@ -54,7 +58,7 @@ def main() -> None:
     ):
         browser = playwright.chromium.launch(executable_path=options.chromium, args=FLAGS)
         page = fresh_page(browser, server)
-        for name in sorted(path.stem for path in WORKFLOWS.glob("*.json")):
+        for name in WORKFLOWS:
             missing = open_workflow(page, name)
             print(f"{name}: {'all nodes known' if not missing else f'missing: {missing}'}")
         search(page, options.out / "search.png")
@@ -93,7 +97,7 @@ def fresh_page(browser: Any, server: ComfyServer) -> Any:
 
 def open_workflow(page: Any, name: str) -> list[str]:
     """Load it and fit it to the window; returns the types of nodes that the page does not know."""
-    graph = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    graph = json.loads(WORKFLOWS[name].read_text())
     page.evaluate("graph => app.loadGraphData(graph)", graph)
     page.wait_for_timeout(1500)
     page.keyboard.press("Escape")

@@ -3,7 +3,7 @@
     python -m workflows.tools.make_workflows
 
 The templates are read from the installed ``comfyui-workflow-templates`` (MIT licence), the A/B
-workflow from ``liteattention_demo.json``. The same input gives the same files: only the workflows
+workflow from the demo's. The same input gives the same files: only the workflows
 made from the installed version of the templates are written. Thumbnails are screenshots, made
 apart.
 """
@@ -21,7 +21,9 @@ from .layout import to_file
 from .nodes import GREEN, RED, colours, compare_node, note_node, patch_node, report_node
 from .subgraphs import unfold
 
-FOLDER = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
+FOLDER = REPOSITORY / "workflows"
+DEMO = "demo/workflows/liteattention_demo"
 
 BYPASSED = 4
 SEED = 7
@@ -95,21 +97,12 @@ RECIPES = (
             "in the prompt what moves.",
         ),
     ),
-    Recipe("hunyuan_video_t2v", "hunyuan_video_text_to_video", "HunyuanVideo text to video", T2V),
     Recipe(
         "hunyuan_video_1.5_t2v",
         "video_hunyuan_video_1.5_720p_t2v",
         "HunyuanVideo 1.5 text to video",
         T2V,
     ),
-    Recipe(
-        "ltxv_t2v",
-        "ltxv_text_to_video",
-        "LTX-Video text to video",
-        T2V,
-        ("**Prompts** for this model should be long and detailed.",),
-    ),
-    Recipe("mochi_t2v", "mochi_text_to_video_example", "Mochi text to video", T2V),
     Recipe(
         "kandinsky5_t2v",
         "video_kandinsky5_t2v",
@@ -136,8 +129,8 @@ def main() -> None:
     installed = version("comfyui-workflow-templates")
     for recipe in RECIPES:
         if recipe.made_from == installed:
-            save(f"liteattention_{recipe.name}", from_template(recipe))
-    save("liteattention_demo_ab", from_demo())
+            save(f"workflows/liteattention_{recipe.name}", from_template(recipe))
+    save(f"{DEMO}_ab", from_demo())
 
 
 def from_template(recipe: Recipe) -> dict[str, Any]:
@@ -295,7 +288,7 @@ on.
 
 
 def from_demo() -> dict[str, Any]:
-    demo = json.loads((FOLDER / "liteattention_demo.json").read_text(encoding="utf-8"))
+    demo = json.loads((REPOSITORY / f"{DEMO}.json").read_text(encoding="utf-8"))
     return to_file(with_comparison(read(demo)), "demo_ab", note_node(AB_NOTE, height=320))
 
 
@@ -335,7 +328,7 @@ def with_comparison(canvas: Canvas) -> Canvas:
 
 def save(name: str, workflow: dict[str, Any]) -> None:
     text = json.dumps(workflow, indent=2, ensure_ascii=False)
-    (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+    (REPOSITORY / f"{name}.json").write_text(text + "\n", encoding="utf-8", newline="\n")
     print(name, len(workflow["nodes"]), "nodes")
 
 
