@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import get_args
 
 from .backends.base import Criterion, Qk
@@ -13,6 +15,19 @@ from .token_order import TokenOrder, TokenRanges
 SAFEST = -40.0
 
 MAX_LAYER = 999
+#: One query tile in so many is fewer than one in the longest video: there would be no audit.
+RAREST_AUDIT = 4096
+
+NOT_NEGATIVE = "must be negative (log2 units; more negative is safer, try -4)"
+NO_FRACTION = "is a fraction of the run and must lie between 0 and 1"
+EXAMPLES = {
+    "budget": "0.03",
+    "threshold": "-4",
+    "ramp": "2",
+    "warmup": "0.1",
+    "audit": "64",
+    "min_tokens": "2048",
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,8 @@ class Settings:
     qk: Qk = "native"
 
     def __post_init__(self) -> None:
+        for name in ("dense_layers", "dense_keys", "dense_queries"):
+            object.__setattr__(self, name, _tuples(getattr(self, name)))
         for name, problem in _problems(self):
             raise ValueError(f"LiteAttention: {name}={getattr(self, name)!r}: {problem}.")
 
@@ -108,32 +125,86 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def _problems(s: Settings):
-    if s.budget is not None:
-        if not 0 < s.budget < 1:
-            yield "budget", "is the fraction of the attention that may be lost; try 0.01"
-        if s.criterion != "mass":
-            yield "criterion", "a budget is lost mass and needs criterion='mass'"
-        if s.audit == 0:
-            yield "audit", "a budget needs the audit, which measures the loss; try 64"
-    if not (isinstance(s.threshold, (int, float)) and s.threshold < 0):
-        yield "threshold", "must be negative (log2 units; more negative is safer, try -4)"
-    if s.criterion not in get_args(Criterion):
-        yield "criterion", f"must be one of {', '.join(get_args(Criterion))}"
-    if s.order not in get_args(TokenOrder):
-        yield "order", f"must be one of {', '.join(get_args(TokenOrder))}"
-    if s.qk not in get_args(Qk):
-        yield "qk", f"must be one of {', '.join(get_args(Qk))}"
-    if not 0 <= s.ramp <= 8:
-        yield "ramp", "must lie between 0 (no ramp) and 8"
-    if not 0 <= s.warmup <= 1:
-        yield "warmup", "is a fraction of the run and must lie between 0 and 1"
-    if any(not isinstance(i, int) or i < 0 for i in s.dense_layers):
-        yield "dense_layers", "must be layer numbers counted from 0"
+def _problems(s: Settings) -> Iterator[tuple[str, str]]:
+    """What is wrong with each field; types first, since the rest compares numbers."""
+    wrong = {name: text for name, text in _of_other_types(s)}
+    yield from wrong.items()
+    checks: dict[str, Callable[[Settings], str | None]] = {
+        "budget": _budget_problem,
+        "threshold": lambda s: None if s.threshold < 0 else NOT_NEGATIVE,
+        "ramp": lambda s: None if 0 <= s.ramp <= 8 else "must lie between 0 (no ramp) and 8",
+        "warmup": lambda s: None if 0 <= s.warmup <= 1 else NO_FRACTION,
+        "audit": _audit_problem,
+        "min_tokens": lambda s: "must be 0 or more" if s.min_tokens < 0 else None,
+    }
+    for name, check in checks.items():
+        problem = None if name in wrong else check(s)
+        if problem is not None:
+            yield name, problem
+    if s.budget is not None and s.criterion != "mass":
+        yield "criterion", "a budget is lost mass and needs criterion='mass'"
+
+
+def _of_other_types(s: Settings) -> Iterator[tuple[str, str]]:
+    """Fields that are not of the type that they have to be, and what to write instead."""
+    for name in ("budget", "threshold", "ramp", "warmup"):
+        value = getattr(s, name)
+        if not _is_number(value) and not (name == "budget" and value is None):
+            yield name, f"must be a number, for example {name}={EXAMPLES[name]}"
+    for name in ("audit", "min_tokens"):
+        value = getattr(s, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            yield name, f"must be a whole number, for example {name}={EXAMPLES[name]}"
+    for name in ("tail", "never_slower"):
+        if not isinstance(getattr(s, name), bool):
+            yield name, "must be True or False"
+    for name, kind in (("criterion", Criterion), ("order", TokenOrder), ("qk", Qk)):
+        if getattr(s, name) not in get_args(kind):
+            yield name, f"must be one of {', '.join(get_args(kind))}"
+    if not _are_layers(s.dense_layers):
+        yield (
+            "dense_layers",
+            "must be layers counted from 0, for example dense_layers=(0, 1)",
+        )
     for name in ("dense_keys", "dense_queries"):
-        if any(not 0 <= start < end for start, end in getattr(s, name)):
-            yield name, "must be (start, end) token ranges with 0 <= start < end"
-    if s.audit < 0:
-        yield "audit", "must be 0 (off) or the number of query tiles per audited one"
-    if s.min_tokens < 0 or not math.isfinite(s.min_tokens):
-        yield "min_tokens", "must be a number of tokens, 0 or more"
+        if not _are_ranges(getattr(s, name)):
+            yield name, f"must be token ranges with 0 <= start < end, for example {name}=((0, 64),)"
+
+
+def _budget_problem(s: Settings) -> str | None:
+    if s.budget is None or 0 < s.budget < 1:
+        return None
+    return "is the fraction of the attention that may be lost; try 0.01"
+
+
+def _audit_problem(s: Settings) -> str | None:
+    if not 0 <= s.audit <= RAREST_AUDIT:
+        return f"must be 0 (off) or the number of query tiles per audited one, up to {RAREST_AUDIT}"
+    if s.audit == 0 and s.budget is not None:
+        return "a budget needs the audit, which measures the loss; try 64"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_layers(value: object) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MAX_LAYER for i in value
+    )
+
+
+def _are_ranges(value: object) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(one, tuple)
+        and len(one) == 2
+        and all(isinstance(end, int) for end in one)
+        and 0 <= one[0] < one[1]
+        for one in value
+    )
+
+
+def _tuples(value: object) -> object:
+    """Lists as tuples, also inside: settings are compared, and put together."""
+    return tuple(_tuples(x) for x in value) if isinstance(value, (list, tuple, range)) else value

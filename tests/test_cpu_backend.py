@@ -383,3 +383,21 @@ def test_skipping_is_faster_than_sdpa(dtype: torch.dtype) -> None:
         ours.append(time.perf_counter() - middle)
     # The shortest of each: other work on the machine only adds to them.
     assert min(ours) < 0.7 * min(dense), (dense, ours)
+
+
+def test_two_threads_load_the_kernels_at_once():
+    """In a fresh process: the second one must not see a module that is still being run."""
+    code = """
+import sys, threading, time
+sys.setswitchinterval(1e-6)
+from comfyui_liteattention.backends.cpu import backend
+names = []
+def load():
+    kernels = backend._load_kernels()
+    names.append(kernels if isinstance(kernels, str) else kernels.add_skipped.__name__)
+threads = [threading.Thread(target=load) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+sys.exit(names != ["add_skipped"] * 4)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

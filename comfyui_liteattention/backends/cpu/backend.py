@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -34,6 +35,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = range(32, 257, 8)
 # Packed keys and values of this many bytes live at once: bounds memory, not speed.
 WORKSPACE_BYTES = 64 << 20
+
+_importing = threading.Lock()
 
 #: Called as (slot, head, start, stop), see :func:`_run_all`.
 Task = Callable[[int, int, int, int], None]
@@ -209,20 +212,22 @@ def _import_under_one_name() -> ModuleType:
     """``kernels``, always as the same module.
 
     numba's disk cache lies beside the file but remembers the module's name, and ComfyUI imports
-    this package under another name than a script does.
+    this package under another name than a script does. One thread runs the file, and others wait:
+    they would find a module in which half of the kernels are missing.
     """
-    if KERNELS not in sys.modules:
-        path = Path(__file__).with_name("kernels.py")
-        spec = importlib.util.spec_from_file_location(KERNELS, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[KERNELS] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[KERNELS]
-            raise
-    return sys.modules[KERNELS]
+    with _importing:
+        if KERNELS not in sys.modules:
+            path = Path(__file__).with_name("kernels.py")
+            spec = importlib.util.spec_from_file_location(KERNELS, path)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[KERNELS] = module
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[KERNELS]
+                raise
+        return sys.modules[KERNELS]
 
 
 def _floats(*shape: int) -> Any:
