@@ -28,6 +28,7 @@ from comfyui_liteattention.report.statistics import (
     fraction,
     mean_lost,
     node_line,
+    percent,
     saving,
     status_line,
     text_table,
@@ -84,8 +85,9 @@ def test_status_says_active_or_why_not():
 
 def test_text_has_a_line_per_layer_step_and_reason():
     lines = text_table(report()).splitlines()
-    assert "3                75.0%     0.250%" in lines
-    assert any(line.startswith("5") and line.endswith("2.00") for line in lines)
+    assert "layer 3          75.0%     0.250%" in lines
+    assert any(line.startswith("6 ") and line.endswith("2.00") for line in lines)
+    assert not any(line.startswith("0 ") for line in lines)  # steps are counted from 1 everywhere
     assert f"      48 x {CROSS_ATTENTION}" in lines
 
 
@@ -116,11 +118,24 @@ def test_seconds_saved_are_told_everywhere():
 def test_a_node_says_why_a_run_was_stopped_in_few_words():
     stopped = "your own attention is faster here: LiteAttention took 1.52 times as long"
     some = replace(report(), stopped=stopped)
-    assert node_line(some).endswith("; your own attention is faster here")
+    assert node_line(some).startswith("switched off: your own attention is faster here; until then")
     none = replace(report(layers=1), stopped=stopped, reasons={stopped: 3})
-    assert node_line(none) == "inactive: your own attention is faster here"
+    assert node_line(none) == "switched off: your own attention is faster here"
     assert stopped in status_line(some)
     assert stopped in status_line(none)
+
+
+def test_a_node_says_what_was_lost_in_few_digits():
+    known = replace(report(), allowed=(0.0298,) * 6)
+    assert node_line(known).startswith("12% skipped, lost 0.13 of 3 %")
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0, "0"), (0.0063, "0.63"), (0.0211, "2.1"), (0.0298, "3"), (0.36, "36"), (0.999, "100")],
+)
+def test_percent_in_two_digits(share, text):
+    assert percent(share) == text
 
 
 @pytest.mark.parametrize(
@@ -148,7 +163,7 @@ def test_the_chart_marks_what_each_step_would_have_taken():
 def test_figures_are_plain_json():
     plain = json.loads(json.dumps(figures(report()), allow_nan=False))
     assert plain["computed_fraction"] == pytest.approx(report().computed_fraction)
-    assert [row["step"] for row in plain["per_step"]] == list(range(6))
+    assert [row["step"] for row in plain["per_step"]] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("theme", THEMES)
@@ -248,7 +263,7 @@ def test_without_calls_the_note_is_all_there_is():
         (["double-0.0", "double-1.0"], ["0", "1"]),
         (["attn1.3.x", "attn1.4.x"], ["3", "4"]),
         (["first", "second"], ["first", "second"]),
-        (["double-0.0", "single-0.0"], ["double-0.0", "single-0.0"]),
+        (["double-0.0", "single-0.0"], ["double 0", "single 0"]),
         (["blocks.3"], ["3"]),
         (["3", "3"], ["3", "3"]),
     ],
@@ -294,6 +309,6 @@ def test_with_a_budget_losses_have_intervals():
     assert 0 < low < layer["lost_mass"] < high
     assert figures(known)["per_step"][0]["lost_mass_95"] is None  # a dense step loses nothing
     assert figures(report())["per_layer"]["2"]["lost_mass_95"] is None
-    row = next(line for line in text_table(known).splitlines() if line.startswith("2 "))
+    row = next(line for line in text_table(known).splitlines() if line.startswith("layer 2 "))
     assert f"{low:.2%} - {high:.2%}" in row
     assert not torch.equal(step_chart(known, THEMES["dark"]), step_chart(report(), THEMES["dark"]))

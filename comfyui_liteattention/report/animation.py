@@ -14,8 +14,7 @@ from PIL import Image
 
 from .canvas import THEMES, Canvas, Theme, fit
 from .map_history import ALL, LAYERS, SIDE, StepMap
-from .pictures import layer_labels
-from .statistics import RunReport
+from .statistics import RunReport, layer_labels
 
 FRAMES = 12  # at most: a picture takes a while to write, and of longer runs some steps will do
 SECONDS = 6.0  # for all frames
@@ -71,7 +70,7 @@ def _page(theme: Theme, layers: Sequence[str]) -> Canvas:
 
 
 def _frame(canvas: Canvas, step: int, done: float, shares: Sequence[np.ndarray]) -> Image.Image:
-    canvas.text((MARGIN, 30), f"Step {step}", TITLE, anchor="ls")
+    canvas.text((MARGIN, 30), f"Step {step + 1}", TITLE, anchor="ls")
     for x, share in zip(_places(len(shares)), shares, strict=True):
         percent = f"{share.mean():.0%}"
         canvas.text((x + MAP, TOP - 8), percent, LABEL, canvas.theme.faint, "rs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .canvas import THEMES, Box, Canvas, Colour, Theme, labelled, ticks
+from .canvas import THEMES, Box, Canvas, Colour, Theme, fit, labelled, ticks
 from .confidence import Interval, of_steps
 from .statistics import (
     CallStats,
@@ -19,9 +18,11 @@ from .statistics import (
     RunReport,
     by,
     fraction,
+    layer_labels,
     loss_intervals,
     mean_lost,
     saving,
+    short_names,
 )
 
 SIZE = (960, 720)
@@ -73,7 +74,8 @@ def heat_map(report: RunReport, theme: Theme) -> Tensor:
     names = short_names(list(layers))
     for i in labelled(len(layers), 20):
         y = top + (i + 0.5) * cell_h
-        canvas.text((left - 12, y), names[i][-7:], LABEL, theme.faint, "rm")
+        size = fit(names[i], left - 16, LABEL)
+        canvas.text((left - 12, y), names[i], size, theme.faint, "rm")
     canvas.text((left - 12, top - 10), "layer", LABEL, theme.ink, "rs")
     _step_labels(canvas, steps, left, right, bottom)
     _legend(canvas, (RIGHT - 76, top, RIGHT - 54, bottom))
@@ -119,9 +121,9 @@ def step_chart(report: RunReport, theme: Theme) -> Tensor:
     if any(second is not None for second in seconds):
         rows.append(
             (
-                "seconds" + ("   (line: dense, estimated)" if report.dense_seconds else ""),
-                f"{sum(s for s in seconds if s is not None):.1f} s in all"
-                + ("" if saved is None else f", {saving(saved)}"),
+                "seconds of the steps"
+                + ("   (line: dense, estimated)" if report.dense_seconds else ""),
+                f"{report.seconds:.1f} s in all" + ("" if saved is None else f", {saving(saved)}"),
                 lambda box: _bars(canvas, box, seconds, theme.faint, beside=dense),
             )
         )
@@ -171,18 +173,6 @@ def by_layer(maps: Sequence[MapStats]) -> dict[tuple[str, torch.Size], list[Tens
     for one in maps:
         groups.setdefault((one.layer, one.live.shape), []).append(one.live)
     return groups
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """The number that tells the layers apart, where one does: ``blocks.12.attn1`` -> ``12``."""
-    numbers = list(zip(*(re.findall(r"\d+", name) for name in names), strict=False))
-    telling = [column for column in numbers if len(set(column)) == len(set(names))]
-    return list(telling[0]) if telling else list(names)
-
-
-def layer_labels(names: Sequence[str]) -> list[str]:
-    """``layer 12``, or the whole name where no number tells the layers apart."""
-    return [f"layer {n}" if n.isdecimal() else n for n in short_names(names)]
 
 
 def _page(theme: Theme, title: str, subtitle: str) -> Canvas:
@@ -299,7 +289,7 @@ def _step_labels(
     width = (right - left) / len(steps)
     for i in labelled(len(steps), 14):
         x = left + (i + 0.5) * width
-        canvas.text((x, bottom + 12), str(steps[i]), LABEL, canvas.theme.faint, "ma")
+        canvas.text((x, bottom + 12), str(steps[i] + 1), LABEL, canvas.theme.faint, "ma")
     canvas.text(((left + right) / 2, bottom + 40), "step", LABEL, canvas.theme.ink, "ma")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from .map_history import StepMap
 
 
-K = TypeVar("K", bound=Hashable)
 NOTHING = Interval(0.0, 0.0, 0.0)
 LAYER, STEP = 12, 5  # widths of the first column: with the steps' others it fits on the node
 
@@ -171,33 +171,31 @@ def by(calls: Iterable[CallStats], field: str) -> dict:
 
 
 def status_line(report: RunReport) -> str:
-    """One line for the log and the node: active or not, and why."""
+    """One line for the log: active or not, and the reason for that."""
     if not report.active:
         # Cross-attention always stays dense: it explains nothing.
         reasons = [reason for reason in report.reasons if reason != CROSS_ATTENTION]
         why = "; ".join(reasons) or "nothing was negligible at this threshold"
         return f"LiteAttention inactive: {why}"
+    begin = f"switched off: {report.stopped}; until then" if report.stopped else "active:"
     return (
-        f"LiteAttention active: {1 - report.computed_fraction:.0%} of the tiles skipped, "
+        f"LiteAttention {begin} {1 - report.computed_fraction:.0%} of the tiles skipped, "
         f"lost mass {_measured(report)}, {_speedup(report)}{report.seconds:.1f} s in all "
-        f"({report.backend} backend)" + (f"; {report.stopped}" if report.stopped else "")
+        f"({report.backend} backend)"
     )
 
 
 def node_line(report: RunReport) -> str:
     """The same in few words, for the node that says LiteAttention already."""
+    off = f"switched off: {in_short(report.stopped)}" if report.stopped else ""
     if not report.active:
-        if report.stopped:
-            return f"inactive: {in_short(report.stopped)}"
-        return status_line(report).removeprefix("LiteAttention ")
-    parts = [f"{1 - report.computed_fraction:.0%} skipped", f"lost {_measured(report)}"]
+        return off or status_line(report).removeprefix("LiteAttention ")
+    parts = [f"{1 - report.computed_fraction:.0%} skipped", f"lost {_in_percent(report)}"]
     if report.attention_speedup is not None:
         parts.append(f"attention {report.attention_speedup:.2f}x")
     if report.saved_seconds is not None:
         parts.append(saving(report.saved_seconds))
-    return (
-        "active: " + ", ".join(parts) + (f"; {in_short(report.stopped)}" if report.stopped else "")
-    )
+    return (f"{off}; until then " if off else "") + ", ".join(parts)
 
 
 def in_short(stopped: str) -> str:
@@ -229,6 +227,38 @@ def _measured(report: RunReport) -> str:
     return f"{lost:.2%}" if allowed is None else f"{lost:.2%} of {allowed:.2%} allowed"
 
 
+def _in_percent(report: RunReport) -> str:
+    """The same in as few digits as say something: ``2.1 of 3 %``."""
+    lost = report.lost_mass_mean
+    if lost is None:
+        return "not measured"
+    allowed = report.lost_mass_allowed
+    return f"{percent(lost)} %" if allowed is None else f"{percent(lost)} of {percent(allowed)} %"
+
+
+def percent(share: float) -> str:
+    """Of 0..1, in two digits: ``36``, ``2.1``, ``0.63``, ``0``."""
+    return f"{100 * share:.2g}" if share < 0.995 else "100"
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The number that tells the layers apart, where one does: ``blocks.12.attn1`` -> ``12``.
+    Otherwise kind and number, where these do: ``double-3.0`` -> ``double 3``."""
+    numbers = list(zip(*(re.findall(r"\d+", name) for name in names), strict=False))
+    telling = [column for column in numbers if len(set(column)) == len(set(names))]
+    if telling:
+        return list(telling[0])
+    kinds = [re.fullmatch(r"(\w+)-(\d+)\.0", name) for name in names]
+    return [
+        " ".join(kind.groups()) if kind else name for kind, name in zip(kinds, names, strict=True)
+    ]
+
+
+def layer_labels(names: Sequence[str]) -> list[str]:
+    """``layer 12``, or the whole name where no number tells the layers apart."""
+    return [f"layer {n}" if n.isdecimal() else n for n in short_names(names)]
+
+
 def text_table(report: RunReport) -> str:
     """The report as plain text: a summary, a line per layer, a line per step, the reasons."""
     lines = [
@@ -243,15 +273,19 @@ def text_table(report: RunReport) -> str:
         cells = loss_intervals(report)
         layers, steps = of_layers(cells), of_steps(cells)
         heading = f"{'computed':>9} {'lost mass':>10}" + (f" {'95 %':>15}" if cells else "")
-        lines += ["", f"{'layer':<{LAYER}} {heading}"]
+        groups = by(report.calls, "layer")
+        labels = layer_labels(list(groups))
+        width = max(LAYER, *map(len, labels))
+        lines += ["", f"{'layer':<{width}} {heading}"]
         lines += [
-            _row(name, calls, layers, LAYER) for name, calls in by(report.calls, "layer").items()
+            _row(f"{label:<{width}}", calls, layers.get(name), bool(cells))
+            for label, (name, calls) in zip(labels, groups.items(), strict=True)
         ]
         dense = report.dense_seconds
         columns = f"{'step':<{STEP}} {heading} {'seconds':>8}"
         lines += ["", columns + (f" {'dense, est.':>12}" if dense else "")]
         for step, calls in sorted(by(report.calls, "step").items()):
-            row = _row(step, calls, steps, STEP)
+            row = _row(f"{step + 1:<{STEP}}", calls, steps.get(step), bool(cells))
             for seconds, width in ((report.step_seconds.get(step), 8), (dense.get(step), 12)):
                 row += "" if seconds is None else f" {seconds:{width}.2f}"
             lines.append(row)
@@ -282,7 +316,7 @@ def figures(report: RunReport) -> dict[str, Any]:
         "per_layer": {k: _pair(v, layers.get(k)) for k, v in by(report.calls, "layer").items()},
         "per_step": [
             _pair(v, steps.get(k))
-            | {"step": k, "seconds": report.step_seconds.get(k), "dense_seconds": dense.get(k)}
+            | {"step": k + 1, "seconds": report.step_seconds.get(k), "dense_seconds": dense.get(k)}
             for k, v in sorted(by(report.calls, "step").items())
         ],
         "reasons": report.reasons,
@@ -298,11 +332,10 @@ def _pair(calls: list[CallStats], interval: Interval | None) -> dict[str, Any]:
     }
 
 
-def _row(key: K, calls: list[CallStats], cells: Mapping[K, Interval], width: int) -> str:
+def _row(label: str, calls: list[CallStats], found: Interval | None, bounds: bool) -> str:
     lost = mean_lost(calls)
-    row = f"{key!s:<{width}} {fraction(calls):>9.1%} {'-' if lost is None else f'{lost:.3%}':>10}"
-    if cells:
-        found = cells.get(key)
+    row = f"{label} {fraction(calls):>9.1%} {'-' if lost is None else f'{lost:.3%}':>10}"
+    if bounds:
         row += f" {'-' if found is None else f'{found.low:.2%} - {found.high:.2%}':>15}"
     return row
 

@@ -147,7 +147,7 @@ def test_samplers_with_more_than_one_evaluation_a_step(server, workflow, sampler
     graph[find(graph, SAMPLER)]["inputs"]["sampler_name"] = samplers
     report = report_of(server, graph)
     assert report["active"]
-    assert [row["step"] for row in report["per_step"]] == [0, 1, 2, 3]
+    assert [row["step"] for row in report["per_step"]] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
