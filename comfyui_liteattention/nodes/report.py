@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..integrations.comfy.session import patch_of
+from ..integrations.comfy.sampler_nodes import nearest
+from ..integrations.comfy.session import Patch, patch_of
 from ..report.animation import animation
 from ..report.canvas import THEMES
 from ..report.pictures import pictures
-from ..report.statistics import figures, text_table
+from ..report.statistics import RunReport, figures, text_table
 from .schema import CATEGORY, after_sampling, latent_output, schema
 
 
@@ -50,12 +52,13 @@ class LiteAttentionReport(io.ComfyNode):
                     "lost mass and seconds step by step.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
     def execute(cls, model: io.Model.Type, latent: dict, theme: str = "dark") -> io.NodeOutput:
         patch = patch_of(model)
-        report = patch.last_report if patch else None
+        report = _report_of(patch, cls.hidden.dynprompt, cls.hidden.unique_id) if patch else None
         if patch is None:
             text = "LiteAttention inactive: this model has not been through a LiteAttention node."
         elif report is None:
@@ -72,6 +75,20 @@ class LiteAttentionReport(io.ComfyNode):
             shown["liteattention_animation"] = (_save(moving),)
         shown |= {"text": (text,), "report": (figures(report),) if report else ()}
         return io.NodeOutput(latent, maps, text, charts, ui=shown)
+
+
+def _report_of(patch: Patch, graph: Any, node: str | None) -> RunReport | None:
+    """Of the run that made this node's latent: two samplers may use one model. A sampler that was
+    expanded from another node (in a loop) is not above it in the graph; there the last run counts.
+    """
+    if graph is None or node is None:
+        return patch.last_report
+    sampler = nearest(graph, node, "latent", [one for one in patch.reports if one is not None])
+    if sampler is not None:
+        return patch.reports[sampler]
+    original = graph.get_original_prompt()
+    expanded = [report for one, report in patch.reports.items() if one not in original]
+    return expanded[-1] if expanded else None
 
 
 def _save(webp: bytes) -> ui.SavedResult:

@@ -23,26 +23,34 @@ from ...run import Run
 from ...settings import Settings, describe
 from .calls import Forward, User, streams_of
 from .families import Form, ModelCall, describe_call
+from .first_words import before_a_step, while_loading
 from .hooks import install
+from .sampler_nodes import sampling_node
 
 log = logging.getLogger(__name__)
 
 KEY = "liteattention"
+KEPT = 8  # reports: loops sample under ever new node ids
 NEVER_ASKED = "the model did not pass any attention call on to LiteAttention"
 WrappersMP = comfy.patcher_extension.WrappersMP
 Show = Callable[[str], None]
 
 
 class Patch:
-    """What the patch node attaches to a model: the settings, and the report of the last run.
+    """What the patch node attaches to a model: the settings, and the reports of the last runs.
 
-    ``show`` gets a line of text for the user whenever there is something new to say.
+    ``show`` gets a line of text for the user whenever there is something new to say. ``reports``:
+    by the node that sampled (None outside of a graph), the latest last.
     """
 
     def __init__(self, settings: Settings, show: Show | None = None) -> None:
         self.settings = settings
         self.show = show
-        self.last_report: RunReport | None = None
+        self.reports: dict[str | None, RunReport] = {}
+
+    @property
+    def last_report(self) -> RunReport | None:
+        return next(reversed(self.reports.values()), None)
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """OUTER_SAMPLE wrapper: one run, from its first to its last model call."""
@@ -53,6 +61,7 @@ class Patch:
             reason = backend if isinstance(backend, str) else "the threshold is at its safest"
             self._end(_inactive(self.settings, reason, len(sigmas) - 1))
             return executor(*args, **kwargs)
+        self._say(while_loading(len(sigmas) - 1))
         run = Run(self.settings, backend, sigmas.tolist())
         notes: list[str] = []
         options = guider.model_options.setdefault("transformer_options", {})
@@ -63,10 +72,17 @@ class Patch:
             self._end(_annotate(run.finish(), notes))
 
     def _end(self, report: RunReport) -> None:
-        self.last_report = report
+        node = sampling_node()
+        self.reports.pop(node, None)
+        self.reports[node] = report
+        for old in list(self.reports)[:-KEPT]:
+            del self.reports[old]
         log.info(status_line(report))
+        self._say(node_line(report))
+
+    def _say(self, text: str) -> None:
         if self.show is not None:
-            self.show(node_line(report))
+            self.show(text)
 
 
 def apply_patch(model: Any, settings: Settings, show: Show | None = None) -> Any:
@@ -104,7 +120,12 @@ def _make_apply_model(
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
         progress = run.locate(float(options["sigmas"][0]))
-        form = describe_call(executor.class_obj.diffusion_model, _model_call(args, kwargs))
+        model = executor.class_obj.diffusion_model
+        form = describe_call(model, _model_call(args, kwargs))
+        if show is not None:
+            text = before_a_step(form, model, progress.step, len(run.sigmas) - 1, run.settings)
+            if text is not None:
+                show(text)
         if isinstance(form, Form) and form.note and form.note not in notes:
             notes.append(form.note)
             log.info("LiteAttention: %s", form.note)

@@ -1,0 +1,47 @@
+"""What the node says before the first step has ended, which takes half a minute on long videos."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from torch.nn import ModuleList
+
+from ...settings import Settings
+from .families import Form, FormOrReason
+
+#: Where the models of ComfyUI keep the blocks that attend to the video.
+BLOCKS = (
+    "blocks",
+    "double_blocks",
+    "single_blocks",
+    "transformer_blocks",
+    "visual_transformer_blocks",
+)
+
+
+def while_loading(steps: int) -> str:
+    """Before the model is called: ComfyUI may have to load it first."""
+    return f"waiting for the model; then step 1/{steps} computes everything"
+
+
+def before_a_step(
+    form: FormOrReason, model: Any, step: int, steps: int, settings: Settings
+) -> str | None:
+    """Said when the model is called; None where what was said before still holds."""
+    if not isinstance(form, Form):
+        return f"inactive: {form}"
+    tokens = prod(form.video.grid) if form.video else max(form.lengths)
+    if max(form.lengths) < settings.min_tokens:
+        return f"inactive: short sequence (fewer than {settings.min_tokens} tokens)"
+    if step:
+        return None
+    layers = sum(len(blocks) for blocks in _blocks(model))
+    where = f"{layers} layers, {tokens:,} tokens" if layers else f"{tokens:,} tokens"
+    return f"step 1/{steps} computes everything ({where}); skipping begins after it"
+
+
+def _blocks(model: Any) -> list[ModuleList]:
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    found = (getattr(model, name, None) for name in BLOCKS)
+    return [blocks for blocks in found if isinstance(blocks, ModuleList)]
