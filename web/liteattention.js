@@ -2,10 +2,12 @@
 // Report's animation, which among the node's images would stand still.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { loadWords, say } from "./words.js";
 
-// Our nodes, and their sizes when new: text and pictures can be read.
-const SIZES = { LiteAttentionReport: [420, 700], LiteAttentionCompare: [420, 640] };
-const HEIGHT = 200; // pixels of the text, at least
+// Our nodes, and their heights when there is something to show: text and pictures can be read.
+const HEIGHTS = { LiteAttentionReport: 700, LiteAttentionCompare: 640 };
+const NEW = [420, 350]; // width and height before that
+const HEIGHT = 120; // pixels of the text, at least
 const GAPS = 30; // pixels around text and animation, and between them
 const EMPTY = "The result appears here after a run.";
 
@@ -15,7 +17,7 @@ function makeText() {
   const text = document.createElement("textarea");
   text.className = "comfy-multiline-input";
   text.readOnly = true;
-  text.placeholder = EMPTY;
+  text.placeholder = say(EMPTY);
   text.style.cssText =
     `width: 100%; min-height: ${HEIGHT}px; flex: 1; box-sizing: border-box; resize: none; ` +
     "font-family: monospace; white-space: pre-wrap;";
@@ -25,7 +27,7 @@ function makeText() {
 // As wide as the node; hidden until it is loaded.
 function makePicture() {
   const picture = document.createElement("img");
-  picture.title = "Click to open";
+  picture.title = say("Click to open");
   picture.style.cssText = "display: none; width: 100%; cursor: pointer;";
   picture.onclick = () => window.open(picture.src);
   picture.onwheel = (event) => {
@@ -61,7 +63,14 @@ function addReport(node) {
   widget.serialize = false; // not saved with the workflow
 
   shows.set(node, (output) => {
-    widget.value = (output?.text ?? []).join("\n");
+    widget.value = say((output?.text ?? []).join("\n"));
+    if (output?.images?.length) {
+      if (node.size[1] <= NEW[1]) node.setSize([node.size[0], HEIGHTS[node.comfyClass]]);
+    } else {
+      // Those of the run before; the front end leaves them where no new ones come.
+      node.imgs = undefined;
+      node.images = undefined;
+    }
     const file = output?.liteattention_animation?.at(-1);
     if (file) {
       picture.src = api.apiURL(`/view?${new URLSearchParams(file)}`);
@@ -74,11 +83,11 @@ function addReport(node) {
 
 app.registerExtension({
   name: "LiteAttention.Report",
+  setup: loadWords,
   nodeCreated(node) {
-    const size = SIZES[node.comfyClass];
-    if (!size) return;
+    if (!HEIGHTS[node.comfyClass]) return;
     addReport(node);
-    node.setSize(size.map((side, i) => Math.max(side, node.size[i])));
+    node.setSize(NEW.map((side, i) => Math.max(side, node.size[i])));
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.apply(this, arguments);

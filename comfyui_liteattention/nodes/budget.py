@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..presets import DEFAULT, PRESETS
-from .schema import CATEGORY, control_output, schema
+from .schema import CATEGORY, advanced, control_output, schema
 from .where import make_settings, problem, where_inputs
 
 
@@ -34,14 +34,16 @@ class LiteAttentionBudget(io.ComfyNode):
                     tooltip="Fraction of the attention weight that may be lost, on average over "
                     "the run. 0.01: closest to the original (Safe). 0.03: Balanced. 0.1: Fast.",
                 ),
-                io.Float.Input(
-                    "ramp",
-                    default=PRESETS[DEFAULT].ramp,
-                    min=0.0,
-                    max=8.0,
-                    step=0.1,
-                    tooltip="How much less of the budget the first steps get: early errors travel "
-                    "furthest. 0: the same at every step.",
+                *advanced(
+                    io.Float.Input(
+                        "ramp",
+                        default=PRESETS[DEFAULT].ramp,
+                        min=0.0,
+                        max=8.0,
+                        step=0.1,
+                        tooltip="How much less of the budget the first steps get: early errors "
+                        "travel furthest. 0: the same at every step.",
+                    )
                 ),
                 *where_inputs(),
             ],

@@ -23,7 +23,10 @@ class LiteAttentionPatch(io.ComfyNode):
                 "Makes video sampling faster: attention tiles that did not matter at one step are "
                 "skipped at the next ones. Anything it does not understand runs as before."
             ),
-            search_aliases=["faster video", "sparse attention", "speed up video", "skip attention"],
+            search_aliases=[
+                *("faster video", "sparse attention", "speed up video", "skip attention"),
+                *("加速", "更快", "视频加速", "稀疏", "稀疏注意力"),
+            ],
             inputs=[
                 io.Model.Input(
                     "model",

@@ -33,6 +33,13 @@ def latent_output() -> io.Output:
     return io.Latent.Output(display_name="latent", tooltip="The latent, unchanged.")
 
 
+def advanced(*inputs: io.Input) -> list[io.Input]:
+    """Inputs that few people need: newer front ends fold them away, older ones show them."""
+    for one in inputs:
+        one.extra_dict["advanced"] = True  # 0.3.75 takes no argument of this name
+    return list(inputs)
+
+
 def schema(**declared: Any) -> io.Schema:
     """An ``io.Schema``, without the fields that this version of ComfyUI does not know yet."""
     known = {f.name for f in fields(io.Schema)}

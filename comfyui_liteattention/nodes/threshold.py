@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..settings import SAFEST
-from .schema import CATEGORY, control_output, schema
+from .schema import CATEGORY, advanced, control_output, schema
 from .where import DEFAULTS, make_settings, problem, where_inputs
 
 
@@ -23,13 +23,13 @@ class LiteAttentionThreshold(io.ComfyNode):
             inputs=[
                 io.Float.Input(
                     "threshold",
-                    default=DEFAULTS.threshold,
+                    default=-2.0,
                     min=SAFEST,
                     max=-0.05,
                     step=0.05,
                     tooltip="log2 units; more negative is safer. With 'mass': no row of the "
-                    "attention loses more than 2^threshold of its weight when tiles are marked. "
-                    "-40 never skips.",
+                    "attention loses more than 2^threshold of its weight when tiles are marked, "
+                    "and most lose far less. -1: half, -2: a quarter, -4: 6 %. -40 never skips.",
                 ),
                 io.Combo.Input(
                     "criterion",
@@ -39,14 +39,16 @@ class LiteAttentionThreshold(io.ComfyNode):
                     "gap: the distance of its largest score from the row's maximum, as in the "
                     "paper; try -8.",
                 ),
-                io.Float.Input(
-                    "ramp",
-                    default=DEFAULTS.ramp,
-                    min=0.0,
-                    max=8.0,
-                    step=0.1,
-                    tooltip="How much stricter the first steps are: early errors travel furthest. "
-                    "0: the same threshold at every step.",
+                *advanced(
+                    io.Float.Input(
+                        "ramp",
+                        default=DEFAULTS.ramp,
+                        min=0.0,
+                        max=8.0,
+                        step=0.1,
+                        tooltip="How much stricter the first steps are: early errors travel "
+                        "furthest. 0: the same threshold at every step.",
+                    )
                 ),
                 *where_inputs(),
             ],

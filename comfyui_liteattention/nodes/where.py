@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..backends.base import Qk
 from ..settings import Settings, parse_layers
 from ..token_order import TokenOrder
+from .schema import advanced
 
 DEFAULTS = Settings()
 
@@ -16,7 +17,7 @@ DEFAULTS = Settings()
 def where_inputs() -> list[io.Input]:
     """Their order is that of the widgets on the node: new ones go to the end, and are optional, so
     that saved graphs still run."""
-    return [
+    return advanced(
         io.Float.Input(
             "warmup",
             default=DEFAULTS.warmup,
@@ -77,7 +78,7 @@ def where_inputs() -> list[io.Input]:
             tooltip="How a graphics card multiplies queries and keys. int8: meant to be faster on "
             "RTX cards, and less precise; experimental, no card has timed it yet.",
         ),
-    ]
+    )
 
 
 def make_settings(dense_layers: str, **values: Any) -> Settings:

@@ -224,7 +224,7 @@ def _measured(report: RunReport) -> str:
     if lost is None:
         return "not measured"
     allowed = report.lost_mass_allowed
-    return f"{lost:.2%}" if allowed is None else f"{lost:.2%} of {allowed:.2%} allowed"
+    return f"{lost:.2%}" if allowed is None else f"{lost:.2%} of {percent(allowed)}% allowed"
 
 
 def _in_percent(report: RunReport) -> str:

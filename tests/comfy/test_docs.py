@@ -1,6 +1,7 @@
 """Every node has help and names in English and Chinese, where ComfyUI's browser page looks."""
 
 import json
+import re
 import urllib.request
 
 import pytest
@@ -15,6 +16,9 @@ NODES = (
     "LiteAttentionThreshold",
 )
 LANGUAGES = ("en", "zh")
+WEB = REPOSITORY / "web"
+SCRIPTS = ("liteattention", "status")
+EVENT = "liteattention.status"
 
 each_node = pytest.mark.parametrize("node", NODES)
 each_language = pytest.mark.parametrize("language", LANGUAGES)
@@ -99,8 +103,36 @@ def test_the_files_are_the_ones_that_the_server_merged(language, translations):
     assert {node: translations[language]["nodeDefs"][node] for node in NODES} == ours
 
 
-def test_the_script_that_shows_texts_and_the_animation_is_announced(server):
-    assert "/extensions/liteattention/liteattention.js" in server.get("/extensions")
-    script = read(server, "/extensions/liteattention/liteattention.js")
+@pytest.mark.parametrize("script", ["liteattention.js", "status.js", "words.js"])
+def test_the_page_loads_our_scripts(script, server):
+    assert f"/extensions/liteattention/{script}" in server.get("/extensions")
+    text = read(server, f"/extensions/liteattention/{script}")
+    assert text == (REPOSITORY / "web" / script).read_text(encoding="utf-8")
+
+
+def test_the_scripts_know_our_nodes_and_events():
+    report, status = ((REPOSITORY / "web" / f"{n}.js").read_text() for n in SCRIPTS)
     for name in ("LiteAttentionReport", "LiteAttentionCompare", "liteattention_animation"):
-        assert name in script
+        assert name in report
+    for name in ("LiteAttentionPatch", EVENT):
+        assert name in status
+
+
+def test_chinese_words_fill_in_what_the_english_ones_do(server):
+    words = json.loads(read(server, "/extensions/liteattention/zh.json"))
+    for english, chinese in words.items():
+        assert english.count("...") == chinese.count("..."), english
+        assert any("\u4e00" <= letter <= "\u9fff" for letter in chinese)
+
+
+def test_what_a_node_says_is_known_in_chinese():
+    """The lines of :mod:`report.statistics`, part by part."""
+    words = json.loads((WEB / "zh.json").read_text(encoding="utf-8"))
+    patterns = [re.escape(english).replace(r"\.\.\.", "(.+)") for english in words]
+    for text in (
+        "step 3/20: 36% skipped, 0.63% lost, saved about 3.1 s",
+        "36% skipped, lost 2.1 of 3 %, attention 1.52x, cost about 2 s",
+        "12% skipped, lost 2.1 %, nothing saved",
+    ):
+        for part in text.removeprefix("step 3/20: ").split(", "):
+            assert any(re.fullmatch(pattern, part) for pattern in patterns), part

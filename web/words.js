@@ -1,0 +1,71 @@
+// Words for people who use ComfyUI in Chinese. What LiteAttention says is English, in the log and in
+// the nodes' outputs; on the page it is put into the reader's language by the list in zh.json, where
+// "..." stands for whatever is there.
+import { app } from "../../scripts/app.js";
+
+let patterns = []; // [regular expression, translation], longer ones first
+
+export function isChinese() {
+  const setting = app.extensionManager?.setting ?? app.ui.settings;
+  const locale = setting.get?.("Comfy.Locale") ?? setting.getSettingValue?.("Comfy.Locale");
+  return locale === "zh";
+}
+
+let loading = null;
+
+// Once, for whoever asks.
+export function loadWords() {
+  loading ??= load();
+  return loading;
+}
+
+async function load() {
+  const reply = await fetch(new URL("./zh.json", import.meta.url));
+  if (!reply.ok) return;
+  const words = Object.entries(await reply.json());
+  words.sort(([a], [b]) => b.length - a.length);
+  patterns = words.map(([english, chinese]) => [pattern(english), chinese]);
+}
+
+// Every line of a text, each in Chinese as far as it is known.
+export function say(text) {
+  if (!isChinese()) return text;
+  return text.split("\n").map(translated).join("\n");
+}
+
+function pattern(english) {
+  const parts = english.split("...").map((part) => part.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+  return new RegExp(`^${parts.join("(.+?)")}$`);
+}
+
+function translated(text) {
+  const indent = text.match(/^\s*/)[0];
+  const bare = text.trim();
+  // A list whose parts are known is read part by part; else "..." might take several of them.
+  const list = listed(bare);
+  if (list !== null) return indent + list;
+  return indent + (known(bare) ?? bare);
+}
+
+function known(text) {
+  for (const [english, chinese] of patterns) {
+    const found = text.match(english);
+    if (!found) continue;
+    const values = found.slice(1).map(translated);
+    return chinese.replaceAll("...", () => values.shift());
+  }
+  return null;
+}
+
+function listed(text) {
+  for (const [mark, comma] of [["; ", "；"], [", ", "，"]]) {
+    const parts = text.split(mark);
+    if (parts.length > 1 && known(text) === null) {
+      const words = parts.map((part) => listed(part) ?? known(part));
+      if (words.some((one) => one !== null)) {
+        return words.map((one, i) => one ?? parts[i]).join(comma);
+      }
+    }
+  }
+  return null;
+}
