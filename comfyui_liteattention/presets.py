@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from .settings import Settings
+
+PresetName = Literal["Safe", "Balanced", "Fast", "safe", "balanced", "fast"]
 
 PRESETS: dict[str, Settings] = {
     "Safe": Settings(budget=0.01),
@@ -13,7 +17,8 @@ DEFAULT = "Balanced"
 
 
 def preset(name: str) -> Settings:
-    """Settings of a preset; ValueError names the choices."""
-    if name not in PRESETS:
+    """Settings of a preset, in any case; ValueError names the choices."""
+    found = {known.lower(): settings for known, settings in PRESETS.items()}
+    if not isinstance(name, str) or name.lower() not in found:
         raise ValueError(f"LiteAttention: no preset {name!r}; choose one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
+    return found[name.lower()]

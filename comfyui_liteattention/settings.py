@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import get_args
+from typing import TypedDict, get_args
 
 from .backends.base import Criterion, Qk
 from .token_order import TokenOrder, TokenRanges
@@ -101,6 +101,23 @@ class Settings:
     def skips(self) -> bool:
         """Whether these settings can skip anything at all."""
         return self.budget is not None or self.threshold > SAFEST
+
+
+class Options(TypedDict, total=False):
+    """The fields of :class:`Settings` beside ``threshold`` and ``budget``, as keyword arguments."""
+
+    criterion: Criterion
+    ramp: float
+    warmup: float
+    dense_layers: Sequence[int]
+    dense_keys: Sequence[Sequence[int]]
+    dense_queries: Sequence[Sequence[int]]
+    order: TokenOrder
+    audit: int
+    tail: bool
+    min_tokens: int
+    never_slower: bool
+    qk: Qk
 
 
 def describe(settings: Settings) -> str:

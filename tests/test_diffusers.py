@@ -7,76 +7,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import (
-    FirstBlockCacheConfig,
-    FlowMatchEulerDiscreteScheduler,
-    WanPipeline,
-)
+from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from tiny_pipeline import BOLD, TOKENS, call, make_pipe, run, texts
 from tiny_wan import hooks_left, make_wan
 
 import comfyui_liteattention as lite
 from comfyui_liteattention import SAFEST
+from comfyui_liteattention.integrations.diffusers.hooks import Context, Contexts
 from comfyui_liteattention.integrations.diffusers.routes import LITE
 from comfyui_liteattention.presets import DEFAULT, PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOKENS = 320  # 5 latent frames of 8 x 8 tokens: a tile of 64 is a frame
-BOLD = {"threshold": -1.0, "ramp": 0.0, "min_tokens": 0, "audit": 0, "never_slower": False}
-
-
-def make_pipe(seed=0, **parts):
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=make_wan(seed),
-        **parts,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
 
 @pytest.fixture
 def pipe():
     return make_pipe()
-
-
-def run(pipe, seed=0, steps=4, **options):
-    """One video; ``seed`` stands for the prompt and the noise."""
-    generator = torch.Generator().manual_seed(seed)
-    text, negative = torch.randn(2, 1, 6, 16, generator=generator)
-    return pipe(
-        prompt_embeds=text,
-        negative_prompt_embeds=negative,
-        height=128,
-        width=128,
-        num_frames=17,
-        num_inference_steps=steps,
-        guidance_scale=3.0,
-        output_type="latent",
-        generator=generator,
-        **options,
-    ).frames
-
-
-@torch.no_grad()
-def call(model, text, timestep, seed=0, context=None, **fields):
-    """One call of a Wan transformer, on the same latent at every timestep."""
-    latent = torch.randn(1, 4, 5, 16, 16, generator=torch.Generator().manual_seed(seed))
-    timestep = torch.as_tensor(timestep, dtype=torch.float32)
-    timestep = timestep if timestep.dim() else timestep.expand(len(text))
-    arguments = (latent.expand(len(text), -1, -1, -1, -1), timestep, text)
-    if context is None:
-        return model(*arguments, return_dict=False)[0]
-    with model.cache_context(context, **fields):
-        return model(*arguments, return_dict=False)[0]
-
-
-def texts(count=2):
-    return torch.randn(count, 1, 6, 16, generator=torch.Generator().manual_seed(5)).unbind()
 
 
 def test_the_safest_threshold_is_plain_bit_for_bit(pipe):
@@ -275,12 +222,12 @@ def test_a_stream_does_not_see_another():
     model, (cond, uncond) = make_wan(), texts()
     lite.enable(model, **BOLD)
     for names in (("cond", "uncond"), (None, None)):
-        alone = [call(model, cond, t, t, names[0]) for t in (900, 600, 300)]
+        alone = [call(model, cond, t, 0, names[0]) for t in (900, 600, 300)]
         model._reset_stateful_cache()
         between = []
         for t in (900, 600, 300):
-            call(model, uncond, t, t, names[1])
-            between.append(call(model, cond, t, t, names[0]))
+            call(model, uncond, t, 0, names[1])
+            between.append(call(model, cond, t, 0, names[0]))
         model._reset_stateful_cache()
         assert all(map(torch.equal, alone, between))
 
@@ -291,14 +238,24 @@ def test_a_loop_without_a_pipeline(context):
     model, (text,) = make_wan(), texts(1)
     session = lite.enable(model, **BOLD)
     times = (1000, 750, 500, 250)
-    fresh = [call(model, text, t, t, context) for t in times]
+    fresh = [call(model, text, t, 0, context) for t in times]
     assert session.report().steps == 4 and session.report().computed_fraction < 1
     call(model, text, 1000, 7, context)  # a run that ends after its first step
-    assert all(map(torch.equal, fresh, [call(model, text, t, t, context) for t in times]))
+    assert all(map(torch.equal, fresh, [call(model, text, t, 0, context) for t in times]))
     session.reset()
-    assert torch.equal(
-        call(model, text, 750, 750, context), call(make_and_enable(), text, 750, 750)
-    )
+    assert torch.equal(call(model, text, 750, 0, context), call(make_and_enable(), text, 750, 0))
+
+
+@pytest.mark.parametrize("context", ["cond", None])
+def test_a_loop_that_is_given_up_leaves_nothing(context):
+    """Nor where the next one begins at less noise, with the same prompt: image to image."""
+    model, (text,) = make_wan(), texts(1)
+    lite.enable(model, **BOLD)
+    fresh = [call(model, text, t, 1, context) for t in (600, 300)]
+    lite.enable(model, **BOLD)
+    for t in (1000, 900, 800):
+        call(model, text, t, 0, context)
+    assert all(map(torch.equal, fresh, [call(model, text, t, 1, context) for t in (600, 300)]))
 
 
 def make_and_enable():
@@ -310,9 +267,9 @@ def make_and_enable():
 def test_batch_rows_have_their_own_maps():
     model, pair = make_wan(), texts()
     lite.enable(model, **BOLD)
-    batched = [call(model, torch.cat(pair), t, t) for t in (900, 600, 300)]
+    batched = [call(model, torch.cat(pair), t) for t in (900, 600, 300)]
     lite.enable(model, **BOLD)
-    single = [torch.cat([call(model, text, t, t) for text in pair]) for t in (900, 600, 300)]
+    single = [torch.cat([call(model, text, t) for text in pair]) for t in (900, 600, 300)]
     for one, other in zip(batched, single, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -395,20 +352,19 @@ def test_choices(pipe):
     assert lite.enable(pipe).settings == PRESETS[DEFAULT]
     assert lite.enable(pipe, preset="Safe", audit=8).settings.audit == 8
     assert lite.enable(pipe, budget=0.25).settings.budget == 0.25
-    with pytest.raises(TypeError, match="no transformer"):
-        lite.enable(SimpleNamespace(components={"unet": torch.nn.Linear(1, 1)}))
+    assert lite.enable(pipe, preset="fast").settings == PRESETS["Fast"]
 
 
 def test_both_forms_of_a_cache_context_are_read():
     """diffusers 0.40 has a name alone; later versions say more."""
-    from comfyui_liteattention.integrations.diffusers.hooks import Context, _context
-
-    older = SimpleNamespace(_current_context="cond")
-    found = SimpleNamespace(name="cond", step_index=2, num_inference_steps=9)
-    newer = SimpleNamespace(context=found)
-    assert _context(older) == Context("cond")
-    assert _context(newer) == Context("cond", 2, 9)
-    assert _context(SimpleNamespace(_current_context=None)) is None
+    contexts = Contexts()
+    assert contexts.told() is None
+    contexts.set_context("cond")
+    assert contexts.told() == Context("cond")
+    contexts.set_context(SimpleNamespace(name="cond", step_index=2, num_inference_steps=9))
+    assert contexts.told() == Context("cond", 2, 9)
+    contexts.reset()
+    assert contexts.told() is None
 
 
 def test_the_import_is_cheap():

@@ -13,7 +13,7 @@ def follow(moments):
         if trajectory is None or not trajectory.continues("transformer", now):
             trajectory = Trajectory(now)
             starts.append(index)
-        progress.append(trajectory.advance("transformer", now))
+        progress.append(trajectory.advance("transformer", now).progress)
     return starts, progress
 
 

@@ -1,83 +1,119 @@
 """diffusers: :func:`enable`, :func:`summary` and :func:`disable`, for a pipeline or a transformer.
 
-``h = enable(pipe)`` returns the :class:`Session` that lives on the pipeline's transformers until
-``disable(pipe)``. It gives every sampling run its own state and keeps the last run's report.
+``h = enable(pipe)`` puts LiteAttention on the pipeline's transformers until ``disable(pipe)``. It
+gives every sampling run its own state and keeps the last run's report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ... import presets
 from ...settings import Settings
+from .handle import Handle
 from .session import Session, session_on
 
-__all__ = ["Session", "disable", "enable", "enabled", "summary"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ...presets import PresetName
+    from ...settings import Options
+
+__all__ = ["Handle", "disable", "enable", "enabled", "summary"]
+
+log = logging.getLogger(__name__)
+
+NOT_ENABLED = "LiteAttention is not enabled"
+
+
+class UnknownSettingError(TypeError, ValueError):
+    """There is no such setting: a wrong argument, and a wrong choice."""
 
 
 def enable(
     target: Any,
     *,
-    preset: str | None = None,
+    preset: PresetName | None = None,
     threshold: float | None = None,
     budget: float | None = None,
-    **settings: Any,
-) -> Session:
+    **settings: Unpack[Options],
+) -> Handle:
     """Let the self-attention of a pipeline, or of one transformer, skip negligible tiles.
 
     Give at most one of ``preset`` ("Safe", "Balanced", "Fast"; Balanced if there is nothing),
     ``threshold`` (log2, negative) and ``budget``: the fraction of the attention, 0..1, that may be
-    lost; it is measured while the run goes on, and held. Other fields of
-    :class:`Settings` by name. What was enabled here before is replaced.
+    lost; it is measured while the run goes on, and held. Other fields of :class:`Settings` by name.
+    What was enabled here before is replaced; after ``with enable(...):`` it is back.
+
+    ValueError says which setting is wrong; TypeError, that ``target`` is neither a pipeline nor a
+    transformer. Then all is as it was before.
     """
     transformers = _transformers(target)
-    chosen = _settings(preset, threshold, budget, settings)
-    disable(target)
-    return Session(target, transformers, chosen)
+    chosen = _settings(preset, threshold, budget, dict(settings))
+    session = Session(target, transformers, chosen)
+    if not transformers:
+        session.decline(f"{type(target).__name__} has no transformer", "the pipeline")
+    replaced = _sessions(transformers)
+    session.replace(replaced)
+    return Handle(session, replaced)
+
+
+def enabled(
+    target: Any,
+    *,
+    preset: PresetName | None = None,
+    threshold: float | None = None,
+    budget: float | None = None,
+    **settings: Unpack[Options],
+) -> Handle:
+    """``with enabled(pipe, threshold=-4):`` is :func:`enable` until the end of the block."""
+    return enable(target, preset=preset, threshold=threshold, budget=budget, **settings)
 
 
 def disable(target: Any) -> None:
     """Take LiteAttention off again; nothing of it stays. Fine to call where it isn't enabled."""
-    for session in _sessions(target):
-        session.disable()
+    for session in _sessions(_found(target)):
+        session.detach()
 
 
-def summary(target: Any) -> str:
-    """What is enabled and what the last run did, or the run that is going on, as text."""
-    return "\n".join(s.summary() for s in _sessions(target)) or "LiteAttention is not enabled"
-
-
-@contextmanager
-def enabled(target: Any, **choices: Any) -> Iterator[Session]:
-    """``with enabled(pipe, threshold=-4):`` is :func:`enable`, and :func:`disable` at the end."""
-    session = enable(target, **choices)
-    try:
-        yield session
-    finally:
-        session.disable()
+def summary(target: Any, everything: bool = False) -> str:
+    """What is enabled and what the last run did, or the run that is going on, as text; of many
+    layers and steps a choice, or ``everything``."""
+    sessions = _sessions(_found(target))
+    return "\n".join(Handle(one).summary(everything) for one in sessions) or NOT_ENABLED
 
 
 def _transformers(target: Any) -> dict[str, nn.Module]:
-    """The video transformers of a pipeline, by their names there, or one transformer."""
+    """The transformers of a pipeline, by their names there, or one transformer; each once."""
+    if not isinstance(target, nn.Module) and not isinstance(_components(target), dict):
+        what = f"the class {target.__name__}" if isinstance(target, type) else repr(target)[:80]
+        raise TypeError(
+            f"LiteAttention: {what} is neither a diffusers pipeline nor a transformer. Give one "
+            "that is loaded: lite.enable(pipe) or lite.enable(pipe.transformer)."
+        )
+    return _found(target)
+
+
+def _found(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module):
         return {"transformer": _uncompiled(target)}
-    parts = getattr(target, "components", {})
-    found = {
-        name: _uncompiled(part)
-        for name, part in parts.items()
-        if name.startswith("transformer") and isinstance(part, nn.Module)
-    }
-    if not found:
-        raise TypeError(
-            f"LiteAttention: {type(target).__name__} has no transformer. Give a diffusers pipeline "
-            "with one, or the transformer itself."
-        )
+    parts = _components(target)
+    found: dict[str, nn.Module] = {}
+    for name, part in parts.items() if isinstance(parts, dict) else ():
+        if name.startswith("transformer") and isinstance(part, nn.Module):
+            root = _uncompiled(part)
+            if all(root is not other for other in found.values()):
+                found[name] = root
     return found
+
+
+def _components(target: Any) -> Any:
+    """The parts of a pipeline; of a class, or of something else, nothing that is a dict."""
+    return None if isinstance(target, type) else getattr(target, "components", None)
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
@@ -85,9 +121,9 @@ def _uncompiled(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _sessions(target: Any) -> list[Session]:
-    """The sessions on a pipeline's transformers, each once."""
-    found = (session_on(root) for root in _transformers(target).values())
+def _sessions(transformers: dict[str, nn.Module]) -> list[Session]:
+    """The sessions on these transformers, each once."""
+    found = (session_on(root) for root in transformers.values())
     return list(dict.fromkeys(session for session in found if session is not None))
 
 
@@ -102,9 +138,8 @@ def _settings(
     known = [field.name for field in fields(Settings)]
     unknown = [key for key in others if key not in known]
     if unknown:
-        raise TypeError(
-            f"LiteAttention: no setting {', '.join(unknown)}; there are preset, budget, "
-            f"{', '.join(known)}."
+        raise UnknownSettingError(
+            f"LiteAttention: no setting {', '.join(unknown)}; there are preset, {', '.join(known)}."
         )
     if budget is not None:
         return Settings(budget=budget, **others)

@@ -59,6 +59,13 @@ class TransformerCall:
         self, layer: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, extra: Extra
     ) -> Tensor | None:
         """See :class:`.routes.Call`."""
+        # What is kept for the next call could not be written to outside of inference mode then.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._attend_if_eligible(layer, q, k, v, scale, extra)
+
+    def _attend_if_eligible(
+        self, layer: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, extra: Extra
+    ) -> Tensor | None:
         reason = extra.reason or self._ineligible(q)
         # Of a sequence that processes share there may be only some of the queries.
         whole = k if extra.across else q

@@ -1,15 +1,25 @@
 """diffusers: how calls of a transformer and of its self-attention reach us, and how we leave.
 
-Nothing is patched. PyTorch's own hooks on the transformer see each of its calls (accelerate's CPU
-offload rebuilds ``forward`` after every run, and would lose a hook there). A diffusers hook on each
-self-attention module routes the module's attention to us (:mod:`.routes`).
+No class is patched. PyTorch's own hooks on the transformer see each of its calls (accelerate's CPU
+offload rebuilds ``forward`` after every run, and would lose a hook there). Each self-attention
+module gets a ``forward`` of ours around its own, inside whatever else is around that
+(:mod:`.places`); it routes the module's attention to us (:mod:`.routes`). A listener among
+diffusers' hooks is told of cache contexts and of the end of a run.
+
+What belongs to a call belongs to the thread that makes it: several pipelines in several threads may
+share one transformer. Copies of a transformer, pickled ones too, are not enabled: whatever of ours
+they hold gives way to the plain thing.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
+from contextlib import ExitStack
+from functools import partial, update_wrapper
 from inspect import signature
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +34,15 @@ from .routes import (  # isort: split
     unregister_backend,
 )
 
-from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+from diffusers.hooks.hooks import (
+    BaseState,
+    HookFunctionReference,
+    HookRegistry,
+    ModelHook,
+    StateManager,
+)
+
+from .places import own_place, place_of
 
 __all__ = ["Begin", "Call", "TransformerHook", "register_backend", "unregister_backend"]
 
@@ -43,11 +61,18 @@ class Context(NamedTuple):
 Begin = Callable[[dict[str, Any], Context | None], Call | None]
 
 
+def _outside_graphs(reason: str) -> Callable[[Any], Any]:
+    """``torch.compiler.disable``, with the reason where this torch takes one."""
+    takes = "reason" in signature(torch.compiler.disable).parameters
+    return torch.compiler.disable(**({"reason": reason} if takes else {}))
+
+
 class TransformerHook:
     """Hooks on one transformer: its calls, and its self-attention modules' calls.
 
     ``layers`` are the names of those modules; ``processors`` are the only classes of attention
-    processors that we know to do plain attention over all tokens.
+    processors that we know to do plain attention over all tokens. ``end`` is called when a pipeline
+    says that its run has ended.
     """
 
     def __init__(
@@ -56,133 +81,206 @@ class TransformerHook:
         layers: list[str],
         processors: Collection[str],
         begin: Begin,
-        end: Callable,
+        end: Callable[[], None],
     ) -> None:
         self.root = root
-        self.layers = layers
         self.processors = processors
-        self.end_of_run = end
-        self.call: Call | None = None
-        #: diffusers puts the cache context in here, by way of the layers' hooks.
-        self.contexts = StateManager(BaseState)  # type: ignore[arg-type]  # its hint is wrong
+        self.contexts = Contexts()
         self._begin = begin
-        self._started = 0.0
         self._signature = signature(type(root).forward)
-        self._hooks = [_LayerHook(layer, self) for layer in layers]
-        for hook in self._hooks:
-            hook.put_on(self._registry(hook.layer))
-        self._forget_children()
-        # A pipeline calls this on its parts when a run has ended; some models have no caches, and
-        # so don't have it.
-        self._lacked_reset = not hasattr(root, RESET)
-        if self._lacked_reset:
-            setattr(root, RESET, end)
-        self._handles = [
-            root.register_forward_pre_hook(self._before, with_kwargs=True),
-            root.register_forward_hook(self._after),
-        ]
+        self._mine = _OfThread()
+        self._blocks = _around(root, layers)
+        sweep(root)
+        with ExitStack() as undo:
+            self._put_on(layers, end, undo)
+            self._undo = undo.pop_all()
+
+    def _put_on(self, layers: list[str], end: Callable[[], None], undo: ExitStack) -> None:
+        """Put all hooks on; ``undo`` takes off those that are."""
+        root, listener = self.root, _Listener(self.contexts, end)
+        listener.put_on(root)
+        undo.callback(listener.take_off, root)
+        if not hasattr(root, RESET):  # some models have no caches, and so don't have it
+            setattr(root, RESET, Callback(end))
+            undo.callback(delattr, root, RESET)
+        for layer in layers:
+            undo.callback(AttentionForward(root.get_submodule(layer), layer, self).take_off)
+        before = root.register_forward_pre_hook(Callback(self._before), with_kwargs=True)
+        undo.callback(before.remove)
+        undo.callback(root.register_forward_hook(Callback(self._after)).remove)
 
     def remove(self) -> None:
         """Take all hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        if self._lacked_reset:
-            delattr(self.root, RESET)
-        for hook in self._hooks:
-            hook.take_off(self._registry(hook.layer))
-        self._forget_children()
+        self._undo.close()
 
-    def _registry(self, layer: str) -> HookRegistry:
-        return HookRegistry.check_if_exists_or_initialize(self.root.get_submodule(layer))
+    @property
+    def call(self) -> Call | None:
+        """The call of the transformer that this thread is in."""
+        return self._mine.call
 
-    def _forget_children(self) -> None:
-        """diffusers caches which modules carry hooks, and would miss a change."""
-        registry = HookRegistry.check_if_exists_or_initialize(self.root)
-        if hasattr(registry, "invalidate_child_registries_cache"):
-            registry.invalidate_child_registries_cache()
-            return
-        for module in self.root.modules():  # diffusers 0.40
-            its_own: Any = getattr(module, "_diffusers_hook", None)
-            if its_own is not None:
-                its_own._child_registries_cache = None
+    def form(self) -> Hashable:
+        """Which hooks of others are on the blocks: guiders put them there for one pass, and so
+        change what it computes."""
+        return tuple(
+            (index, name)
+            for index, module in enumerate(self._blocks)
+            if (registry := vars(module).get("_diffusers_hook")) is not None
+            for name in registry.hooks
+        )
 
-    @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.call = None
-        for hook in self._hooks:
-            hook.relink()
+        self._mine.call = None
         arguments = self._signature.bind_partial(module, *args, **kwargs).arguments
-        self._started = time.perf_counter()
-        self.call = self._begin(arguments, _context(self.contexts))
+        self._mine.call = self._begin(arguments, self.contexts.told())
+        self._mine.started = time.perf_counter()
 
-    @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        call, self.call = self.call, None
+        call, self._mine.call = self._mine.call, None
         if call is not None:
-            call.end(time.perf_counter() - self._started)
+            call.end(time.perf_counter() - self._mine.started)
 
 
-class _LayerHook(ModelHook):
-    """Routes the attention of one self-attention module to us."""
+class _OfThread(threading.local):
+    """The call of a transformer that a thread is in, and when that started."""
+
+    call: Call | None = None
+    started = 0.0
+
+
+class AttentionForward:
+    """The ``forward`` of one self-attention module, while LiteAttention is on."""
+
+    def __init__(self, module: nn.Module, layer: str, transformer: TransformerHook) -> None:
+        self._module = module
+        self._layer = layer
+        self._transformer = transformer
+        holder, name = own_place(module)
+        self._own = getattr(holder, name)
+        update_wrapper(self, self._own)  # for those who ask for its signature
+        setattr(holder, name, self)
+
+    @_outside_graphs("LiteAttention decides at every call which tiles to skip")
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call, processor = self._transformer.call, self._module.processor
+        if call is None:
+            return self._own(*args, **kwargs)
+        if type(processor).__name__ not in self._transformer.processors:
+            call.decline(f"attention processor {type(processor).__name__} is not known")
+            return self._own(*args, **kwargs)
+        with routed(self._module, self._own, call, self._layer) as forward:
+            return forward(*args, **kwargs)
+
+    def take_off(self) -> None:
+        """Put back what was there. Where nobody knows any more, there is no call of the transformer
+        from now on, and so this does what the module's own does."""
+        place = place_of(self, self._module)
+        if place is None:
+            return
+        holder, name = place
+        setattr(holder, name, self._own)
+        if holder is self._module and _is_of_class(self._own, self._module):
+            del holder.forward
+
+    def __reduce__(self) -> Any:
+        """A copy has its module's own ``forward``."""
+        own = self._own
+        return own.__reduce__() if isinstance(own, MethodType) else (partial, (own,))
+
+
+class Callback:
+    """A function of ours that someone else's module holds; in a copy of that it does nothing."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    @_outside_graphs("LiteAttention follows the steps of a run")
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return Callback, (_nothing,)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What a copy's hooks do."""
+
+
+class Contexts(StateManager):
+    """The cache context that diffusers sets, apart for every thread."""
+
+    def __init__(self) -> None:
+        self._mine = threading.local()
+        super().__init__(BaseState)  # type: ignore[arg-type]  # its hint is wrong
+
+    def set_context(self, context: Any) -> None:
+        self._mine.context = context
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        self._mine.context = None
+
+    def told(self) -> Context | None:
+        """What is known of the call that this thread is about to make."""
+        found = getattr(self._mine, "context", None)
+        if found is None or isinstance(found, str):  # diffusers 0.40 gives the name alone
+            return None if found is None else Context(found)
+        return Context(found.name, found.step_index, found.num_inference_steps)
+
+
+class _Listener(ModelHook):
+    """Stands among diffusers' hooks for what these are told, and wraps nothing."""
 
     _is_stateful = True
 
-    def __init__(self, layer: str, transformer: TransformerHook) -> None:
+    def __init__(self, contexts: Contexts, end: Callable[[], None]) -> None:
         super().__init__()
-        self.layer = layer
-        self.transformer = transformer
-        self.contexts = transformer.contexts
-        self._routed: Any = None
+        self.contexts = contexts
+        self._end = end
 
-    def put_on(self, registry: HookRegistry) -> None:
-        registry.register_hook(self, NAME)
-        self._routed = self.fn_ref.forward
+    def put_on(self, root: nn.Module) -> None:
+        registry = HookRegistry.check_if_exists_or_initialize(root)
+        # First: taking off another hook, diffusers mends what comes after it, never what is before.
+        registry.hooks[NAME] = self
+        registry._hook_order.insert(0, NAME)
+        registry._fn_refs.insert(0, HookFunctionReference())
 
-    def take_off(self, registry: HookRegistry) -> None:
-        """Whatever wraps us wraps what we wrapped from now on.
-
-        diffusers would put that in place of the other hook, if it is one that replaces ``forward``.
-        """
-        self.relink()
-        outer = registry._fn_refs[registry._hook_order.index(NAME) + 1 :][:1]
-        theirs = [ref.forward for ref in outer if ref.original_forward is not None]
-        registry.remove_hook(NAME, recurse=False)
-        for ref, forward in zip(outer, theirs, strict=False):
-            ref.original_forward, ref.forward = ref.forward, forward
-
-    def relink(self) -> None:
-        """When diffusers takes off a hook that we wrap (a cache was disabled), it puts what that
-        one wrapped in our place. Put it where it belongs."""
-        ref = self.fn_ref
-        if ref.forward is not self._routed:
-            ref.original_forward, ref.forward = ref.forward, self._routed
-
-    @torch.compiler.disable
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward: Any = self.fn_ref.original_forward
-        call = self.transformer.call
-        if call is None:
-            return forward(*args, **kwargs)
-        processor: Any = module.processor
-        if type(processor).__name__ not in self.transformer.processors:
-            call.decline(f"attention processor {type(processor).__name__} is not known")
-            return forward(*args, **kwargs)
-        with routed(processor, call, self.layer):
-            return forward(*args, **kwargs)
+    @staticmethod
+    def take_off(root: Any) -> None:
+        registry = root._diffusers_hook
+        index = registry._hook_order.index(NAME)
+        del registry.hooks[NAME], registry._hook_order[index], registry._fn_refs[index]
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """A pipeline does this when its run has ended."""
         self.contexts.reset()
-        self.transformer.end_of_run()
+        self._end()
         return module
 
+    def __reduce__(self) -> Any:
+        return ModelHook, ()
 
-def _context(contexts: StateManager) -> Context | None:
-    name = getattr(contexts, "_current_context", None)  # diffusers 0.40
-    if name is not None:
-        return Context(name)
-    try:
-        found = contexts.context
-    except (AttributeError, ValueError):  # none is set
-        return None
-    return Context(found.name, found.step_index, found.num_inference_steps)
+
+def sweep(root: nn.Module) -> None:
+    """Take off what a copy of an enabled transformer still holds of ours; it does nothing."""
+    for hooks in (root._forward_pre_hooks, root._forward_hooks):
+        for key in [key for key, hook in hooks.items() if _is_left_over(hook)]:
+            del hooks[key]
+    if _is_left_over(vars(root).get(RESET)):
+        delattr(root, RESET)
+    registry = vars(root).get("_diffusers_hook")
+    if registry is not None and NAME in registry.hooks:
+        _Listener.take_off(root)
+
+
+def _is_left_over(hook: object) -> bool:
+    return isinstance(hook, Callback) and hook.function is _nothing
+
+
+def _is_of_class(forward: Any, module: nn.Module) -> bool:
+    """Whether this is what the module has without anybody's doing."""
+    return isinstance(forward, MethodType) and forward.__func__ is type(module).forward
+
+
+def _around(root: nn.Module, layers: list[str]) -> list[nn.Module]:
+    """The blocks that hold these layers, and what is in them."""
+    blocks = dict.fromkeys(name.rpartition(".")[0] for name in layers)
+    return [module for name in blocks for module in root.get_submodule(name).modules()]

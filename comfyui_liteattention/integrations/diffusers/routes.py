@@ -1,21 +1,25 @@
 """diffusers: how the attention of one module reaches us, for the length of its call.
 
-A processor that goes through diffusers' dispatch gets a backend of ours. One that calls PyTorch's
+A processor that goes through diffusers' dispatch gets, in a stand-in for the module, a backend of
+ours. One that calls PyTorch's
 attention itself, or dispatches to whatever is set globally, runs in a mode of PyTorch in which its
 calls of that function come to us. Either way, what we decline goes where it would have gone.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
+from types import MethodType
 from typing import Any, NamedTuple, Protocol
 
 import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 try:
     from diffusers.models.attention_dispatch import (
@@ -70,11 +74,17 @@ class Call(Protocol):
         ...
 
 
-def routed(processor: Any, call: Call, layer: str) -> AbstractContextManager[None]:
-    """Let the attention of ``processor`` come to ``call`` as that of ``layer``."""
-    if hasattr(processor, "_attention_backend"):
-        return _dispatched(processor, call, layer)
-    return _intercepted(call, layer)
+Forward = Callable[..., Any]
+
+
+def routed(
+    module: nn.Module, forward: Forward, call: Call, layer: str
+) -> AbstractContextManager[Forward]:
+    """A ``forward`` of the module whose attention comes to ``call`` as that of ``layer``."""
+    own = isinstance(forward, MethodType) and forward.__self__ is module
+    if own and hasattr(module.processor, "_attention_backend"):
+        return _dispatched(module, forward, call, layer)
+    return _intercepted(forward, call, layer)
 
 
 class _Site(NamedTuple):
@@ -89,24 +99,31 @@ _site: ContextVar[_Site] = ContextVar(f"{NAME}_site")
 
 
 @contextmanager
-def _dispatched(processor: Any, call: Call, layer: str) -> Iterator[None]:
-    """Let ``processor`` dispatch to our backend, then put back exactly what was there."""
-    own = vars(processor)
-    before = {name: own[name] for name in ("_attention_backend",) if name in own}
-    token = _site.set(_Site(call, layer, processor._attention_backend))
-    processor._attention_backend = LITE
+def _dispatched(module: Any, forward: Any, call: Call, layer: str) -> Iterator[Forward]:
+    """The module's own ``forward``, of a stand-in whose processor dispatches to our backend.
+
+    The module and its processor are left alone: other threads may be using them.
+    """
+    token = _site.set(_Site(call, layer, module.processor._attention_backend))
     try:
-        yield
+        yield MethodType(forward.__func__, _stand_in(module))
     finally:
-        del processor._attention_backend
-        own.update(before)
         _site.reset(token)
 
 
+def _stand_in(module: nn.Module) -> nn.Module:
+    """The same module, weights and all, but for its processor's backend."""
+    twin: nn.Module = object.__new__(type(module))
+    processor: Any = copy.copy(module.processor)
+    processor._attention_backend = LITE
+    vars(twin).update(vars(module), processor=processor)
+    return twin
+
+
 @contextmanager
-def _intercepted(call: Call, layer: str) -> Iterator[None]:
+def _intercepted(forward: Forward, call: Call, layer: str) -> Iterator[Forward]:
     with _Interception(call, layer) as mode:
-        yield
+        yield forward
     if mode.ran and not mode.seen:
         call.decline(ELSEWHERE)
 
@@ -146,7 +163,7 @@ class _Interception(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor | None:
         """The arguments of PyTorch's function; None: it has to do the call itself."""
-        reason = _ineligible(dropout_p, is_causal, enable_gqa)
+        reason = _ineligible(dropout_p, is_causal, enable_gqa) or _others_step_in()
         extra = Extra(attn_mask, reason, self.seen, dense)
         self.seen += 1
         return self.call.attend(self.layer, query, key, value, scale, extra)
@@ -166,7 +183,7 @@ def _attend(
     """The backend: ``query, key, value [B, L, H, D]`` -> ``[B, L, H, D]``; with a
     ``_parallel_config`` a piece of the sequence, of several processes' each."""
     site = _site.get()
-    reason = _ineligible(dropout_p, is_causal, enable_gqa)
+    reason = _ineligible(dropout_p, is_causal, enable_gqa) or _others_step_in()
     dense = partial(
         dispatch_attention_fn,
         query,
@@ -219,6 +236,15 @@ def _ineligible(dropout: float, causal: bool, gqa: bool) -> str | None:
         return "dropout (training)"
     if gqa:
         return "grouped or uneven heads (q, k and v have different shapes)"
+    return None
+
+
+def _others_step_in() -> str | None:
+    """Whether someone else waits for calls of PyTorch's functions, to change what attention does:
+    perturbed-attention guidance comes in this way."""
+    for mode in _get_current_function_mode_stack():
+        if not isinstance(mode, (_Interception, DeviceContext)):
+            return f"{type(mode).__name__} steps in at PyTorch's own attention"
     return None
 
 

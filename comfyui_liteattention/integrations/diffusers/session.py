@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from ...backends import backend_for
-from ...report.statistics import RunReport, status_line, text_table
+from ...report.statistics import RunReport, status_line
 from ...run import Run
 from ...settings import Settings, describe
 from ...token_order import TokenRanges
@@ -26,130 +28,228 @@ from .families import (
     self_attention,
     video_tokens,
 )
-from .hooks import TransformerHook, register_backend, unregister_backend
-from .trajectory import Moment, Trajectory, name_stream, noise_levels
+from .hooks import Context, TransformerHook, register_backend, unregister_backend
+from .trajectory import Moment, Trajectory, name_stream, noise_levels, sketch
 
 log = logging.getLogger(__name__)
 
 ATTRIBUTE = "_liteattention"
+SAFE = "the threshold is at its safest"
+
+
+class _OfThread(threading.local):
+    """The run that a thread is in, and whether it is within a call of a transformer."""
+
+    trajectory: Trajectory | None = None
+    calling = False
 
 
 class Session:
-    """LiteAttention on one pipeline, with the state of the run that is going on.
+    """LiteAttention on one pipeline, with the state of the runs that are going on.
 
-    ``declined`` says why a transformer stays dense, by its name in the pipeline.
+    ``declined`` says why a transformer stays dense, by its name in the pipeline. Each thread has a
+    run of its own: several pipelines may share the transformers, in a thread each.
     """
 
     def __init__(self, target: Any, transformers: dict[str, nn.Module], settings: Settings) -> None:
         self.settings = settings
         self.declined: dict[str, str] = {}
+        self.last: RunReport | None = None
+        # Weak: whoever keeps this for its report doesn't keep the model.
         self._pipeline = weakref.ref(target)
-        self._transformers = transformers
+        self._roots = {name: weakref.ref(root) for name, root in transformers.items()}
+        self.attached = False
         self._hooks: list[TransformerHook] = []
-        self._trajectory: Trajectory | None = None
-        self._calling = False
-        self._last: RunReport | None = None
+        self._mine = _OfThread()
+        self._trajectories: weakref.WeakSet[Trajectory] = weakref.WeakSet()
+        self._warned: set[str] = set()
+
+    def transformers(self) -> dict[str, nn.Module]:
+        """Those that are still there, by their names in the pipeline."""
+        found = {name: root() for name, root in self._roots.items()}
+        return {name: root for name, root in found.items() if root is not None}
+
+    def attach(self) -> None:
+        """Put all hooks on; if that fails, none stays."""
         # Also where the pipeline is dropped without disabling; added before the set's own note.
         weakref.finalize(self, _unregister_unused).atexit = False
         _enabled.add(self)
         register_backend()
-        for name, root in transformers.items():
-            setattr(root, ATTRIBUTE, self)
-            self._hook(name, root)
+        self.attached = True
+        try:
+            for name, root in self.transformers().items():
+                self._hook(name, root)
+                setattr(root, ATTRIBUTE, self)
+        except BaseException:
+            self.detach()
+            raise
 
-    def report(self) -> RunReport | None:
-        """Figures of the run that is going on, or of the last one; None before the first."""
-        current = None if self._trajectory is None else self._trajectory.report()
-        return current or self._last
-
-    def summary(self) -> str:
-        """The report as text, and why transformers stay dense."""
-        lines = [f"{name} stays dense: {reason}" for name, reason in self.declined.items()]
-        report = self.report()
-        if report is not None:
-            lines.insert(0, text_table(report))
-        elif self._hooks:
-            lines.insert(0, f"LiteAttention enabled, no run yet; {describe(self.settings)}")
-        return "\n".join(lines)
-
-    def reset(self) -> None:
-        """End the run: the next call of a transformer starts a new one. Pipelines do it alone."""
-        trajectory, self._trajectory, self._calling = self._trajectory, None, False
-        report = None if trajectory is None else trajectory.finish()
-        if report is not None:
-            self._last = report
-            log.info(status_line(report))
-
-    def disable(self) -> None:
-        """Take all hooks off; the last report stays with this object."""
+    def detach(self) -> None:
+        """Take all hooks off, and end all runs; the last report stays with this object."""
         self.reset()
+        for trajectory in list(self._trajectories):
+            self._end(trajectory)
         while self._hooks:
             self._hooks.pop().remove()
-        for root in self._transformers.values():
+        for root in self.transformers().values():
             if getattr(root, ATTRIBUTE, None) is self:
                 delattr(root, ATTRIBUTE)
-        self._transformers = {}
+        self.attached = False
         _enabled.discard(self)
         _unregister_unused()
+
+    def replace(self, others: Sequence[Session]) -> None:
+        """Be enabled instead of ``others``; if that fails, they stay."""
+        attached = [other for other in others if other.attached]
+        for other in attached:
+            other.detach()
+        try:
+            self.attach()
+        except BaseException:
+            for other in attached:
+                other.attach()
+            raise
+
+    def replace_by(self, others: Sequence[Session]) -> None:
+        """Let ``others`` be enabled again, and nothing else."""
+        roots = [root for session in (self, *others) for root in session.transformers().values()]
+        for session in dict.fromkeys(map(session_on, roots)):
+            if session is not None and session not in others:
+                session.detach()
+        self.detach()
+        for other in others:
+            if not other.attached:
+                other.attach()
+
+    def decline(self, reason: str, name: str) -> None:
+        """Note, and warn, that there is nothing to do here."""
+        self.declined[name] = reason
+        log.warning("LiteAttention: %s stays dense: %s", name, reason)
+
+    def report(self) -> RunReport | None:
+        """Figures of the run that is going on, this thread's first, or of the last one."""
+        others = sorted(self._trajectories, key=lambda one: one.started, reverse=True)
+        for trajectory in (self._mine.trajectory, *others):
+            report = None if trajectory is None else trajectory.report()
+            if report is not None:
+                return report
+        return self.last
+
+    def reset(self) -> None:
+        """End this thread's run: its next call of a transformer starts a new one."""
+        trajectory, self._mine.trajectory, self._mine.calling = self._mine.trajectory, None, False
+        if trajectory is not None:
+            self._end(trajectory)
+
+    def _end(self, trajectory: Trajectory) -> None:
+        report = None if trajectory.over else trajectory.finish()
+        self._trajectories.discard(trajectory)
+        if report is not None:
+            self.last = report
+            self._say(report)
+
+    def _say(self, report: RunReport) -> None:
+        """Log what a run did; that it could do nothing at all is worth a warning, once."""
+        line = status_line(report)
+        log.log(logging.INFO if report.calls or line in self._warned else logging.WARNING, line)
+        if not report.calls:
+            self._warned.add(line)
 
     def _hook(self, name: str, root: nn.Module) -> None:
         family = family_of(root)
         if isinstance(family, str):
-            self.declined[name] = family
-            log.warning("LiteAttention: %s stays dense: %s", name, family)
+            self.decline(family, name)
             return
-
-        def begin(arguments: Arguments, context: Any) -> TransformerCall | None:
-            return self._begin(name, family, arguments, root.config, context)
-
         layers = self_attention(root, family)
-        self._hooks.append(TransformerHook(root, layers, family.processors, begin, self.reset))
+        if any(layer >= len(layers) for layer in self.settings.dense_layers):
+            raise ValueError(
+                f"LiteAttention: dense_layers={self.settings.dense_layers!r}: the layers of {name} "
+                f"are 0 to {len(layers) - 1}."
+            )
+        hook: TransformerHook
+
+        def begin(arguments: Arguments, context: Context | None) -> TransformerCall | None:
+            return self._begin(name, family, arguments, context, root.config, hook.form())
+
+        hook = TransformerHook(root, layers, family.processors, begin, self.reset)
+        self._hooks.append(hook)
 
     def _begin(
-        self, name: str, family: Family, arguments: Arguments, config: Any, context: Any
+        self,
+        name: str,
+        family: Family,
+        arguments: Arguments,
+        context: Context | None,
+        config: Any,
+        form: Hashable,
     ) -> TransformerCall | None:
         """One call of the transformer ``name`` starts: find its run, or start one."""
-        if self._calling:  # the call before this one raised an exception
+        mine = self._mine
+        if mine.calling:  # the call before this one raised an exception
             self.reset()
         device = arguments["hidden_states"].device
         backend = backend_for(device, self.settings.qk)
         if isinstance(backend, str) or not self.settings.skips:
-            reason = backend if isinstance(backend, str) else "the threshold is at its safest"
-            self._last = RunReport(describe(self.settings), "none", 0, 0, {}, (), {reason: 1}, ())
+            self._stay_dense(backend if isinstance(backend, str) else SAFE)
             return None
         grid = family.grid(arguments, config)
-        now = self._moment(family, arguments, context)
-        if self._trajectory is None or not self._trajectory.continues(name, now):
+        now = self._moment(family, arguments, context, form)
+        if mine.trajectory is None or not mine.trajectory.continues(name, now):
             self.reset()
-            self._trajectory = Trajectory(now)
-        progress = self._trajectory.advance(name, now)
-        run = self._trajectory.runs.get(name)
+            mine.trajectory = Trajectory(now)
+            self._trajectories.add(mine.trajectory)
+        trajectory = mine.trajectory
+        progress, stream = trajectory.advance(name, now)
+        if trajectory.over:
+            return None
+        run = trajectory.runs.get(name)
         if run is None:
             settings = _pin(self.settings, given_tokens(family, arguments, config, grid))
-            run = Run(settings, backend, self._trajectory.countdown())
-            self._trajectory.runs[name] = run
-        self._calling = True
-        prefix = f"{name}." if len(self._transformers) > 1 else ""
-        place = Place(progress, now.stream, device, prefix)
+            run = trajectory.runs[name] = Run(settings, backend, trajectory.countdown())
+        mine.calling = True
+        prefix = f"{name}." if len(self._roots) > 1 else ""
+        place = Place(progress, stream, device, prefix)
         video = partial(video_tokens, family, arguments, grid)
         return TransformerCall(run, place, video, self._returned)
 
     def _returned(self) -> None:
-        self._calling = False
+        """A transformer has returned. After a run's last step its state is of no more use: videos
+        are decoded then, which takes much memory."""
+        self._mine.calling = False
+        trajectory = self._mine.trajectory
+        if trajectory is not None and trajectory.complete:
+            self._end(trajectory)
 
-    def _moment(self, family: Family, arguments: Arguments, context: Any) -> Moment:
+    def _stay_dense(self, reason: str) -> None:
+        """Note that nothing is done in this call, nor in others."""
+        self.last = RunReport(describe(self.settings), "none", 0, 0, {}, (), {reason: 1}, ())
+        if reason not in self._warned and reason != SAFE:
+            log.warning("LiteAttention stays inactive, attention runs as before: %s", reason)
+        self._warned.add(reason)
+
+    def _moment(
+        self, family: Family, arguments: Arguments, context: Context | None, form: Hashable
+    ) -> Moment:
         """What this call tells about where it is."""
         stream = context.name if context else name_stream(arguments.get("encoder_hidden_states"))
         step, steps = (context.step_index, context.num_inference_steps) if context else (None, None)
         timestep = torch.as_tensor(arguments["timestep"])
         level = float(timestep.max())
+        mean = float(timestep.double().mean()) if timestep.dim() > 1 else level
         scheduler = getattr(self._pipeline(), "scheduler", None)
         levels = noise_levels(scheduler, level, timestep.dtype)
         # A new list of timesteps is a new run, in whatever form the model is told of them.
         schedule = getattr(scheduler, "timesteps", None) if levels else None
         if family.rising:
-            level, levels = RISING_END - level, tuple(RISING_END - x for x in levels)
-        return Moment(stream, step, steps, level, schedule, levels)
+            level, mean = RISING_END - level, RISING_END - mean
+            levels = tuple(RISING_END - x for x in levels)
+        latent = sketch(arguments["hidden_states"])
+        form = form, _asked(arguments)
+        return Moment(stream, step, steps, level, schedule, levels, mean, form, latent)
+
+    def __reduce__(self) -> Any:
+        """A copy of a pipeline, or of a transformer, is not enabled."""
+        return type(None), ()
 
 
 #: Sessions that hold hooks. Our backend is registered with diffusers as long as there are any.
@@ -165,6 +265,23 @@ def _unregister_unused() -> None:
 def session_on(root: nn.Module) -> Session | None:
     """The session that a transformer carries."""
     return getattr(root, ATTRIBUTE, None)
+
+
+def _asked(arguments: Arguments) -> Hashable:
+    """What a call asks of the model beside its tensors. Guidance that leaves out blocks or streams
+    says so in arguments that it gives for one pass and not for another."""
+    return tuple(
+        (name, value if isinstance(value, (bool, str)) else _numbers(value))
+        for name, value in sorted(arguments.items(), key=lambda item: item[0])
+        if value is not None and name != "self"
+    )
+
+
+def _numbers(value: object) -> Hashable:
+    """A list of whole numbers, such as of blocks; nothing of what may change from step to step."""
+    if isinstance(value, (list, tuple)) and all(isinstance(x, int) for x in value):
+        return tuple(value)
+    return None
 
 
 def _pin(settings: Settings, tokens: TokenRanges) -> Settings:

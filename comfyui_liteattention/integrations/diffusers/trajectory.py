@@ -8,14 +8,17 @@ When in doubt a new run starts, which costs one dense step and never carries sta
 from __future__ import annotations
 
 import struct
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ...report.experts import merged
 from ...report.statistics import RunReport
 from ...run import Run
 from ...schedule import Progress
@@ -23,6 +26,11 @@ from ...schedule import Progress
 #: Position of a call before which no noise was removed, where only the noise level is known: the
 #: ramp is at its strictest then. (0 itself has no logarithm.)
 START = 2.0**-10
+#: Values of a latent that are kept to know it again.
+SKETCH = 1024
+#: Two latents that correlate less than this don't follow each other: a step takes away a part of
+#: the noise, while another run's noise has nothing to do with this one's.
+SAME_VIDEO = 0.5
 
 
 class Moment(NamedTuple):
@@ -30,7 +38,10 @@ class Moment(NamedTuple):
 
     ``stream`` names the conditioning; ``step`` and ``steps`` come from a cache context, or are
     None; ``timestep`` is the noise level, falling over a run; ``schedule`` is the pipeline's own
-    list of timesteps, or None, and ``levels`` are the noise levels that follow from it.
+    list of timesteps, or None, and ``levels`` are the noise levels that follow from it. ``mean`` is
+    the noise level's mean over the frames, where each has its own. ``form`` tells passes apart that
+    differ in what is computed rather than in the text. ``latent`` is a :func:`sketch` of what the
+    model is given.
     """
 
     stream: str
@@ -39,52 +50,95 @@ class Moment(NamedTuple):
     timestep: float
     schedule: Tensor | None
     levels: tuple[float, ...] = ()
+    mean: float | None = None
+    form: Hashable = ()
+    latent: Tensor | None = None
+
+
+class Visit(NamedTuple):
+    """Where a call is in its run, and the name of its stream there."""
+
+    progress: Progress
+    stream: str
+
+
+@dataclass
+class _Place:
+    """A place in the run that a conditioning came to: its latest visit there, with the noise and
+    the latent of that, and how many passes of each form were made on this latent."""
+
+    mean: float | None
+    latent: Tensor | None
+    visits: int = 1
+    passes: Counter[Hashable] = field(default_factory=Counter)
 
 
 class Trajectory:
-    """One sampling run of a pipeline, over all its transformers."""
+    """One sampling run of a pipeline, over all its transformers.
+
+    ``started``: the time then. ``over``: nothing more is expected, and the runs are gone; what
+    comes all the same stays dense.
+    """
 
     def __init__(self, first: Moment) -> None:
         self.schedule = first.schedule
         self.runs: dict[str, Run] = {}
+        self.over = False
+        self.started = time.perf_counter()
         self._noise_levels = first.levels
         self._first = self._last = first
-        self._seen: Counter[Hashable] = Counter()
+        self._places: dict[Hashable, _Place] = {}
+        self._forms: defaultdict[str, list[Hashable]] = defaultdict(list)
+        self._streams: defaultdict[int, set[str]] = defaultdict(set)
+        self._progress = Progress(0, START)
         self._counted = 0
 
     def continues(self, transformer: str, now: Moment) -> bool:
         """Whether a call still belongs to this run; :meth:`advance` to it then.
 
         It doesn't if the pipeline made a new schedule, if the noise or the step went back, or if
-        the same conditioning comes again at the same place. (Heun's method visits a noise level
-        twice, but lists it twice, too.)
+        the same conditioning comes again at the same place with another latent. (Heun's method
+        visits a noise level twice, but lists it twice, too.) With the same latent it is another
+        pass: guidance by skipped layers, or by perturbed attention.
         """
         last = self._last
-        if now.schedule is not self.schedule or (now.step is None) != (last.step is None):
+        if (now.step is None) != (last.step is None):
             return False
         if now.step is not None and last.step is not None:
-            return now.step >= last.step and not self._seen[self._key(transformer, now)]
-        visits = max(1, self._noise_levels.count(now.timestep))
-        back = now.timestep > last.timestep
-        return not back and self._seen[self._key(transformer, now)] < visits
+            back = now.step < last.step
+        else:
+            back = now.timestep > last.timestep or now.schedule is not self.schedule
+            back = back or (now.schedule is None and not _follows(now.latent, last.latent))
+        place = self._places.get(_key(transformer, now))
+        return not back and (
+            place is None or _same(now.latent, place.latent) or self._comes_again(place, now)
+        )
 
-    def advance(self, transformer: str, now: Moment) -> Progress:
-        """Count a call; its step, and the part of the run that is done after it."""
+    def advance(self, transformer: str, now: Moment) -> Visit:
+        """Count a call; its step, the part of the run that is done after it, and its stream."""
         self._counted += now.timestep < self._last.timestep
-        key = self._key(transformer, now)
-        self._seen[key] += 1
         self._last = now
-        if now.step is not None and now.steps:
-            return Progress(now.step, min(1.0, (now.step + 1) / now.steps))
-        if now.timestep in self._noise_levels:
-            # Visited again: the next of equal levels in the list.
-            visits = min(self._seen[key], self._noise_levels.count(now.timestep))
-            step = self._noise_levels.index(now.timestep) + visits - 1
-            return Progress(step, (step + 1) / len(self._noise_levels))
-        # Not ahead of the step count for evenly spaced noise levels, nor for those that video
-        # models use, which stay high for longer.
-        removed = 1 - now.timestep / self._first.timestep if self._first.timestep else 0.0
-        return Progress(self._counted, max(START, removed))
+        key = _key(transformer, now)
+        place = self._places.get(key)
+        if place is None:
+            place = self._places[key] = _Place(now.mean, now.latent)
+        elif not _same(now.latent, place.latent):
+            visits = place.visits + (not _less_noise(now, place))
+            place = self._places[key] = _Place(now.mean, now.latent, visits)
+        stream = self._name(now, place)
+        self._progress = self._locate(now, place.visits)
+        self._streams[self._progress.step].add(stream)
+        return Visit(self._progress, stream)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last step was made for all streams that the step before it had."""
+        step, position = self._progress
+        return (
+            position >= 1
+            and step - 1 in self._streams
+            and self._streams[step - 1] <= self._streams[step]
+        )
 
     def countdown(self) -> Sequence[int]:
         """The steps as a falling schedule for :class:`Run`, empty if their number is unknown."""
@@ -95,8 +149,8 @@ class Trajectory:
 
     def report(self) -> RunReport | None:
         """What all transformers did so far; None if none was asked."""
-        reports = [run.report() for run in self.runs.values()]
-        return _merge(reports) if reports else None
+        reports = [run.report() for run in list(self.runs.values())]
+        return merged(reports) if reports else None
 
     def finish(self) -> RunReport | None:
         """The last report; all state is dropped."""
@@ -104,11 +158,37 @@ class Trajectory:
         for run in self.runs.values():
             run.finish()
         self.runs.clear()
+        self.over = True
         return report
 
-    @staticmethod
-    def _key(transformer: str, now: Moment) -> Hashable:
-        return transformer, now.stream, now.timestep if now.step is None else now.step
+    def _locate(self, now: Moment, visits: int) -> Progress:
+        if now.step is not None and now.steps:
+            return Progress(now.step, min(1.0, (now.step + 1) / now.steps))
+        if now.timestep in self._noise_levels:
+            # Visited again: the next of equal levels in the list.
+            visits = min(visits, self._noise_levels.count(now.timestep))
+            step = self._noise_levels.index(now.timestep) + visits - 1
+            return Progress(step, (step + 1) / len(self._noise_levels))
+        # Not ahead of the step count for evenly spaced noise levels, nor for those that video
+        # models use, which stay high for longer.
+        removed = 1 - now.timestep / self._first.timestep if self._first.timestep else 0.0
+        return Progress(self._counted, max(START, removed))
+
+    def _comes_again(self, place: _Place, now: Moment) -> bool:
+        """Whether a conditioning may be at this place again with another latent: the schedule lists
+        it again, or some frames have become less noisy while others wait."""
+        listed = now.step is None and place.visits < self._noise_levels.count(now.timestep)
+        return listed or _less_noise(now, place)
+
+    def _name(self, now: Moment, place: _Place) -> str:
+        """The stream of a call: its conditioning, and which of several passes with that it is."""
+        form = now.form, place.passes[now.form]
+        place.passes[now.form] += 1
+        forms = self._forms[now.stream]
+        if form not in forms:
+            forms.append(form)
+        index = forms.index(form)
+        return f"{now.stream} pass {index + 1}" if index else now.stream
 
 
 def name_stream(text: Tensor | tuple[Tensor, ...] | None) -> str:
@@ -123,6 +203,13 @@ def name_stream(text: Tensor | tuple[Tensor, ...] | None) -> str:
     values = text.detach().flatten().double()
     weights = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device)
     return "text-" + struct.pack(">d", float((values * weights).sum())).hex()
+
+
+def sketch(latent: Tensor) -> Tensor:
+    """Some values of the first sample of ``latent [B, ...]``, ``[at most SKETCH]`` float32, to know
+    it by: the same ones for every latent of its size."""
+    values = latent[0].detach().reshape(-1)
+    return values[:: -(-values.numel() // SKETCH)].to(torch.float32, copy=True)
 
 
 def noise_levels(scheduler: Any, level: float, dtype: torch.dtype) -> tuple[float, ...]:
@@ -146,21 +233,23 @@ def noise_levels(scheduler: Any, level: float, dtype: torch.dtype) -> tuple[floa
     return ()
 
 
-def _merge(reports: Sequence[RunReport]) -> RunReport:
-    """One report of transformers that took turns in one run."""
-    seconds: Counter[int] = Counter()
-    reasons: Counter[str] = Counter()
-    for report in reports:
-        seconds.update(report.step_seconds)  # type: ignore[arg-type]
-        reasons.update(report.reasons)
-    calls = tuple(call for report in reports for call in report.calls)
-    return replace(
-        reports[0],
-        steps=reports[0].steps or max(seconds, default=-1) + 1,
-        seconds=max(report.seconds for report in reports),
-        step_seconds=dict(seconds),
-        calls=calls,
-        reasons=dict(reasons),
-        maps=tuple(tile_map for report in reports for tile_map in report.maps),
-        notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
-    )
+def _key(transformer: str, now: Moment) -> Hashable:
+    return transformer, now.stream, now.timestep if now.step is None else now.step
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two sketches are of one latent; not if one is missing."""
+    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
+
+
+def _follows(latent: Tensor | None, before: Tensor | None) -> bool:
+    """Whether a latent can come of the one before it; yes where that isn't known."""
+    if latent is None or before is None:
+        return True
+    if latent.shape != before.shape:
+        return False
+    return float(F.cosine_similarity(latent, before, dim=0)) >= SAME_VIDEO
+
+
+def _less_noise(now: Moment, place: _Place) -> bool:
+    return now.mean is not None and place.mean is not None and now.mean < place.mean
