@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.demo_video import HELD_OUT, Case, DemoVideos, Moment
 from benchmarks.record import write_json
-from comfyui_liteattention.backends.base import Attended, Criterion, Rows
+from comfyui_liteattention.backends.base import Attended, Criterion, Inputs, Rows, some_of
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.budget.ledger import target
 from comfyui_liteattention.policy import lost_mass
@@ -38,34 +38,17 @@ class ShadowedBackend(CpuBackend):
     lost = 0.0
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        lists: TileLists | None = None,
-        criterion: Criterion | None = None,
-        order: Tensor | None = None,
+        self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
     ) -> Attended:
-        result = super().forward(q, k, v, scale, lists, criterion, order)
+        result = super().forward(call, lists, criterion)
         if lists is not None:
-            full = super().forward(q, k, v, scale)
-            self.lost = float(lost_mass(result.lse, full.lse).mean())
+            self.lost = float(lost_mass(result.lse, super().forward(call).lse).mean())
         return result
 
     def forward_and_audit(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        lists: TileLists | None,
-        criterion: Criterion | None,
-        order: Tensor | None,
-        audited: Rows,
+        self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: Rows
     ) -> tuple[Attended, Attended]:
-        result = self.forward(q, k, v, scale, lists, criterion, order)
-        return result, super().forward(q[:, :, audited], k, v, scale)
+        return self.forward(call, lists, criterion), super().forward(some_of(call, audited))
 
 
 def main() -> None:
@@ -106,7 +89,7 @@ def measure(videos: DemoVideos, case: Case, budget: float) -> tuple[dict[str, An
     def attend(at: Moment, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         backend.lost = 0.0
         progress = Progress(at.step, (at.step + 1) / case.steps)
-        out = run.attend(at.layer, [at.stream], progress, q, k, v, scale, video)
+        out = run.attend(at.layer, [at.stream], progress, Inputs(q, k, v, scale), video)
         if out is None:
             raise RuntimeError(f"declined: {dict(run.reasons)}")
         truth[at.layer, at.step].append(backend.lost)

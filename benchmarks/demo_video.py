@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
 import comfyui_liteattention as lite
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.integrations.diffusers.hooks import TransformerHook
 from comfyui_liteattention.integrations.diffusers.routes import register_backend, unregister_backend
 from comfyui_liteattention.policy import audited_tiles, lost_mass
@@ -165,8 +166,10 @@ def _audit(call: int, q: Tensor, k: Tensor, v: Tensor, scale: float, live: Tenso
     """Mean lost mass of one rotating query tile, as LiteAttention measures its own."""
     tiles = audited_tiles(call, live.shape[2], live.shape[2])
     rows = q[:, :, tiles.start * TILE : tiles.stop * TILE]
-    kept = BACKEND.forward(rows, k, v, scale, make_lists(live[:, :, tiles.start : tiles.stop]))
-    full = BACKEND.forward(rows, k, v, scale)
+    kept = BACKEND.forward(
+        Inputs(rows, k, v, scale), make_lists(live[:, :, tiles.start : tiles.stop])
+    )
+    full = BACKEND.forward(Inputs(rows, k, v, scale))
     return float(lost_mass(kept.lse, full.lse).mean())
 
 

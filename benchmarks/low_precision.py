@@ -25,11 +25,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.demo_video import DEVELOPMENT, DemoVideos, Moment
 from benchmarks.record import write_json
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.gpu.kernel_table import TILE
 from comfyui_liteattention.backends.gpu.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import LOG2E
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+Qkv = tuple[Tensor, Tensor, Tensor]
 Rounding = Callable[[Tensor], Tensor]
 
 ALLOWED = 2.0
@@ -132,13 +133,13 @@ def variants(dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor, Tensor],
 
 
 def qk_int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return Int8Reference(TILE, torch.float32).forward(q, k, v, q.shape[-1] ** -0.5).out
+    return Int8Reference(TILE, torch.float32).forward(Inputs(q, k, v, q.shape[-1] ** -0.5)).out
 
 
 # ---- inputs -------------------------------------------------------------------------------------
 
 
-def synthetic(case: str, head_dim: int) -> Inputs:
+def synthetic(case: str, head_dim: int) -> Qkv:
     """``[1, H, L, D]`` float32."""
     random = torch.Generator().manual_seed(0)
 
@@ -158,9 +159,9 @@ def synthetic(case: str, head_dim: int) -> Inputs:
     return q, k, v
 
 
-def from_the_demo() -> Inputs:
+def from_the_demo() -> Qkv:
     """Some calls of the demo model, one in the batch each; a sample of the queries."""
-    found: list[Inputs] = []
+    found: list[Qkv] = []
 
     def attend(at: Moment, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if at.layer in LAYERS and at.step in STEPS and at.stream == "cond":
@@ -179,7 +180,7 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm() / truth.norm())
 
 
-def measure(inputs: Inputs, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+def measure(inputs: Qkv, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Error of each variant, and that over the error of torch's attention."""
     # Rounded to bf16 first: the same numbers in either dtype.
     q, k, v = (x.bfloat16().to(dtype) for x in inputs)

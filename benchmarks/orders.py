@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.demo_video import DEVELOPMENT, DemoVideos, Moment
 from benchmarks.record import write_json
 from comfyui_liteattention.attention import LayerState, attend
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.report.compare import compare
 from comfyui_liteattention.settings import Settings
@@ -128,7 +129,7 @@ class Ordered:
         fresh = LayerState(name=at.layer, stocks=self._stocks[at.stream])
         state = self._states.setdefault((at.layer, at.stream), fresh)
         position = (at.step + 1) / self._steps
-        out, tally = attend(state, self._backend, q, k, v, scale, self._settings, position)
+        out, tally = attend(state, self._backend, Inputs(q, k, v, scale), self._settings, position)
         self.computed += int(tally.computed)
         self.total += tally.total
         return out.index_select(2, self._place)

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.backends.merge import merge
 from comfyui_liteattention.tiles import make_lists
@@ -60,7 +61,7 @@ def over_query_tiles(per_row: Tensor) -> Tensor:
 
 def compute(q: Tensor, k: Tensor, v: Tensor, scale: float, live: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the live tiles: ``out`` and the natural-log ``lse``."""
-    result = BACKEND.forward(q, k, v, scale, make_lists(live))
+    result = BACKEND.forward(Inputs(q, k, v, scale), make_lists(live))
     return result.out, result.lse
 
 

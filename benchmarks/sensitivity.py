@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.demo_video import DEVELOPMENT, Case, DemoVideos, Moment
 from benchmarks.record import write_json
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.policy import lost_mass
 from comfyui_liteattention.tiles import make_lists
@@ -46,9 +47,9 @@ class OneStep:
     def __call__(self, at: Moment, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if at.step != self._step:
             return scaled_dot_product_attention(q, k, v, scale=scale)
-        full = self._backend.forward(q, k, v, scale, None, "mass")
+        full = self._backend.forward(Inputs(q, k, v, scale), None, "mass")
         assert full.score is not None
-        kept = self._backend.forward(q, k, v, scale, make_lists(_worth_keeping(full.score)))
+        kept = self._backend.forward(Inputs(q, k, v, scale), make_lists(_worth_keeping(full.score)))
         self._lost.append(float(lost_mass(kept.lse, full.lse).mean()))
         return kept.out
 

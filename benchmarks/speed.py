@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.record import describe_machine
 from benchmarks.timing import Paired, Spread, time_pairs
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.tiles import make_lists
 
@@ -92,7 +93,7 @@ def measure_on_cpu(case: Case, heads: int, repeats: int) -> Row:
     scale = case.head_dim**-0.5
     pair = time_pairs(
         lambda: scaled_dot_product_attention(q, k, v),
-        lambda: backend.forward(q, k, v, scale, lists, "mass"),
+        lambda: backend.forward(Inputs(q, k, v, scale), lists, "mass"),
         repeats,
     )
     flops = 4.0 * heads * case.tokens**2 * case.head_dim

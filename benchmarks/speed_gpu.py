@@ -43,11 +43,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from comfyui_liteattention.backends import torch_tile_map
-from comfyui_liteattention.backends.base import Backend, TileMap
+from comfyui_liteattention.backends import tile_map as torch_tile_map
+from comfyui_liteattention.backends.base import Inputs, Skipped, TileMap
 from comfyui_liteattention.backends.gpu import launches
-from comfyui_liteattention.backends.gpu.jit import TritonBackend
-from comfyui_liteattention.backends.gpu.prebuilt import CudaBackend
+from comfyui_liteattention.backends.gpu.backend import KernelBackend
+from comfyui_liteattention.backends.gpu.jit import JitLauncher
+from comfyui_liteattention.backends.gpu.prebuilt import process_launcher
 from comfyui_liteattention.backends.pooled import pool
 from comfyui_liteattention.budget.allocation import BINS
 from comfyui_liteattention.presets import DEFAULT, preset
@@ -65,11 +66,11 @@ SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-OURS: dict[str, Callable[[], CudaBackend | TritonBackend]] = {
-    "cuda": CudaBackend,
-    "cuda-int8": partial(CudaBackend, "int8"),
-    "triton": TritonBackend,
-    "triton-int8": partial(TritonBackend, "int8"),
+OURS: dict[str, Callable[[], KernelBackend]] = {
+    "cuda": lambda: KernelBackend(process_launcher()),
+    "cuda-int8": lambda: KernelBackend(process_launcher(), "int8"),
+    "triton": lambda: KernelBackend(JitLauncher()),
+    "triton-int8": lambda: KernelBackend(JitLauncher(), "int8"),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Layers that share a budget with the one whose map is timed, as in Wan 1.3B.
@@ -98,7 +99,7 @@ def goal(computed: float) -> float:
     return 1.03 * computed + 0.02
 
 
-def random_live(backend: Backend, q: Tensor, skipped: float) -> tuple[Tensor, float]:
+def random_live(backend: KernelBackend, q: Tensor, skipped: float) -> tuple[Tensor, float]:
     """As many random tiles in every row, ``[B, H, Tq, Tk]`` bool; also the share that they are."""
     tq, tk = backend.tile_shape(q.shape[-1]).grid(q.shape[2], q.shape[2])
     live = max(1, round(tk * (1 - skipped)))
@@ -117,7 +118,7 @@ def grid_of(tokens: int) -> Grid:
     return frames, rows, tokens // frames // rows
 
 
-def whole_call(backend: Backend, q: Tensor, k: Tensor, v: Tensor, live: Tensor) -> Call:
+def whole_call(backend: KernelBackend, q: Tensor, k: Tensor, v: Tensor, live: Tensor) -> Call:
     """A layer's call in the middle of a run with the default preset, always with this map."""
     run = Run(preset(DEFAULT), backend, range(10, -1, -1))
     video, bits = VideoTokens(grid_of(q.shape[2])), pack(live)
@@ -127,7 +128,7 @@ def whole_call(backend: Backend, q: Tensor, k: Tensor, v: Tensor, live: Tensor) 
             assert state.live is not None
             state.live.copy_(bits)  # else it would be what the last call made of it
         out = run.attend(
-            "layer", ["positive"], Progress(4, 0.5), q, k, v, q.shape[-1] ** -0.5, video
+            "layer", ["positive"], Progress(4, 0.5), Inputs(q, k, v, q.shape[-1] ** -0.5), video
         )
         assert out is not None, f"the run went on densely: {dict(run.reasons)}"
         return out
@@ -154,24 +155,24 @@ def sdpa_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
 
 
 def our_calls(
-    backend: Backend, q: Tensor, k: Tensor, v: Tensor
+    backend: KernelBackend, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[dict[str, Call], dict[str, float]]:
     """Dense, then the kernel and a whole call at each share skipped; and the share of the tiles
     that each computes."""
-    scale = q.shape[-1] ** -0.5
-    calls: dict[str, Call] = {"dense": partial(backend.forward, q, k, v, scale)}
+    call = Inputs(q, k, v, q.shape[-1] ** -0.5)
+    calls: dict[str, Call] = {"dense": partial(backend.forward, call)}
     computed = {"dense": 1.0}
     for skipped in SKIPPED:
         live, share = random_live(backend, q, skipped)
         name = f"{skipped:.0%}"
-        calls[name] = partial(backend.forward, q, k, v, scale, make_lists(live), "mass")
+        calls[name] = partial(backend.forward, call, make_lists(live), "mass")
         calls[f"{name} whole"] = whole_call(backend, q, k, v, live)
         computed |= {name: share, f"{name} whole": share}
     return calls, computed
 
 
 def measure(
-    backend: Backend, tokens: int, head_dim: int, heads: int, dtype: str, repeats: int
+    backend: KernelBackend, tokens: int, head_dim: int, heads: int, dtype: str, repeats: int
 ) -> list[dict[str, Any]]:
     """One row for dense, and two for each share skipped."""
     shape = (1, tokens, heads, head_dim)
@@ -213,7 +214,7 @@ def measure_companions(
     q, k = (
         torch.randn(shape, device=DEVICE, dtype=DTYPES[dtype]).transpose(1, 2) for _ in range(2)
     )
-    backend = CudaBackend("int8")
+    backend = KernelBackend(process_launcher(), "int8")
     tq, tk = backend.tile_shape(head_dim).grid(tokens, tokens)
     score = -20 * torch.rand(1, heads, tq, tk, device=DEVICE)
     live = torch.rand(1, heads, tq, tk, device=DEVICE) < 0.5
@@ -235,22 +236,24 @@ def measure_companions(
     if backend.unsupported(q, k, k) is None:
 
         def quantise() -> None:
-            call = launches.prepare(q, k, k, 0.1, None, None, qk="int8")
+            call = launches.prepare(Inputs(q, k, k, 0.1), None, None, qk="int8")
             for launch in call.launches[:-1]:
                 backend.launcher.launch(launch, q.device)
 
-        kept, factor = backend.forward(q, k, k, 0.1), torch.ones(1, heads, device=DEVICE)
+        kept, factor = backend.forward(Inputs(q, k, k, 0.1)), torch.ones(1, heads, device=DEVICE)
 
         def tail() -> None:
             pooled = pool(k, k, backend.tile_shape(head_dim).k)
-            backend.add_skipped(kept, q, pooled, 0.1, bits, factor)
+            backend.add_skipped(kept, Skipped(q, pooled, 0.1, bits), factor)
 
         audited = range(max(1, tq // preset(DEFAULT).audit))
         pooled = pool(k, k, backend.tile_shape(head_dim).k)
-        full = backend.forward(q[:, :, : len(audited) * backend.tile_shape(head_dim).q], k, k, 0.1)
+        full = backend.forward(
+            Inputs(q[:, :, : len(audited) * backend.tile_shape(head_dim).q], k, k, 0.1)
+        )
 
         def audit() -> None:
-            backend.audit_skipped(kept, q, pooled, 0.1, bits, full, audited)
+            backend.audit_skipped(kept, Skipped(q, pooled, 0.1, bits), full, audited)
 
         calls |= {
             "quantise q and k": quantise,

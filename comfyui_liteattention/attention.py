@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import policy, tail
-from .backends import torch_tile_map
-from .backends.base import Attended, Backend, TileMap, forward_and_audit, rows_of
-from .backends.pooled import Agreement, Pooled, pool
+from .backends import tile_map as torch_tile_map
+from .backends.base import Agreement, Attended, Backend, Inputs, Skipped, TileMap, rows_of
+from .backends.pooled import pool
 from .budget.ledger import PRIOR, enter_audit, open_ledger, target
 from .settings import Settings
 from .tiles import TileShape
@@ -56,28 +56,26 @@ class LayerState:
 def attend(
     state: LayerState,
     backend: Backend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
+    call: Inputs,
     settings: Settings,
     position: float,
     video: VideoTokens | None = None,
 ) -> tuple[Tensor, Tally]:
     """Attention over the live tiles, then mark the negligible ones for the next call.
 
-    ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` -> ``out [B, H, Lq, D]``. ``position`` in (0, 1] is
+    ``call``: the tokens as the model lists them -> ``out [B, H, Lq, D]``. ``position`` in (0, 1] is
     the part of the run done when this step ends (see :func:`policy.threshold_at`). ``video`` says
     which tokens are video, where queries and keys are the same tokens; only those are skipped.
     """
-    tile = backend.tile_shape(q.shape[3])
-    order = _order(settings, video, q, tile)
+    tile = backend.tile_shape(call.q.shape[3])
+    order = _order(settings, video, call.q, tile)
     if order is not None:
-        k, v = take(k, order), take(v, order)
-    b, h, lq, _ = q.shape
-    tq, tk = tile.grid(lq, k.shape[2])
+        call = call._replace(k=take(call.k, order), v=take(call.v, order), order=order)
+    b, h, lq, _ = call.q.shape
+    lk = call.k.shape[2]
+    tq, tk = tile.grid(lq, lk)
     marks = policy.marks(settings, position)
-    tile_map: TileMap = backend.tile_map(q.device) or torch_tile_map
+    tile_map: TileMap = backend.tile_map(call.q.device) or torch_tile_map
 
     # Scores against a running sum find only what lies behind the peak in visiting order, so every
     # other call visits the other way round, as upstream does.
@@ -89,20 +87,19 @@ def attend(
     rows = rows_of(audited, tile, order)
     # Now, while k and v are in the caches from being put in order.
     needed = settings.tail and (audited or state.seen is not None)
-    pooled = pool(k, v, tile.k) if needed else None
+    pooled = pool(call.k, call.v, tile.k) if needed else None
     full = None
     if audited:
-        result, full = forward_and_audit(
-            backend, q, k, v, scale, lists, criterion, order=order, audited=rows
-        )
+        result, full = backend.forward_and_audit(call, lists, criterion, rows)
     else:
-        result = backend.forward(q, k, v, scale, lists, criterion, order)
+        result = backend.forward(call, lists, criterion)
 
     lost = bound = None
     computed = torch.tensor(b * h * tq * tk, device="cpu") if lists is None else lists.count.sum()
     if live is not None:
         if pooled is not None:
-            _add_tail(state, backend, result, full, q, pooled, scale, audited, order)
+            skipped = Skipped(call.q, pooled, call.scale, live, order)
+            _add_tail(state, backend, result, skipped, full, audited)
         if full is not None:
             result.out[:, :, rows] = full.out
             lost = policy.lost_mass(result.lse[:, :, rows], full.lse).mean()
@@ -112,7 +109,7 @@ def attend(
 
     if result.score is not None:
         if state.pinned is None:
-            state.pinned = _pinned(settings, video, lq, k.shape[2], tile, order).to(q.device)
+            state.pinned = _pinned(settings, video, (lq, lk), tile, order).to(call.q.device)
         limit = _limit(state, tile_map, result.score, lost, settings, position)
         kept = tile_map.next_live(live, result.score, limit, state.pinned)
         state.live = kept if live is None else live.copy_(kept)
@@ -162,14 +159,13 @@ def _order(
 def _pinned(
     settings: Settings,
     video: VideoTokens | None,
-    lq: int,
-    lk: int,
+    lengths: tuple[int, int],
     tile: TileShape,
     order: Tensor | None,
 ) -> Tensor:
     """Tiles that must stay live, ``[Tq, Tk]`` bool, in the order in which tokens are listed."""
-    queries = policy.pinned_tokens(settings.dense_queries, video, lq)
-    keys = policy.pinned_tokens(settings.dense_keys, video, lk)
+    queries = policy.pinned_tokens(settings.dense_queries, video, lengths[0])
+    keys = policy.pinned_tokens(settings.dense_keys, video, lengths[1])
     if order is not None:
         listed = order.cpu()
         queries, keys = queries[listed], keys[listed]
@@ -180,19 +176,14 @@ def _add_tail(
     state: LayerState,
     backend: Backend,
     result: Attended,
+    skipped: Skipped,
     full: Attended | None,
-    q: Tensor,
-    pooled: Pooled,
-    scale: float,
     audited: range,
-    order: Tensor | None,
 ) -> None:
     """Give the result, in place, what the skipped tiles contribute, calibrated by the audited query
     tiles, whose exact result is ``full``."""
-    assert state.live is not None
     if full is not None:
-        seen = backend.audit_skipped(result, q, pooled, scale, state.live, full, audited, order)
+        seen = backend.audit_skipped(result, skipped, full, audited)
         state.seen = tail.enter_audit(state.seen, seen)
     if state.seen is not None:
-        factor = tail.factor(state.seen)
-        backend.add_skipped(result, q, pooled, scale, state.live, factor, order)
+        backend.add_skipped(result, skipped, tail.factor(state.seen))

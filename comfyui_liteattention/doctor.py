@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .backends import Backend, backend_for
+from .backends import backend_for
+from .backends.base import Provider
 
 #: What kernels for cards have in common so far.
 UNTRIED = "its kernels were built and tested without a GPU; no GPU has run them yet"
@@ -48,7 +49,7 @@ def render(findings: dict[str, Any]) -> str:
 
 
 def _examine_device(device: torch.device) -> dict[str, Any]:
-    found: Backend | str = backend_for(device)
+    found = backend_for(device)
     reason = found if isinstance(found, str) else _failed_test(found, device)
     return {
         "device": str(device),
@@ -60,13 +61,13 @@ def _examine_device(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _failed_test(backend: Backend, device: torch.device) -> str | None:
+def _failed_test(provider: Provider, device: torch.device) -> str | None:
     """Why a card's kernels aren't trusted with what models use most, or None. (The CPU's was tested
     when it was chosen.)"""
     if device.type == "cpu":
         return None
-    probe = torch.zeros(1, 1, 128, 128, dtype=torch.bfloat16, device=device)
-    return backend.unsupported(probe, probe, probe)
+    found = provider.provide(device, 128, torch.bfloat16)
+    return found if isinstance(found, str) else None
 
 
 def _devices() -> list[torch.device]:

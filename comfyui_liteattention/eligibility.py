@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .backends.base import Backend
+from .backends.base import Provider
 from .settings import Settings
 
 CROSS_ATTENTION = "cross-attention (queries and keys have different lengths)"
 
 
 def dense_reason(
-    q: Tensor, k: Tensor, v: Tensor, streams: int, settings: Settings, backend: Backend
+    q: Tensor, k: Tensor, v: Tensor, streams: int, settings: Settings, backend: Provider
 ) -> str | None:
     """Reason for ``q, k, v [B, H, L, D]`` of ``streams`` equal batch parts, or None to go ahead."""
     if q.shape[2] != k.shape[2]:
@@ -23,6 +22,4 @@ def dense_reason(
         return f"short sequence (fewer than {settings.min_tokens} tokens)"
     if q.shape[0] % streams:
         return f"a batch of {q.shape[0]} can't be split into {streams} conditionings"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        return "training (gradients are needed)"
     return backend.unsupported(q, k, v)

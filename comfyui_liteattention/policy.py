@@ -55,23 +55,6 @@ def pinned_tiles(queries: Tensor, keys: Tensor, tile: TileShape) -> Tensor:
     return rows.unsqueeze(1) | columns.unsqueeze(0)
 
 
-def next_live(
-    live: Tensor | None, score: Tensor, threshold: float | Tensor, pinned: Tensor
-) -> Tensor:
-    """Live tiles of the next call, ``[B, H, Tq, Tk]`` bool.
-
-    ``live [B, H, Tq, Tk]`` bool (None: all) and ``score [B, H, Tq, Tk]`` float32 belong to this
-    call; ``pinned [Tq, Tk]`` bool. The best tile of every query tile stays, whatever the
-    threshold, and a score that is not a number never drops a tile. A threshold that is not a number
-    drops none and brings all back.
-    """
-    kept = ~(score <= threshold)
-    if live is not None:
-        kept &= live | (threshold != threshold)
-    kept.scatter_(-1, score.argmax(-1, keepdim=True), True)
-    return kept | pinned
-
-
 def audited_tiles(call: int, query_tiles: int, period: int) -> range:
     """The query tiles to audit at the ``call``-th call: one in ``period`` of them over the calls.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attention import LayerState, Tally, attend
-from .backends.base import Backend
+from .backends.base import Backend, Inputs, Provider
 from .backends.kernel_selftest import lacks_memory
 from .budget.ledger import allowance
 from .never_slower import Pace, stopwatch
@@ -62,11 +62,12 @@ class Run:
     keyed by (layer, stream, shape of the queries).
     """
 
-    def __init__(self, settings: Settings, backend: Backend, sigmas: Sequence[float]) -> None:
+    def __init__(self, settings: Settings, backend: Provider, sigmas: Sequence[float]) -> None:
         self.settings = settings
         self.backend = backend
         self.sigmas = tuple(sigmas)
         self.reasons: Counter[str] = Counter()
+        self._backends: dict[tuple[torch.device, int, torch.dtype], Backend | str] = {}
         self._states: dict[_Key, LayerState] = {}
         self._stocks: defaultdict[Hashable, dict[str, Tensor]] = defaultdict(dict)
         self._failed: set[str] = set()
@@ -99,14 +100,11 @@ class Run:
         layer: str,
         streams: Sequence[Stream],
         progress: Progress,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
+        call: Inputs,
         video: VideoTokens | None = None,
         dense: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
-        """Attention of one layer, ``[B, H, L, D]``; the batch holds ``len(streams)`` equal parts.
+        """Attention of one layer, ``[B, H, L, D]``; its batch holds ``len(streams)`` equal parts.
 
         ``video`` says which of the ``L`` tokens are video; None: all of them, on an unknown grid.
         ``dense`` does the same call with the user's own attention, once, and remembers what came
@@ -115,6 +113,11 @@ class Run:
         """
         if self._stopped or layer in self._failed:
             self.decline(self._stopped or NOT_FINITE)
+            return None
+        q = call.q
+        backend = self._provide(q)
+        if isinstance(backend, str):
+            self.decline(backend)
             return None
         index = self._enter(layer)
         if index in self.settings.dense_layers:
@@ -127,7 +130,7 @@ class Run:
             with self._lock:
                 ours = self._pace.takes_part(index, progress.step)
             if not ours:
-                self._wait(progress, layer, streams, q, k, dense)
+                self._wait(progress, layer, streams, call, dense)
                 return None
 
         seconds = stopwatch(q.device)
@@ -135,17 +138,14 @@ class Run:
             parts = [
                 attend(
                     self._state(layer, stream, qs),
-                    self.backend,
-                    qs,
-                    ks,
-                    vs,
-                    scale,
+                    backend,
+                    Inputs(qs, ks, vs, call.scale),
                     self.settings,
                     progress.position,
                     video,
                 )
                 for stream, qs, ks, vs in zip(
-                    streams, *(t.chunk(len(streams)) for t in (q, k, v)), strict=True
+                    streams, *(t.chunk(len(streams)) for t in call[:3]), strict=True
                 )
             ]
             out = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
@@ -182,11 +182,11 @@ class Run:
         progress: Progress,
         layer: str,
         streams: Sequence[Stream],
-        q: Tensor,
-        k: Tensor,
+        call: Inputs,
         dense: Callable[[], Tensor],
     ) -> None:
         """Note a call that the user's own attention does, and how long that takes."""
+        q, k = call.q, call.k
         seconds = stopwatch(q.device)
         dense()
         share = seconds() / len(streams)
@@ -285,6 +285,13 @@ class Run:
             key = _Key(layer, stream, *q.shape[1:])
             stocks = self._stocks[key._replace(layer=""), q.device]
             return self._states.setdefault(key, LayerState(name=layer, stocks=stocks))
+
+    def _provide(self, q: Tensor) -> Backend | str:
+        """The backend for calls like this one, or why there is none: asked once for each kind."""
+        kind = (q.device, q.shape[3], q.dtype)
+        if kind not in self._backends:
+            self._backends[kind] = self.backend.provide(*kind)
+        return self._backends[kind]
 
     def _enter(self, layer: str) -> int:
         """Number of a layer, in the order of execution."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backends.pooled import Agreement
+from .backends.base import Agreement
 
 #: Weight of older audits at each new one.
 DECAY = 0.8
@@ -31,7 +31,9 @@ def enter_audit(seen: Agreement | None, now: Agreement) -> Agreement:
     """Note what an audit has shown beside what older ones did."""
     if seen is None:
         return now
-    return Agreement(*(new.add(old, alpha=DECAY) for old, new in zip(seen, now, strict=True)))
+    return Agreement(
+        now.agreement.add(seen.agreement, alpha=DECAY), now.power.add(seen.power, alpha=DECAY)
+    )
 
 
 def factor(seen: Agreement) -> Tensor:

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from comfyui_liteattention import policy
 from comfyui_liteattention.attention import LayerState, attend
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.backends.tile_map import mark
 from comfyui_liteattention.budget import allocation
 from comfyui_liteattention.budget.allocation import BINS, PER_LOG2
 from comfyui_liteattention.budget.ledger import (
@@ -123,10 +125,10 @@ class Truth(ReferenceBackend):
         super().__init__(TileShape(16, 16), torch.float32)
         self.lost = []
 
-    def forward(self, q, k, v, scale, lists=None, criterion=None, order=None):
-        result = super().forward(q, k, v, scale, lists, criterion, order)
+    def forward(self, call, lists=None, criterion=None):
+        result = super().forward(call, lists, criterion)
         if lists is not None:
-            full = super().forward(q, k, v, scale)
+            full = super().forward(call)
             self.lost.append(float(policy.lost_mass(result.lse, full.lse).mean()))
         return result
 
@@ -159,7 +161,7 @@ def test_a_choice_spends_what_it_drops_and_starts_over_where_that_was_too_much()
     # An audit then shows that ten times as much is lost as was thought.
     again = allocation.choose(counts, tiles, choice.ledger, 10 * dropped, 1.0, [], 0.05)
     assert again.limit.isnan() and again.ledger[0] == 0 and again.stock[0] == 0
-    live = policy.next_live(torch.zeros_like(droppable), score, again.limit, ~droppable[0, 0])
+    live = mark(torch.zeros_like(droppable), score, again.limit, ~droppable[0, 0])
     assert live.all()
 
 
@@ -170,7 +172,7 @@ def test_every_audit_is_entered_once():
     backend = ReferenceBackend(TileShape(16, 16), torch.float32)
     audits = []
     for position in (0.5, 0.6, 0.3, 0.7):
-        attend(state, backend, q, k, v, 0.2, settings, position)
+        attend(state, backend, Inputs(q, k, v, 0.2), settings, position)
         audits.append(float(state.ledger[3]))
     assert audits == pytest.approx([0, 1, 1.8, 2.44])
 
@@ -201,7 +203,7 @@ def test_the_true_loss_stays_within_the_budget(allowed, sharpness):
     settings = Settings(budget=allowed, audit=16, min_tokens=0, tail=False)
     run = Run(settings, backend, sigmas)
     for t, (q, k, v) in enumerate(drifting(steps, tokens, sharpness)):
-        run.attend("0", ["x"], run.locate(sigmas[t]), q, k, v, 32**-0.5)
+        run.attend("0", ["x"], run.locate(sigmas[t]), Inputs(q, k, v, 32**-0.5))
     report = run.finish()
     truth = sum(backend.lost) / steps
     assert 0.3 * allowed < truth <= allowed
@@ -219,7 +221,7 @@ def test_the_loss_goes_where_it_saves_most_and_is_held():
     for t, inputs in enumerate(zip(*layers.values(), strict=True)):
         for layer, qkv in zip(layers, inputs, strict=True):
             for stream in ("cond", "uncond"):
-                run.attend(layer, [stream], run.locate(sigmas[t]), *qkv, 32**-0.5)
+                run.attend(layer, [stream], run.locate(sigmas[t]), Inputs(*qkv, 32**-0.5))
     assert [set(stocks) for stocks in run._stocks.values()] == [set(layers)] * 2
     report = run.finish()
     assert not run._stocks

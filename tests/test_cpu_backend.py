@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from comfyui_liteattention.backends.base import Attended, pick
+from comfyui_liteattention.backends.base import Attended, Inputs, Skipped, pick
 from comfyui_liteattention.backends.cpu import backend
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.backends.pooled import Pooled, add_skipped, pool
@@ -70,8 +70,8 @@ def assert_close_to_twin(
     """``out``, ``lse`` and both scores; torch's SDPA on the same tiles sets the bar for ``out``."""
     b, h, lq, lk = *q.shape[:3], k.shape[2]
     for criterion in ("mass", "gap"):
-        ours = BACKEND.forward(q, k, v, scale, lists, criterion)
-        true = TWIN.forward(q.double(), k, v, scale, lists, criterion)
+        ours = BACKEND.forward(Inputs(q, k, v, scale), lists, criterion)
+        true = TWIN.forward(Inputs(q.double(), k, v, scale), lists, criterion)
         assert ours.out.dtype == q.dtype and ours.out.shape == q.shape
         visited = _token_mask(lists, b, h, lq, lk)
         torch_error = relative_error(
@@ -136,19 +136,19 @@ def test_huge_scores(peak: float) -> None:
         q, k, v = make_qkv(1, 1, 128, 256, 64)
         q, k = q.abs(), k * 0.01
         k[:, :, spike] = peak / 64
-        ours = BACKEND.forward(q, k, v, 1.0, None, "gap")
-        true = TWIN.forward(q.double(), k, v, 1.0, None, "gap")
+        ours = BACKEND.forward(Inputs(q, k, v, 1.0), None, "gap")
+        true = TWIN.forward(Inputs(q.double(), k, v, 1.0), None, "gap")
         assert relative_error(ours.out, true.out) < 1e-5
         torch.testing.assert_close(ours.lse, true.lse, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours.score, true.score, rtol=1e-5, atol=1e-3)
-        mass = BACKEND.forward(q, k, v, 1.0, None, "mass").score
+        mass = BACKEND.forward(Inputs(q, k, v, 1.0), None, "mass").score
         assert mass is not None and mass.isfinite().all(), "visited, so never -inf"
 
 
 def test_huge_random_scores_stay_finite() -> None:
     q, k, v = make_qkv(1, 2, 130, 200, 64)
-    ours = BACKEND.forward(q * 1e3, k, v, 1.0, None, "mass")
-    true = TWIN.forward(q.double() * 1e3, k, v, 1.0, None, "mass")
+    ours = BACKEND.forward(Inputs(q * 1e3, k, v, 1.0), None, "mass")
+    true = TWIN.forward(Inputs(q.double() * 1e3, k, v, 1.0), None, "mass")
     assert ours.out.isfinite().all()
     # float32 scores of 1e4 carry errors of 1e-3: so does every float32 attention.
     assert relative_error(ours.out, true.out) < 1e-2
@@ -159,10 +159,10 @@ def test_all_tiles_listed_is_dense_bit_for_bit(dtype: torch.dtype) -> None:
     q, k, v = make_qkv(2, 2, 150, 333, 64, dtype)
     tq, tk = TILE.grid(150, 333)
     lists = make_lists(torch.ones(2, 2, tq, tk, dtype=torch.bool))
-    dense = BACKEND.forward(q, k, v, 0.125)
+    dense = BACKEND.forward(Inputs(q, k, v, 0.125))
     for criterion in (None, "mass", "gap"):
-        assert_same_bits(dense, BACKEND.forward(q, k, v, 0.125, None, criterion))
-        assert_same_bits(dense, BACKEND.forward(q, k, v, 0.125, lists, criterion))
+        assert_same_bits(dense, BACKEND.forward(Inputs(q, k, v, 0.125), None, criterion))
+        assert_same_bits(dense, BACKEND.forward(Inputs(q, k, v, 0.125), lists, criterion))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,34 +170,34 @@ def test_strides_do_not_matter(dtype: torch.dtype) -> None:
     q, k, v = make_qkv(1, 3, 200, 200, 64, dtype)
     lists = random_lists(1, 3, 200, 200)
     wide = torch.stack((k, k), -1)[..., 0]  # a last stride of 2
-    contiguous = BACKEND.forward(*(t.contiguous() for t in (q, k, v)), 0.125, lists, "mass")
-    assert_same_bits(contiguous, BACKEND.forward(q, k, v, 0.125, lists, "mass"))
-    assert_same_bits(contiguous, BACKEND.forward(q, wide, v, 0.125, lists, "mass"))
+    contiguous = BACKEND.forward(Inputs(*(t.contiguous() for t in (q, k, v)), 0.125), lists, "mass")
+    assert_same_bits(contiguous, BACKEND.forward(Inputs(q, k, v, 0.125), lists, "mass"))
+    assert_same_bits(contiguous, BACKEND.forward(Inputs(q, wide, v, 0.125), lists, "mass"))
 
 
 def test_heads_and_samples_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = make_qkv(2, 3, 200, 260, 64)
     lists = random_lists(2, 3, 200, 260)
-    batched = BACKEND.forward(q, k, v, 0.125, lists, "mass")
+    batched = BACKEND.forward(Inputs(q, k, v, 0.125), lists, "mass")
     for b in range(2):
         for h in range(3):
             at = slice(b, b + 1), slice(h, h + 1)
             one = BACKEND.forward(
-                q[at], k[at], v[at], 0.125, TileLists(lists.count[at], lists.index[at])
+                Inputs(q[at], k[at], v[at], 0.125), TileLists(lists.count[at], lists.index[at])
             )
             assert torch.equal(one.out, batched.out[at]) and torch.equal(one.lse, batched.lse[at])
     monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)  # one head at a time
-    assert_same_bits(batched, BACKEND.forward(q, k, v, 0.125, lists, "mass"))
+    assert_same_bits(batched, BACKEND.forward(Inputs(q, k, v, 0.125), lists, "mass"))
 
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
 def test_bad_values_stay_in_their_head(bad: float) -> None:
     q, k, v = make_qkv(1, 2, 130, 200, 64)
-    clean = BACKEND.forward(q, k, v, 0.125, None, "mass")
+    clean = BACKEND.forward(Inputs(q, k, v, 0.125), None, "mass")
     for which in range(3):
         dirty = [t.clone() for t in (q, k, v)]
         dirty[which][0, 0, 70, 3] = bad
-        result = BACKEND.forward(*dirty, 0.125, None, "mass")
+        result = BACKEND.forward(Inputs(*dirty, 0.125), None, "mass")
         assert not result.out[:, 0].isfinite().all(), "a bad value must show, not vanish"
         assert torch.equal(result.out[:, 1], clean.out[:, 1])
         assert torch.equal(result.score[:, 1], clean.score[:, 1])
@@ -208,14 +208,14 @@ def test_output_rounds_as_torch_does(dtype: torch.dtype) -> None:
     """With one key the output is its value, whatever the score: every format passes through."""
     values = torch.cat((torch.randn(60), torch.tensor([0.0, 6e4, 1e-7, math.nan]))).to(dtype)
     v = values.expand(1, 1, 1, 64)
-    out = BACKEND.forward(torch.ones_like(v), torch.ones_like(v), v, 1.0).out
+    out = BACKEND.forward(Inputs(torch.ones_like(v), torch.ones_like(v), v, 1.0)).out
     assert torch.equal(out.nan_to_num(7.0), v.nan_to_num(7.0))
 
 
 def test_rows_without_tiles() -> None:
     q, k, v = make_qkv(1, 1, 128, 128, 64)
     mask = torch.tensor([[[[False, False], [True, False]]]])
-    result = BACKEND.forward(q, k, v, 0.125, make_lists(mask), "mass")
+    result = BACKEND.forward(Inputs(q, k, v, 0.125), make_lists(mask), "mass")
     assert (result.out[:, :, :64] == 0).all() and result.lse[:, :, :64].isneginf().all()
     assert result.out[:, :, 64:].isfinite().all()
     assert torch.equal(result.score.isneginf(), ~mask)
@@ -237,12 +237,12 @@ def test_skipped_tiles_contribute_what_the_twin_says(dtype, lq, lk, d, sharpness
     live[:, :, 0, : min(tk - 1, 64)] = True  # and one whose first chunk has nothing skipped
     live[:, :, 0, -1] = False
     bits, factor = pack(live), torch.rand(2, 2) * 3
-    kept, pooled = BACKEND.forward(q, k, v, scale, make_lists(live)), pool(k, v, TILE.k)
+    kept, pooled = BACKEND.forward(Inputs(q, k, v, scale), make_lists(live)), pool(k, v, TILE.k)
     before = kept.out.clone()
     want = Attended(kept.out.double(), kept.lse, None)
     wide = Pooled(pooled.keys.double(), pooled.values.double(), pooled.length, pooled.rows)
-    add_skipped(want, q.double(), wide, scale, bits, factor, TILE)
-    BACKEND.add_skipped(kept, q, pooled, scale, bits, factor)
+    add_skipped(want, Skipped(q.double(), wide, scale, bits), factor, TILE)
+    BACKEND.add_skipped(kept, Skipped(q, pooled, scale, bits), factor)
     rounding = relative_error(want.out.to(dtype), want.out)
     assert relative_error(kept.out, want.out) <= 2 * rounding + 2e-5
     assert torch.equal(kept.out[:, :, TILE.q : 2 * TILE.q], before[:, :, TILE.q : 2 * TILE.q])
@@ -256,20 +256,19 @@ def test_an_order_of_queries_changes_nothing_else(backend) -> None:
     live = torch.rand(1, 2, *TILE.grid(300, 330)) < 0.5
     live[..., 0] = True
     order = torch.randperm(300)
-    want = backend.forward(take(q, order), k, v, 0.1, make_lists(live), "mass")
-    got = backend.forward(q, k, v, 0.1, make_lists(live), "mass", order)
+    want = backend.forward(Inputs(take(q, order), k, v, 0.1), make_lists(live), "mass")
+    got = backend.forward(Inputs(q, k, v, 0.1, order), make_lists(live), "mass")
     assert torch.equal(take(got.out, order), want.out) and torch.equal(got.score, want.score)
     assert torch.equal(got.lse[:, :, order], want.lse)
-    case = (pool(k, v, TILE.k), 0.1, pack(live))
+    ordered = Skipped(take(q, order), pool(k, v, TILE.k), 0.1, pack(live))
+    skipped = ordered._replace(q=q, order=order)
     audited = range(1, 4)
-    full = backend.forward(take(q, order)[:, :, 64:256], k, v, 0.1)
-    agreement = backend.audit_skipped(want, take(q, order), *case, full, audited)
-    for a, b in zip(
-        backend.audit_skipped(got, q, *case, full, audited, order), agreement, strict=True
-    ):
+    full = backend.forward(Inputs(take(q, order)[:, :, 64:256], k, v, 0.1))
+    agreement = backend.audit_skipped(want, ordered, full, audited)
+    for a, b in zip(backend.audit_skipped(got, skipped, full, audited), agreement, strict=True):
         assert torch.equal(a, b)
-    backend.add_skipped(want, take(q, order), *case, torch.ones(1, 2))
-    backend.add_skipped(got, q, *case, torch.ones(1, 2), order)
+    backend.add_skipped(want, ordered, torch.ones(1, 2))
+    backend.add_skipped(got, skipped, torch.ones(1, 2))
     assert torch.equal(take(got.out, order), want.out)
 
 
@@ -286,18 +285,18 @@ def test_audited_queries_lie_in_memory_as_the_others_do() -> None:
 def test_a_factor_of_zero_adds_nothing(dtype: torch.dtype) -> None:
     q, k, v = make_qkv(1, 2, 200, 200, 64, dtype)
     live = torch.eye(4, dtype=torch.bool).expand(1, 2, 4, 4)
-    kept = BACKEND.forward(q, k, v, 0.125, make_lists(live))
+    kept = BACKEND.forward(Inputs(q, k, v, 0.125), make_lists(live))
     before = kept.out.clone()
-    BACKEND.add_skipped(kept, q, pool(k, v, TILE.k), 0.125, pack(live), torch.zeros(1, 2))
+    BACKEND.add_skipped(kept, Skipped(q, pool(k, v, TILE.k), 0.125, pack(live)), torch.zeros(1, 2))
     assert torch.equal(kept.out, before)
 
 
 def test_a_bad_value_in_a_query_spoils_its_row_alone() -> None:
     q, k, v = make_qkv(1, 1, 200, 200, 64)
     live = torch.eye(4, dtype=torch.bool).expand(1, 1, 4, 4)
-    kept = BACKEND.forward(q, k, v, 0.125, make_lists(live))
+    kept = BACKEND.forward(Inputs(q, k, v, 0.125), make_lists(live))
     q[0, 0, 7] = math.nan
-    BACKEND.add_skipped(kept, q, pool(k, v, TILE.k), 0.125, pack(live), torch.ones(1, 1))
+    BACKEND.add_skipped(kept, Skipped(q, pool(k, v, TILE.k), 0.125, pack(live)), torch.ones(1, 1))
     finite = torch.isfinite(kept.out).all(-1)[0, 0]
     assert not finite[7] and int(finite.sum()) == 199
 
@@ -306,17 +305,17 @@ def test_bad_lists_are_refused() -> None:
     q, k, v = make_qkv(1, 1, 128, 128, 64)
     count = torch.full((1, 1, 2), 1, dtype=torch.int32)
     with pytest.raises(IndexError, match="does not exist"):
-        BACKEND.forward(q, k, v, 1.0, TileLists(count, torch.full((1, 1, 2, 2), 2)))
+        BACKEND.forward(Inputs(q, k, v, 1.0), TileLists(count, torch.full((1, 1, 2, 2), 2)))
     with pytest.raises(IndexError, match="more tiles"):
-        BACKEND.forward(q, k, v, 1.0, TileLists(count * 3, torch.zeros(1, 1, 2, 2)))
+        BACKEND.forward(Inputs(q, k, v, 1.0), TileLists(count * 3, torch.zeros(1, 1, 2, 2)))
     with pytest.raises(ValueError, match="don't fit"):
-        BACKEND.forward(q, k, v, 1.0, TileLists(count, torch.zeros(1, 1, 2, 3)))
+        BACKEND.forward(Inputs(q, k, v, 1.0), TileLists(count, torch.zeros(1, 1, 2, 3)))
 
 
 def test_concurrent_calls_and_thread_counts_give_the_same_bits() -> None:
     q, k, v = make_qkv(1, 2, 512, 512, 64, torch.bfloat16)
     lists = random_lists(1, 2, 512, 512)
-    alone = BACKEND.forward(q, k, v, 0.125, lists, "mass")
+    alone = BACKEND.forward(Inputs(q, k, v, 0.125), lists, "mass")
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(BACKEND.forward, q, k, v, 0.125, lists, "mass") for _ in range(12)]
         for job in jobs:
@@ -325,18 +324,18 @@ def test_concurrent_calls_and_thread_counts_give_the_same_bits() -> None:
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert_same_bits(alone, BACKEND.forward(q, k, v, 0.125, lists, "mass"))
+            assert_same_bits(alone, BACKEND.forward(Inputs(q, k, v, 0.125), lists, "mass"))
     finally:
         torch.set_num_threads(threads)
 
 
 def test_default_dtype_and_gradients_do_not_leak_in() -> None:
     q, k, v = make_qkv(1, 1, 64, 64, 64)
-    plain = BACKEND.forward(q, k, v, 0.125, None, "gap")
+    plain = BACKEND.forward(Inputs(q, k, v, 0.125), None, "gap")
     torch.set_default_dtype(torch.float64)
     try:
         with torch.no_grad():
-            other = BACKEND.forward(q.requires_grad_(), k, v, 0.125, None, "gap")
+            other = BACKEND.forward(Inputs(q.requires_grad_(), k, v, 0.125), None, "gap")
     finally:
         torch.set_default_dtype(torch.float32)
     assert other.lse.dtype == torch.float32
@@ -378,7 +377,7 @@ def test_skipping_is_faster_than_sdpa(dtype: torch.dtype) -> None:
         start = time.perf_counter()
         scaled_dot_product_attention(q, k, v)
         middle = time.perf_counter()
-        BACKEND.forward(q, k, v, d**-0.5, lists, "mass")
+        BACKEND.forward(Inputs(q, k, v, d**-0.5), lists, "mass")
         dense.append(middle - start)
         ours.append(time.perf_counter() - middle)
     # The shortest of each: other work on the machine only adds to them.

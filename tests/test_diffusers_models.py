@@ -46,12 +46,12 @@ class Recorder(ReferenceBackend):
         super().__init__(TileShape(TILE, TILE))
         self.changed = []
 
-    def forward(self, q, k, v, scale, lists=None, criterion=None, order=None):
-        result = super().forward(q, k, v, scale, lists, criterion, order)
+    def forward(self, call, lists=None, criterion=None):
+        result = super().forward(call, lists, criterion)
         if lists is not None:
-            full = super().forward(q, k, v, scale, order=order)
+            full = super().forward(call)
             changed = (result.out != full.out).any(-1).any(0).any(0)
-            self.changed.append(changed if order is None else changed[order])
+            self.changed.append(changed if call.order is None else changed[call.order])
         return result
 
 

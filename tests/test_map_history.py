@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.report.animation import (
     FRAMES,
@@ -65,7 +66,7 @@ def sampled(layers=6, streams=("uncond", "cond"), **settings) -> RunReport:
     q, k, v = 4 * place + torch.randn(3, len(streams), 2, 250, 32, generator=generator)
     for sigma in SIGMAS[:-1]:
         for layer in range(layers):
-            run.attend(f"block-{layer}.0", streams, run.locate(sigma), q, k, v, 32**-0.5)
+            run.attend(f"block-{layer}.0", streams, run.locate(sigma), Inputs(q, k, v, 32**-0.5))
     return run.finish()
 
 
@@ -95,7 +96,7 @@ def test_layers_that_never_skip_are_not_chosen():
 def test_a_run_of_one_step_has_no_history():
     run = Run(Settings(min_tokens=0), BACKEND, [1.0, 0.0])
     q, k, v = torch.randn(3, 1, 1, 64, 32)
-    run.attend("0", ["c"], run.locate(1.0), q, k, v, 1.0)
+    run.attend("0", ["c"], run.locate(1.0), Inputs(q, k, v, 1.0))
     report = run.finish()
     assert report.history == ()
     assert animation(report) is None

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from benchmarks.orders import GRIDS, ORDERS, hilbert, radius
 from comfyui_liteattention import policy
 from comfyui_liteattention.attention import LayerState, attend
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape, unpack
@@ -89,8 +90,8 @@ def test_the_order_changes_nothing_when_dense():
     video = VideoTokens((4, 6, 7), start=3)
     q, k, v = qkv(180)
     settings = Settings(min_tokens=0)
-    out, _ = attend(LayerState(), backend, q, k, v, 0.2, settings, 1.0, video)
-    torch.testing.assert_close(out, backend.forward(q, k, v, 0.2).out, rtol=1e-6, atol=1e-6)
+    out, _ = attend(LayerState(), backend, Inputs(q, k, v, 0.2), settings, 1.0, video)
+    torch.testing.assert_close(out, backend.forward(Inputs(q, k, v, 0.2)).out, rtol=1e-6, atol=1e-6)
 
 
 def test_tokens_beside_the_video_stay_dense_and_seen():
@@ -101,10 +102,10 @@ def test_tokens_beside_the_video_stay_dense_and_seen():
     q[..., 20:276, :] *= 6
     settings = Settings(threshold=-0.1, ramp=0.0, audit=0)
     state = LayerState()
-    attend(state, backend, q, k, v, 0.2, settings, 1.0, video)
-    out, tally = attend(state, backend, q, k, v, 0.2, settings, 1.0, video)
+    attend(state, backend, Inputs(q, k, v, 0.2), settings, 1.0, video)
+    out, tally = attend(state, backend, Inputs(q, k, v, 0.2), settings, 1.0, video)
     assert int(tally.computed) < tally.total
-    exact = backend.forward(q, k, v, 0.2).out
+    exact = backend.forward(Inputs(q, k, v, 0.2)).out
     text = policy.pinned_tokens((), video, 300)
     torch.testing.assert_close(out[:, :, text], exact[:, :, text], rtol=1e-6, atol=1e-6)
     live = unpack(state.live, 19)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfyui_liteattention import policy
+from comfyui_liteattention.backends.tile_map import mark
 from comfyui_liteattention.settings import SAFEST, Settings, parse_layers
 from comfyui_liteattention.tiles import TileShape
 from comfyui_liteattention.token_order import VideoTokens
@@ -21,25 +22,25 @@ def random_scores(seed: int) -> torch.Tensor:
 def test_a_safer_threshold_keeps_more(seed, low, high):
     low, high = sorted((low, high))
     score = random_scores(seed)
-    safer = policy.next_live(None, score, low, NOTHING_PINNED)
-    bolder = policy.next_live(None, score, high, NOTHING_PINNED)
+    safer = mark(None, score, low, NOTHING_PINNED)
+    bolder = mark(None, score, high, NOTHING_PINNED)
     assert (safer >= bolder).all()
 
 
 @given(seed=st.integers(0, 10**6))
 def test_dead_tiles_stay_dead_and_every_row_keeps_its_best(seed):
     score = random_scores(seed)
-    live = policy.next_live(None, score, -5.0, NOTHING_PINNED)
-    again = policy.next_live(live, score.masked_fill(~live, -math.inf), -2.0, NOTHING_PINNED)
+    live = mark(None, score, -5.0, NOTHING_PINNED)
+    again = mark(live, score.masked_fill(~live, -math.inf), -2.0, NOTHING_PINNED)
     assert (again <= live).all()
-    nothing = policy.next_live(live, score.masked_fill(~live, -math.inf), 0.0, NOTHING_PINNED)
+    nothing = mark(live, score.masked_fill(~live, -math.inf), 0.0, NOTHING_PINNED)
     assert (nothing.sum(-1) == 1).all()
     assert torch.equal(nothing.int().argmax(-1), score.argmax(-1))
 
 
 def test_a_score_that_is_not_a_number_keeps_its_tile():
     score = torch.full((1, 1, 6, 40), math.nan)
-    assert policy.next_live(None, score, -1.0, NOTHING_PINNED).all()
+    assert mark(None, score, -1.0, NOTHING_PINNED).all()
 
 
 def test_pinned_rows_and_columns_stay():
@@ -47,7 +48,7 @@ def test_pinned_rows_and_columns_stay():
     queries = policy.pinned_tokens(((100, 101),), None, 128)
     pinned = policy.pinned_tiles(queries, keys, TileShape(32, 32))
     assert pinned.int().tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
-    kept = policy.next_live(None, torch.full((1, 1, 4, 4), -99.0), -1.0, pinned)
+    kept = mark(None, torch.full((1, 1, 4, 4), -99.0), -1.0, pinned)
     assert (kept[0, 0] >= pinned).all()
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from comfyui_liteattention import run as run_module
 from comfyui_liteattention.attention import LayerState, Tally, attend
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.never_slower import (
@@ -43,7 +44,10 @@ def local_qkv(seed: int, batch: int = 1, tokens: int = 250):
 
 def sample(run: Run, seed: int = 0, streams=("cond",), layer: str = "0") -> list[torch.Tensor]:
     q, k, v = local_qkv(seed, len(streams))
-    return [run.attend(layer, streams, run.locate(s), q + s / 10, k, v, SCALE) for s in SIGMAS[:-1]]
+    return [
+        run.attend(layer, streams, run.locate(s), Inputs(q + s / 10, k, v, SCALE))
+        for s in SIGMAS[:-1]
+    ]
 
 
 def test_the_first_call_is_dense_and_later_ones_skip():
@@ -68,10 +72,10 @@ def test_skipped_tiles_hold_what_the_settings_allow():
     q, k, v = local_qkv(1)
     state = LayerState()
     for _ in range(3):
-        out, tally = attend(state, BACKEND, q, k, v, SCALE, settings, 1.0)
+        out, tally = attend(state, BACKEND, Inputs(q, k, v, SCALE), settings, 1.0)
     live = unpack(state.live, 16)
     assert not live.all()
-    full = BACKEND.forward(q, k, v, SCALE, None, "mass")
+    full = BACKEND.forward(Inputs(q, k, v, SCALE), None, "mass")
     dead = full.score.exp2().masked_fill(live, 0).sum(-1)
     assert dead.max() < 2**-4
     assert 0 < float(tally.lost) < 2**-4
@@ -83,9 +87,9 @@ def test_the_audit_measures_the_true_lost_mass():
     settings = Settings(threshold=-2.0, ramp=0.0, audit=1)
     q, k, v = local_qkv(2)
     state = LayerState()
-    attend(state, BACKEND, q, k, v, SCALE, settings, 1.0)
+    attend(state, BACKEND, Inputs(q, k, v, SCALE), settings, 1.0)
     live = unpack(state.live, 16)
-    _, tally = attend(state, BACKEND, q, k, v, SCALE, settings, 1.0)
+    _, tally = attend(state, BACKEND, Inputs(q, k, v, SCALE), settings, 1.0)
     p = torch.softmax((q @ k.mT).double() * SCALE, -1)
     tokens = live.repeat_interleave(16, -1).repeat_interleave(16, -2)[..., :250, :250]
     truth = p.masked_fill(tokens, 0).sum(-1).mean()
@@ -97,7 +101,7 @@ def test_the_safest_threshold_is_dense_bit_for_bit():
     outs = sample(run)
     q, k, v = local_qkv(0)
     for out, sigma in zip(outs, SIGMAS, strict=False):
-        assert torch.equal(out, BACKEND.forward(q + sigma / 10, k, v, SCALE).out)
+        assert torch.equal(out, BACKEND.forward(Inputs(q + sigma / 10, k, v, SCALE)).out)
     assert not run.finish().active
 
 
@@ -136,8 +140,8 @@ def test_a_changed_shape_starts_dense():
     run = Run(Settings(threshold=-3.0), BACKEND, SIGMAS)
     sample(run)
     q, k, v = local_qkv(0, tokens=300)
-    out = run.attend("0", ["cond"], run.locate(0.2), q, k, v, SCALE)
-    assert torch.equal(out, BACKEND.forward(q, k, v, SCALE).out)
+    out = run.attend("0", ["cond"], run.locate(0.2), Inputs(q, k, v, SCALE))
+    assert torch.equal(out, BACKEND.forward(Inputs(q, k, v, SCALE)).out)
 
 
 def test_dense_layers_never_skip():
@@ -154,9 +158,9 @@ def test_a_result_that_is_not_finite_is_never_passed_on():
     run = Run(Settings(), BACKEND, SIGMAS)
     q, k, v = local_qkv(0)
     v[0, 0, 7] = math.inf
-    assert run.attend("0", ["c"], run.locate(1.0), q, k, v, SCALE) is None
-    assert run.attend("0", ["c"], run.locate(0.8), *local_qkv(0), SCALE) is None
-    assert run.attend("1", ["c"], run.locate(0.8), *local_qkv(0), SCALE) is not None
+    assert run.attend("0", ["c"], run.locate(1.0), Inputs(q, k, v, SCALE)) is None
+    assert run.attend("0", ["c"], run.locate(0.8), Inputs(*local_qkv(0), SCALE)) is None
+    assert run.attend("1", ["c"], run.locate(0.8), Inputs(*local_qkv(0), SCALE)) is not None
     report = run.finish()
     assert report.reasons == {NOT_FINITE: 2}
     assert NOT_FINITE in status_line(report)
@@ -175,7 +179,7 @@ def test_numbers_that_are_none_end_in_dense_attention(backend, bad, place):
             tensors = dict(zip("qkv", local_qkv(0, tokens=500), strict=True))
             if layer == "0" and step == 2:
                 tensors[place][0, 0, 7] = bad
-            out = run.attend(layer, ["c"], run.locate(sigma), *tensors.values(), SCALE)
+            out = run.attend(layer, ["c"], run.locate(sigma), Inputs(*tensors.values(), SCALE))
             assert (out is None) == (layer == "0" and step >= 2)
     report = run.finish()
     assert report.reasons == {NOT_FINITE: 3}
@@ -237,7 +241,7 @@ def timed(run, layers=4, streams=("x",)):
     for step, sigma in enumerate(SIGMAS[:-1]):
         for layer in range(layers):
             place = run.locate(sigma)
-            out = run.attend(str(layer), streams, place, q, k, v, SCALE, dense=v.clone)
+            out = run.attend(str(layer), streams, place, Inputs(q, k, v, SCALE), dense=v.clone)
             ours += [] if out is None else [(step, layer)]
         run.time_step(step, 30.0)
     return ours

@@ -8,6 +8,7 @@ import torch
 from comfyui_liteattention import tail
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends import pooled as pooled_module
+from comfyui_liteattention.backends.base import Inputs, Skipped
 from comfyui_liteattention.backends.pooled import (
     Agreement,
     add_skipped,
@@ -60,8 +61,8 @@ def exact(q, k, v):
 def test_tiles_of_equal_keys_lose_nothing(length):
     q, k, v = tensors(1, length, spread=0.0)
     live = some_live(q, k)
-    kept = backend().forward(q, k, v, SCALE, make_lists(live))
-    add_skipped(kept, q, pool(k, v, TILE.k), SCALE, pack(live), torch.ones(1, 2), TILE)
+    kept = backend().forward(Inputs(q, k, v, SCALE), make_lists(live))
+    add_skipped(kept, Skipped(q, pool(k, v, TILE.k), SCALE, pack(live)), torch.ones(1, 2), TILE)
     assert error(kept.out, exact(q, k, v)) < 1e-6
 
 
@@ -69,9 +70,11 @@ def test_without_skipped_tiles_nothing_changes_to_the_bit():
     q, k, v = tensors(2)
     live = torch.ones_like(some_live(q, k))
     live[0, 1, 2, 3] = False  # one row of tiles, of one head
-    kept = backend().forward(q, k, v, SCALE, make_lists(live))
+    kept = backend().forward(Inputs(q, k, v, SCALE), make_lists(live))
     before = kept.out.clone()
-    add_skipped(kept, q, pool(k, v, TILE.k), SCALE, pack(live), torch.full((1, 2), 1.0), TILE)
+    add_skipped(
+        kept, Skipped(q, pool(k, v, TILE.k), SCALE, pack(live)), torch.full((1, 2), 1.0), TILE
+    )
     changed = (kept.out != before).any(-1)[0]
     assert not changed[0].any()
     assert not changed[1, : 2 * TILE.q].any() and not changed[1, 3 * TILE.q :].any()
@@ -99,7 +102,7 @@ def test_an_empty_part_is_nothing():
     live = torch.ones_like(some_live(q, k))
     part = skipped_part(q, pool(k, v, TILE.k), SCALE, live, TILE.q)
     assert (part.lse == -math.inf).all() and (part.out == 0).all()
-    kept = backend().forward(q, k, v, SCALE)
+    kept = backend().forward(Inputs(q, k, v, SCALE))
     factor = tail.factor(compare(kept, part, kept))
     assert (factor == 0).all()
 
@@ -108,18 +111,18 @@ def test_an_empty_part_is_nothing():
 def test_the_factor_brings_rows_that_were_not_audited_closer_too(spread):
     q, k, v = tensors(5, length=640, spread=spread)
     live = some_live(q, k)
-    kept = backend().forward(q, k, v, SCALE, make_lists(live))
+    kept = backend().forward(Inputs(q, k, v, SCALE), make_lists(live))
     pooled = pool(k, v, TILE.k)
     audited = slice(0, 4 * TILE.q)
     part = skipped_part(q[:, :, audited], pooled, SCALE, live[:, :, :4], TILE.q)
-    full = backend().forward(q[:, :, audited], k, v, SCALE)
+    full = backend().forward(Inputs(q[:, :, audited], k, v, SCALE))
     rows = kept._replace(out=kept.out[:, :, audited], lse=kept.lse[:, :, audited])
     factor = tail.factor(compare(rows, part, full))
     truth = exact(q, k, v)[:, :, 4 * TILE.q :]
 
     def with_factor(factor):
         copy = kept._replace(out=kept.out.clone())
-        add_skipped(copy, q, pooled, SCALE, pack(live), factor, TILE)
+        add_skipped(copy, Skipped(q, pooled, SCALE, pack(live)), factor, TILE)
         return error(copy.out[:, :, 4 * TILE.q :], truth)
 
     # The mean of exponentials is more than the exponential of the mean.
@@ -134,13 +137,13 @@ def test_a_part_that_does_not_help_gets_no_weight():
     v = v.unflatten(2, (-1, TILE.k))
     v = (v - v.mean(3, keepdim=True)).flatten(2, 3)
     live = some_live(q, k)
-    kept = backend().forward(q, k, v, SCALE, make_lists(live))
+    kept = backend().forward(Inputs(q, k, v, SCALE), make_lists(live))
     pooled = pool(k, v, TILE.k)
     part = skipped_part(q, pooled, SCALE, live, TILE.q)
     # What is missing is then only that the kept part weighs too much, and a mean of zero says that.
-    factor = tail.factor(compare(kept, part, backend().forward(q, k, v, SCALE)))
+    factor = tail.factor(compare(kept, part, backend().forward(Inputs(q, k, v, SCALE))))
     before = error(kept.out, exact(q, k, v))
-    add_skipped(kept, q, pooled, SCALE, pack(live), factor, TILE)
+    add_skipped(kept, Skipped(q, pooled, SCALE, pack(live)), factor, TILE)
     assert error(kept.out, exact(q, k, v)) < before
 
 
@@ -148,9 +151,9 @@ def test_old_audits_fade():
     seen = Agreement(torch.full((1, 1), 100.0), torch.full((1, 1), 100.0))
     q, k, v = tensors(8, length=160, heads=1)
     live = some_live(q, k)
-    kept = backend().forward(q, k, v, SCALE, make_lists(live))
+    kept = backend().forward(Inputs(q, k, v, SCALE), make_lists(live))
     part = skipped_part(q, pool(k, v, TILE.k), SCALE, live, TILE.q)
-    full = backend().forward(q, k, v, SCALE)
+    full = backend().forward(Inputs(q, k, v, SCALE))
     fresh = tail.factor(compare(kept, part, full))
     for _ in range(60):
         seen = tail.enter_audit(seen, compare(kept, part, full))
@@ -162,12 +165,12 @@ def test_huge_scores_stay_finite(huge):
     q, k, v = tensors(9)
     q = q * huge
     live = some_live(q, k)
-    kept = backend().forward(q, k, v, SCALE, make_lists(live))
+    kept = backend().forward(Inputs(q, k, v, SCALE), make_lists(live))
     pooled = pool(k, v, TILE.k)
     part = skipped_part(q, pooled, SCALE, live, TILE.q)
-    factor = tail.factor(compare(kept, part, backend().forward(q, k, v, SCALE)))
+    factor = tail.factor(compare(kept, part, backend().forward(Inputs(q, k, v, SCALE))))
     assert torch.isfinite(factor).all()
-    add_skipped(kept, q, pooled, SCALE, pack(live), factor, TILE)
+    add_skipped(kept, Skipped(q, pooled, SCALE, pack(live)), factor, TILE)
     assert torch.isfinite(kept.out).all()
 
 
@@ -176,8 +179,10 @@ def test_half_precision_rounds_as_attention_does(dtype):
     q, k, v = tensors(10, length=320, spread=0.0)
     live = some_live(q, k)
     half = [x.to(dtype) for x in (q, k, v)]
-    kept = ReferenceBackend(TILE, torch.float32).forward(*half, SCALE, make_lists(live))
-    add_skipped(kept, half[0], pool(*half[1:], TILE.k), SCALE, pack(live), torch.ones(1, 2), TILE)
+    kept = ReferenceBackend(TILE, torch.float32).forward(Inputs(*half, SCALE), make_lists(live))
+    add_skipped(
+        kept, Skipped(half[0], pool(*half[1:], TILE.k), SCALE, pack(live)), torch.ones(1, 2), TILE
+    )
     dense = torch.nn.functional.scaled_dot_product_attention(*half, scale=SCALE)
     truth = exact(*half)
     assert kept.out.dtype == dtype
@@ -191,8 +196,8 @@ def test_many_parts_are_one(monkeypatch):
     results = []
     for part in (pooled_module.PART, 1):
         monkeypatch.setattr(pooled_module, "PART", part)
-        kept = backend().forward(q, k, v, SCALE, make_lists(live))
-        add_skipped(kept, q, pooled, SCALE, pack(live), factor, TILE)
+        kept = backend().forward(Inputs(q, k, v, SCALE), make_lists(live))
+        add_skipped(kept, Skipped(q, pooled, SCALE, pack(live)), factor, TILE)
         results.append(kept.out)
     torch.testing.assert_close(*results)
 
@@ -205,7 +210,7 @@ def test_a_layer_uses_it_and_stays_closer_to_dense():
         state = LayerState(live=live.clone())
         settings = Settings(threshold=-39.0, order="raster", audit=20, tail=on)
         for _ in range(4):
-            out, tally = attend(state, backend(), q, k, v, SCALE, settings, 1.0)
+            out, tally = attend(state, backend(), Inputs(q, k, v, SCALE), settings, 1.0)
         errors[on] = error(out, exact(q, k, v))
         assert tally.lost is not None and tally.lost > 0.05
         assert (state.seen is not None) is on

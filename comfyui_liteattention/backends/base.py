@@ -1,32 +1,44 @@
 """What a backend is: the mechanism, without any policy.
 
 A backend computes attention over the tiles that its lists name and reports, for every tile that it
-computed, how much that tile mattered. What to do with the scores is ``policy.py``'s business.
+computed, how much that tile mattered. What to do with the scores is decided elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..budget.allocation import Choice
 from ..tiles import TileLists, TileShape
 from ..token_order import take
 
-if TYPE_CHECKING:
-    from ..budget.allocation import Choice
-    from .pooled import Agreement, Pooled
-
 Criterion = Literal["mass", "gap"]
 
-#: How q and k are multiplied: in their own dtype, or in 8 bits (see kernels/quantise.py), which is
-#: faster on cards whose tensor cores are the limit, and less precise.
+#: How q and k are multiplied: in their own dtype, or in 8 bits (see gpu/kernels/quantise.py), which
+#: is faster on cards whose tensor cores are the limit, and less precise.
 Qk = Literal["native", "int8"]
 
 #: Some queries of a call: a run of them, or their numbers ``[N]`` int64.
 Rows: TypeAlias = slice | Tensor
+
+
+class Inputs(NamedTuple):
+    """What one call of attention is computed from.
+
+    ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` (any strides). ``order [Lq]`` int64: row ``r`` of
+    the tile map is the query ``order[r]``, each exactly once; None: as they come. The result stays
+    in the order of ``q``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    order: Tensor | None = None
 
 
 class Attended(NamedTuple):
@@ -51,6 +63,46 @@ class Attended(NamedTuple):
     score: Tensor | None
 
 
+class Pooled(NamedTuple):
+    """Means over each key tile, ``keys, values [B, H, Tk, D]`` contiguous and in the dtype of the
+    keys; ``length`` keys were pooled, ``rows`` at a time."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+    rows: int
+
+    @property
+    def log_count(self) -> Tensor:
+        """Natural log of the number of keys behind each mean, ``[Tk]`` float32."""
+        counts = self.keys.new_full((self.keys.shape[2],), self.rows, dtype=torch.float32)
+        counts[-1] = self.length - (len(counts) - 1) * self.rows
+        return counts.log()
+
+
+class Skipped(NamedTuple):
+    """The tiles that a call left out, and what stands in for them.
+
+    ``q [B, H, Lq, D]``, ``scale`` and ``order`` as in :class:`Inputs`; ``pooled``: the mean of each
+    key tile; ``live [B, H, Tq, ceil(Tk/32)]`` int32: bits of the tiles that were not left out.
+    """
+
+    q: Tensor
+    pooled: Pooled
+    scale: float
+    live: Tensor
+    order: Tensor | None = None
+
+
+class Agreement(NamedTuple):
+    """How far means agree with what they stand for, sums over audited queries ``[B, H]`` float32:
+    of the products of what the means would add and what is missing; of the squares of the former.
+    Their ratio is the factor by which the means should count (tail.py)."""
+
+    agreement: Tensor
+    power: Tensor
+
+
 class Backend(Protocol):
     """One way to compute attention tile by tile."""
 
@@ -63,63 +115,58 @@ class Backend(Protocol):
         """Tile sides used for this head_dim; the lists passed to ``forward`` must fit them."""
         ...
 
-    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        """Why these ``[B, H, L, D]`` tensors can't be computed here, or None."""
-        ...
-
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        lists: TileLists | None = None,
-        criterion: Criterion | None = None,
-        order: Tensor | None = None,
+        self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
     ) -> Attended:
-        """Attention of ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` (any strides) over the tiles
-        in ``lists``; None means all of them, the same as lists that name them all (bit for bit,
-        unless a compiler made the one and the other round differently; ``criterion`` likewise
-        leaves ``out`` and ``lse`` as they are). Every query tile has at least one tile to visit.
-
-        ``order [Lq]`` int64: row ``r`` of the tile map is the query ``order[r]``, each exactly
-        once; None: as they come. The result stays in the order of ``q``."""
+        """Attention over the tiles in ``lists``; None means all of them, the same as lists that
+        name them all (bit for bit, unless a compiler made the one and the other round differently;
+        ``criterion`` likewise leaves ``out`` and ``lse`` as they are). Every query tile has at
+        least one tile to visit."""
         ...
 
-    def add_skipped(
-        self,
-        kept: Attended,
-        q: Tensor,
-        pooled: Pooled,
-        scale: float,
-        live: Tensor,
-        factor: Tensor,
-        order: Tensor | None = None,
-    ) -> None:
+    def forward_and_audit(
+        self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: Rows
+    ) -> tuple[Attended, Attended]:
+        """``forward``, and the queries ``audited`` over all tiles."""
+        ...
+
+    def add_skipped(self, kept: Attended, skipped: Skipped, factor: Tensor) -> None:
         """Add the skipped tiles' means to a result: see :func:`.pooled.add_skipped`."""
         ...
 
     def audit_skipped(
-        self,
-        kept: Attended,
-        q: Tensor,
-        pooled: Pooled,
-        scale: float,
-        live: Tensor,
-        full: Attended,
-        audited: range,
-        order: Tensor | None = None,
+        self, kept: Attended, skipped: Skipped, full: Attended, audited: range
     ) -> Agreement:
         """How far those means agree with what is missing: see :func:`.pooled.audit_skipped`."""
         ...
 
     def tile_map(self, device: torch.device) -> TileMap | None:
-        """Kernels that keep the tile map on this device, if there are any: see tile_map.py."""
+        """Kernels that keep the tile map on this device, if there are any: see gpu/tile_map.py."""
+        ...
+
+
+class Provider(Protocol):
+    """What a run asks for backends: one, or several of which the first that works is taken."""
+
+    name: str
+
+    def tile_shape(self, head_dim: int) -> TileShape:
+        """The tile sides of whichever backend is provided."""
+        ...
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why tensors like ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` can't be computed here, or
+        None. Asked at every call: see constraints.py."""
+        ...
+
+    def provide(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Backend | str:
+        """The backend for such calls, or why none is trusted with them. Runs a self-test when first
+        asked."""
         ...
 
 
 class TileMap(Protocol):
-    """Scores -> next live bits -> lists: kernels of a backend, or ``torch_tile_map.py``.
+    """Scores -> next live bits -> lists: kernels of a backend, or ``backends/tile_map.py``.
 
     Bits ``live [B, H, Tq, ceil(Tk/32)]`` int32 (None: all tiles are live), ``score [B, H, Tq, Tk]``
     float32, log2, ``pinned [Tq, Tk]`` bool. Nothing waits for a device.
@@ -132,7 +179,7 @@ class TileMap(Protocol):
     def next_live(
         self, live: Tensor | None, score: Tensor, threshold: float | Tensor, pinned: Tensor
     ) -> Tensor:
-        """:func:`.policy.next_live`."""
+        """:func:`.tile_map.next_live`."""
         ...
 
     def histogram(self, live: Tensor | None, score: Tensor, pinned: Tensor) -> Tensor:
@@ -153,23 +200,21 @@ class TileMap(Protocol):
         ...
 
 
-def forward_and_audit(
+def one_after_the_other(
     backend: Backend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
+    call: Inputs,
     lists: TileLists | None,
     criterion: Criterion | None,
-    order: Tensor | None,
     audited: Rows,
 ) -> tuple[Attended, Attended]:
-    """``backend.forward``, and the queries ``audited`` over all tiles. A backend that can prepare
-    the keys once for both has a method of this name."""
-    if hasattr(backend, "forward_and_audit"):
-        return backend.forward_and_audit(q, k, v, scale, lists, criterion, order, audited)
-    result = backend.forward(q, k, v, scale, lists, criterion, order)
-    return result, backend.forward(pick(q, audited), k, v, scale)
+    """``Backend.forward_and_audit`` in two calls."""
+    result = backend.forward(call, lists, criterion)
+    return result, backend.forward(some_of(call, audited))
+
+
+def some_of(call: Inputs, rows: Rows) -> Inputs:
+    """The same call for some of its queries, in the order in which ``rows`` names them."""
+    return Inputs(pick(call.q, rows), call.k, call.v, call.scale)
 
 
 def check_order(order: Tensor, lq: int) -> None:
@@ -186,7 +231,7 @@ def pick(q: Tensor, rows: Rows) -> Tensor:
 
 
 def rows_of(tiles: range, tile: TileShape, order: Tensor | None) -> Rows:
-    """The queries of some query tiles; ``order``: see ``Backend.forward``."""
+    """The queries of some query tiles; ``order``: see :class:`Inputs`."""
     rows = slice(tiles.start * tile.q, tiles.stop * tile.q)
     return rows if order is None else order[rows]
 

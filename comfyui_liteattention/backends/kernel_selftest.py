@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import make_lists, pack
-from .base import Attended, Backend, Qk, rows_of
+from .base import Attended, Backend, Inputs, Qk, Skipped, rows_of
 from .gpu.qk_int8 import Int8Reference
 from .pooled import pool
 from .reference import ReferenceBackend
@@ -130,8 +130,8 @@ def problem(
     )
     for here, there in cases:
         for criterion in (None, "mass", "gap"):
-            got = backend.forward(*card, scale, there[0], criterion, there[1])
-            want = reference.forward(*wide, scale, here[0], criterion, here[1])
+            got = backend.forward(Inputs(*card, scale, there[1]), there[0], criterion)
+            want = reference.forward(Inputs(*wide, scale, here[1]), here[0], criterion)
             if reason := _difference(got, want, TOLERANCE[dtype]):
                 which = "all tiles" if here[0] is None else "a tile list"
                 return f"self-test at head_dim {head_dim}, {dtype}, {which}, {criterion}: {reason}"
@@ -153,22 +153,22 @@ def _means_problem(
     k, v there and in float64; ``got``, ``want``: the results."""
     q, device = card[0], card[0].device
     tile, scale = backend.tile_shape(q.shape[-1]), q.shape[-1] ** -0.5
-    here = (wide[0], pool(*wide[1:], tile.k), scale, live)
-    there = (q, pool(*card[1:], tile.k), scale, live.to(device))
+    here = Skipped(wide[0], pool(*wide[1:], tile.k), scale, live, order)
+    there = Skipped(q, pool(*card[1:], tile.k), scale, live.to(device), order.to(device))
     audited = range(1, -(-q.shape[2] // tile.q))
     rows = rows_of(audited, tile, order)
-    full = reference.forward(wide[0][:, :, rows], *wide[1:], scale)
+    full = reference.forward(Inputs(wide[0][:, :, rows], *wide[1:], scale))
     on_card = Attended(full.out.to(q), full.lse.to(device), None)
     agreement = zip(
-        backend.audit_skipped(got, *there, on_card, audited, order.to(device)),
-        reference.audit_skipped(want, *here, full, audited, order),
+        backend.audit_skipped(got, there, on_card, audited),
+        reference.audit_skipped(want, here, full, audited),
         strict=True,
     )
     if not all(torch.allclose(a.cpu().double(), b.double(), rtol=0.05) for a, b in agreement):
         return "means agree otherwise with what is missing"
     factor = torch.tensor([[0.0, 1.5]], device="cpu")
-    backend.add_skipped(got, *there, factor.to(device), order.to(device))
-    reference.add_skipped(want, *here, factor, order)
+    backend.add_skipped(got, there, factor.to(device))
+    reference.add_skipped(want, here, factor)
     return _difference(got, want, TOLERANCE[q.dtype])
 
 

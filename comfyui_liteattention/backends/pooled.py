@@ -14,28 +14,11 @@ import torch
 from torch import Tensor
 
 from ..tiles import PART, TileShape, unpack
-from .base import Attended, pick, rows_of
+from .base import Agreement, Attended, Pooled, Skipped, pick, rows_of
 from .merge import merge
 
 #: Log of the largest share that a part is taken for when it is compared.
 LARGEST_LOG_SHARE = 20.0
-
-
-class Pooled(NamedTuple):
-    """Means over each key tile, ``keys, values [B, H, Tk, D]`` contiguous and in the dtype of the
-    keys; ``length`` keys were pooled, ``rows`` at a time."""
-
-    keys: Tensor
-    values: Tensor
-    length: int
-    rows: int
-
-    @property
-    def log_count(self) -> Tensor:
-        """Natural log of the number of keys behind each mean, ``[Tk]`` float32."""
-        counts = self.keys.new_full((self.keys.shape[2],), self.rows, dtype=torch.float32)
-        counts[-1] = self.length - (len(counts) - 1) * self.rows
-        return counts.log()
 
 
 class Part(NamedTuple):
@@ -73,15 +56,6 @@ def skipped_part(q: Tensor, pooled: Pooled, scale: float, live: Tensor, rows: in
     return Part(out, (top + total.log()).squeeze(-1))
 
 
-class Agreement(NamedTuple):
-    """How far means agree with what they stand for, sums over audited queries ``[B, H]`` float32:
-    of the products of what the means would add and what is missing; of the squares of the former.
-    Their ratio is the factor by which the means should count (tail.py)."""
-
-    agreement: Tensor
-    power: Tensor
-
-
 def compare(kept: Attended, part: Part, full: Attended) -> Agreement:
     """The same queries from the live tiles, from the skipped ones' means, in full."""
     share = (part.lse - kept.lse).clamp(max=LARGEST_LOG_SHARE).exp().unsqueeze(-1)
@@ -92,40 +66,24 @@ def compare(kept: Attended, part: Part, full: Attended) -> Agreement:
 
 
 def audit_skipped(
-    kept: Attended,
-    q: Tensor,
-    pooled: Pooled,
-    scale: float,
-    live: Tensor,
-    full: Attended,
-    audited: range,
-    tile: TileShape,
-    order: Tensor | None = None,
+    kept: Attended, skipped: Skipped, full: Attended, audited: range, tile: TileShape
 ) -> Agreement:
-    """:func:`compare` for the query tiles ``audited``, whose exact result is ``full``; the rest as
-    for :func:`add_skipped`, before which it has to be done."""
+    """:func:`compare` for the query tiles ``audited``, whose exact result is ``full``. To be done
+    before :func:`add_skipped`."""
+    q, pooled, scale, live, order = skipped
     rows = rows_of(audited, tile, order)
     some = unpack(live[:, :, audited.start : audited.stop], pooled.keys.shape[2])
     part = skipped_part(pick(q, rows), pooled, scale, some, tile.q)
     return compare(Attended(kept.out[:, :, rows], kept.lse[:, :, rows], None), part, full)
 
 
-def add_skipped(
-    kept: Attended,
-    q: Tensor,
-    pooled: Pooled,
-    scale: float,
-    live: Tensor,
-    factor: Tensor,
-    tile: TileShape,
-    order: Tensor | None = None,
-) -> None:
+def add_skipped(kept: Attended, skipped: Skipped, factor: Tensor, tile: TileShape) -> None:
     """Add what the skipped tiles contribute to ``kept.out`` in place, ``factor [B, H]`` times.
 
-    ``live [B, H, Tq, ceil(Tk/32)]`` int32: bits of the tiles in ``kept``. With ``t`` and ``M`` the
-    output and LSE of the skipped part, that is a merge with ``t`` at ``M + ln factor``. Rows
-    without a skipped tile stay what they are, bit for bit. ``order``: see ``Backend.forward``.
+    With ``t`` and ``M`` the output and LSE of the skipped part, that is a merge with ``t`` at
+    ``M + ln factor``. Rows without a skipped tile stay what they are, bit for bit.
     """
+    q, pooled, scale, live, order = skipped
     tk = pooled.keys.shape[2]
     step = max(1, PART // (tile.q * tk))  # query tiles at once
     for b, h in product(*map(range, live.shape[:2])):

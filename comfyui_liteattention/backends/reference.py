@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 
 from ..tiles import TileLists, TileShape
-from .base import Attended, Criterion, check_order
-from .pooled import Agreement, Pooled, add_skipped, audit_skipped
+from .base import (
+    Agreement,
+    Attended,
+    Backend,
+    Criterion,
+    Inputs,
+    Rows,
+    Skipped,
+    check_order,
+    one_after_the_other,
+)
+from .pooled import add_skipped, audit_skipped
 
 LOG2E = math.log2(math.e)
 
@@ -35,16 +45,13 @@ class ReferenceBackend:
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return None
 
+    def provide(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Backend:
+        return self
+
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        lists: TileLists | None = None,
-        criterion: Criterion | None = None,
-        order: Tensor | None = None,
+        self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
     ) -> Attended:
+        q, k, v, scale, order = call
         if order is not None:
             check_order(order, q.shape[2])
             q = q[:, :, order]
@@ -76,30 +83,18 @@ class ReferenceBackend:
             out, lse = out[:, :, place], lse[:, :, place]
         return Attended(out, lse, score if criterion else None)
 
-    def add_skipped(
-        self,
-        kept: Attended,
-        q: Tensor,
-        pooled: Pooled,
-        scale: float,
-        live: Tensor,
-        factor: Tensor,
-        order: Tensor | None = None,
-    ) -> None:
-        add_skipped(kept, q, pooled, scale, live, factor, self.tile, order)
+    def forward_and_audit(
+        self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: Rows
+    ) -> tuple[Attended, Attended]:
+        return one_after_the_other(self, call, lists, criterion, audited)
+
+    def add_skipped(self, kept: Attended, skipped: Skipped, factor: Tensor) -> None:
+        add_skipped(kept, skipped, factor, self.tile)
 
     def audit_skipped(
-        self,
-        kept: Attended,
-        q: Tensor,
-        pooled: Pooled,
-        scale: float,
-        live: Tensor,
-        full: Attended,
-        audited: range,
-        order: Tensor | None = None,
+        self, kept: Attended, skipped: Skipped, full: Attended, audited: range
     ) -> Agreement:
-        return audit_skipped(kept, q, pooled, scale, live, full, audited, self.tile, order)
+        return audit_skipped(kept, skipped, full, audited, self.tile)
 
     def tile_map(self, device: torch.device) -> None:
         return None

@@ -46,9 +46,9 @@ class Recorder(ReferenceBackend):
         self.score = score
         self.calls = []
 
-    def forward(self, q, k, v, scale, lists=None, criterion=None, order=None):
-        self.calls.append((q, lists))
-        result = super().forward(q, k, v, scale, lists, criterion, order)
+    def forward(self, call, lists=None, criterion=None):
+        self.calls.append((call.q, lists))
+        result = super().forward(call, lists, criterion)
         return result._replace(score=torch.full_like(result.score, self.score))
 
 

@@ -2,86 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import triton
 from triton.runtime import interpreter
 
-from comfyui_liteattention.backends.base import Attended, Criterion, Qk
+from comfyui_liteattention.backends.base import Qk
+from comfyui_liteattention.backends.gpu.backend import KernelBackend
 from comfyui_liteattention.backends.gpu.jit import source
 from comfyui_liteattention.backends.gpu.kernel_table import TILE
 from comfyui_liteattention.backends.gpu.kernels.attend import attend_tiles
-from comfyui_liteattention.backends.gpu.launches import (
-    Launch,
-    agreement,
-    prepare,
-    prepare_audit,
-    prepare_skipped,
-    unsupported,
-)
-from comfyui_liteattention.backends.pooled import Agreement, Pooled
-from comfyui_liteattention.tiles import TileLists, TileShape
+from comfyui_liteattention.backends.gpu.launches import CONSTRAINTS, Launch
 
 #: The version whose interpreter the bfloat16 corrections below were written for.
 TESTED_TRITON = "3.9.0"
 
 
-class InterpreterBackend:
-    """A backend like the real ones, for tests."""
+class Interpreter:
+    """Launches kernels in the Triton interpreter."""
 
     name = "interpreter"
+    tile = TILE
+
+    def missing(self, device: torch.device, qk: Qk) -> None:
+        return None
+
+    def launch(self, launch: Launch, device: torch.device) -> None:
+        interpret(launch)
+
+
+class InterpreterBackend(KernelBackend):
+    """A backend like the real ones, for tests."""
+
+    running_scores = False  # scores are checked against the final ones
 
     def __init__(self, qk: Qk = "native") -> None:
-        self.qk = qk
-
-    def tile_shape(self, head_dim: int) -> TileShape:
-        return TILE
+        super().__init__(Interpreter(), qk)
 
     def unsupported(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-        return unsupported(q, k, v)
+        return replace(CONSTRAINTS, device="cpu").check(q, k, v)
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        lists: TileLists | None = None,
-        criterion: Criterion | None = None,
-        order: torch.Tensor | None = None,
-    ) -> Attended:
-        assert (reason := unsupported(q, k, v)) is None, reason
-        call = prepare(q, k, v, scale, lists, criterion, order, qk=self.qk)
-        for launch in call.launches:
-            interpret(launch)
-        return call.finish()
+    def provide(self, device, head_dim, dtype):
+        return self
 
-    def add_skipped(
-        self,
-        kept: Attended,
-        q: torch.Tensor,
-        pooled: Pooled,
-        scale: float,
-        live: torch.Tensor,
-        factor: torch.Tensor,
-        order: torch.Tensor | None = None,
-    ) -> None:
-        interpret(prepare_skipped(kept, q, pooled, scale, live, factor, order))
-
-    def audit_skipped(
-        self,
-        kept: Attended,
-        q: torch.Tensor,
-        pooled: Pooled,
-        scale: float,
-        live: torch.Tensor,
-        full: Attended,
-        audited: range,
-        order: torch.Tensor | None = None,
-    ) -> Agreement:
-        launch, sums = prepare_audit(kept, q, pooled, scale, live, full, audited, order)
-        interpret(launch)
-        return agreement(sums)
+    def forward(self, call, lists=None, criterion=None):
+        assert (reason := self.unsupported(*call[:3])) is None, reason
+        return super().forward(call, lists, criterion)
 
     def tile_map(self, device: torch.device) -> None:
         return None

@@ -15,8 +15,10 @@ import pytest
 import torch
 from fake_driver import FakeLibrary
 
+from comfyui_liteattention.backends.base import Inputs, Skipped
 from comfyui_liteattention.backends.gpu import driver, launches, prebuilt
 from comfyui_liteattention.backends.gpu.archive import Prebuilt, PrebuiltError, parameters
+from comfyui_liteattention.backends.gpu.backend import KernelBackend
 from comfyui_liteattention.backends.gpu.driver import ArgumentBlock, Driver, DriverError
 from comfyui_liteattention.backends.gpu.kernel_table import (
     ATTEND,
@@ -79,8 +81,8 @@ def some_lists(q, k):
 def test_a_launch_reads_the_arguments_in_place(folder, library):
     q, k, v = draw()
     lists, order = some_lists(q, k), torch.randperm(200)
-    call = launches.prepare(q, k, v, 0.125, lists, "mass", order)
-    prebuilt.Launcher(Prebuilt(folder), Driver(library)).launch(*call.launches, CARD)
+    call = launches.prepare(Inputs(q, k, v, 0.125, order), lists, "mass")
+    prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library)).launch(*call.launches, CARD)
     (launch,) = library.launches
     result = call.result
     want = {name: x.data_ptr() for name, x in zip("qkv", (q, k, v), strict=True)}
@@ -108,9 +110,9 @@ def test_a_launch_reads_the_arguments_in_place(folder, library):
 
 def test_a_launch_costs_the_host_less_than_25_microseconds(folder, library):
     """The best of many, beside a driver of Python functions, which cost more than the real ones."""
-    launcher = prebuilt.Launcher(Prebuilt(folder), Driver(library))
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
     q, k, v = draw()
-    (launch,) = launches.prepare(q, k, v, 0.125, some_lists(q, k), "mass").launches
+    (launch,) = launches.prepare(Inputs(q, k, v, 0.125), some_lists(q, k), "mass").launches
     launcher.launch(launch, CARD)
     for name in ("cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuLaunchKernel"):
         prototype = ctypes.CFUNCTYPE(ctypes.c_int, *driver._SIGNATURES[name])
@@ -124,16 +126,16 @@ def test_a_launch_costs_the_host_less_than_25_microseconds(folder, library):
 
 
 def test_pointers_that_a_variant_ignores_are_null(folder, library):
-    call = launches.prepare(*draw(), 0.125, None, None)
-    prebuilt.Launcher(Prebuilt(folder), Driver(library)).launch(*call.launches, CARD)
+    call = launches.prepare(Inputs(*draw(), 0.125), None, None)
+    prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library)).launch(*call.launches, CARD)
     got = library.launches[0]["arguments"]
     assert got["score"] == got["count"] == got["index"] == got["order"] == got["ordered"] == 0
 
 
 def test_int8_launches_what_quantises_first(folder, library):
     q, k, v = draw(b=2, d=128)
-    call = launches.prepare(q, k, v, 0.125, some_lists(q, k), "mass", qk="int8")
-    launcher = prebuilt.Launcher(Prebuilt(folder), Driver(library))
+    call = launches.prepare(Inputs(q, k, v, 0.125), some_lists(q, k), "mass", qk="int8")
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
     for launch in call.launches:
         launcher.launch(launch, CARD)
     keys, queries, attend = (launch["arguments"] for launch in library.launches)
@@ -160,13 +162,13 @@ def test_a_card_without_int8_has_a_reason(folder, library):
     kernels = manifest["archives"]["sm_86"]["kernels"]
     manifest["archives"]["sm_86"]["kernels"] = {n: k for n, k in kernels.items() if "int8" not in n}
     path.write_text(json.dumps(manifest))
-    launcher = prebuilt.Launcher(Prebuilt(folder), Driver(library))
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
     assert launcher.missing(CARD) is None
     assert launcher.missing(CARD, "int8") == "no prebuilt int8 kernel for compute capability 8.6"
 
 
 def test_the_tile_map_launches_its_kernels(folder, library):
-    launcher = prebuilt.Launcher(Prebuilt(folder), Driver(library))
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
     score = torch.zeros(1, 2, 3, 70)
     pinned = torch.zeros(3, 70, dtype=torch.bool)
     keep = TileMapKernels(lambda launch, device: launcher.launch(launch, CARD))
@@ -196,11 +198,11 @@ def test_the_tile_map_launches_its_kernels(folder, library):
 
 def test_means_of_skipped_tiles_launch_their_kernel(folder, library):
     q, k, v = draw(lq=330)
-    backend = prebuilt.CudaBackend(launcher=prebuilt.Launcher(Prebuilt(folder), Driver(library)))
+    backend = KernelBackend(prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library)))
     kept = launches.allocate(q, k, True, None)
     bits = pack(torch.ones(1, 2, *TILE.grid(330, 330), dtype=torch.bool))
     pooled, factor = pool(k, v, TILE.k), torch.ones(1, 2)
-    backend.add_skipped(kept, q, pooled, 0.125, bits, factor)
+    backend.add_skipped(kept, Skipped(q, pooled, 0.125, bits), factor)
     (launched,) = library.launches
     want = {"q": q.data_ptr(), "keys": pooled.keys.data_ptr(), "values": pooled.values.data_ptr()}
     want |= {"out": kept.out.data_ptr(), "lse": kept.lse.data_ptr(), "live": bits.data_ptr()}
@@ -213,12 +215,12 @@ def test_means_of_skipped_tiles_launch_their_kernel(folder, library):
 
 def test_an_audit_of_means_launches_its_kernel(folder, library):
     q, k, v = draw(lq=330)
-    backend = prebuilt.CudaBackend(launcher=prebuilt.Launcher(Prebuilt(folder), Driver(library)))
+    backend = KernelBackend(prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library)))
     kept, order = launches.allocate(q, k, True, None), torch.randperm(330)
     full = launches.allocate(q[:, :, :202], k, True, None)  # of query tiles 1 and 2
     bits = pack(torch.ones(1, 2, *TILE.grid(330, 330), dtype=torch.bool))
-    case = (kept, q, pool(k, v, TILE.k), 0.125, bits, full, range(1, 3), order)
-    found = backend.audit_skipped(*case)
+    skipped = Skipped(q, pool(k, v, TILE.k), 0.125, bits, order)
+    found = backend.audit_skipped(kept, skipped, full, range(1, 3))
     (launched,) = library.launches
     assert (launched["entry"], launched["grid"]) == ("audit_skipped", (2, 2, 1))
     want = {"out": kept.out.data_ptr(), "full_out": full.out.data_ptr(), "live": bits.data_ptr()}
@@ -252,16 +254,16 @@ def test_arguments_are_naturally_aligned():
 
 
 def test_a_kernel_is_loaded_once_however_many_threads_ask(folder, library):
-    launcher = prebuilt.Launcher(Prebuilt(folder), Driver(library))
-    call = launches.prepare(*draw(), 0.125, None, None)
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
+    call = launches.prepare(Inputs(*draw(), 0.125), None, None)
     with ThreadPoolExecutor(4) as pool:
         kernels = list(pool.map(lambda _: launcher._load(0, call.launches[0].kernel), range(16)))
     assert len(library.images) == 1 and all(k is kernels[0] for k in kernels)
 
 
 def test_each_card_loads_into_its_own_context(folder, library):
-    launcher = prebuilt.Launcher(Prebuilt(folder), Driver(library))
-    call = launches.prepare(*draw(), 0.125, None, None)
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
+    call = launches.prepare(Inputs(*draw(), 0.125), None, None)
     for number in (0, 1, 0):
         launcher.launch(*call.launches, torch.device("cuda", number))
     assert [x["context"] for x in library.launches] == [1000, 1001, 1000]
@@ -270,9 +272,9 @@ def test_each_card_loads_into_its_own_context(folder, library):
 
 @pytest.mark.parametrize("failing", ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"])
 def test_an_error_of_the_driver_says_which_and_leaves_no_context(folder, library, failing):
-    launcher = prebuilt.Launcher(Prebuilt(folder), Driver(library))
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
     library.failing = failing
-    call = launches.prepare(*draw(), 0.125, None, None)
+    call = launches.prepare(Inputs(*draw(), 0.125), None, None)
     with pytest.raises(DriverError, match=f"{failing}: no kernel image is available.*209"):
         launcher.launch(*call.launches, CARD)
     assert library.contexts == [] and library.capture == 0
@@ -280,9 +282,9 @@ def test_an_error_of_the_driver_says_which_and_leaves_no_context(folder, library
 
 @pytest.mark.parametrize("failing", ["cuModuleLoadData", "cuLaunchKernel"])
 def test_a_full_card_is_what_it_is_to_torch(folder, library, failing):
-    launcher = prebuilt.Launcher(Prebuilt(folder), Driver(library))
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
     library.failing, library.error = failing, 2
-    call = launches.prepare(*draw(), 0.125, None, None)
+    call = launches.prepare(Inputs(*draw(), 0.125), None, None)
     with pytest.raises(torch.OutOfMemoryError, match=failing):
         launcher.launch(*call.launches, CARD)
     library.failing = None
@@ -294,8 +296,8 @@ def test_a_hint_about_shared_memory_may_be_refused(folder, library, monkeypatch)
         assert attribute != 9  # an error, to the driver
 
     monkeypatch.setattr(library, "_cuFuncSetAttribute", refuse)
-    call = launches.prepare(*draw(), 0.125, None, None)
-    prebuilt.Launcher(Prebuilt(folder), Driver(library)).launch(*call.launches, CARD)
+    call = launches.prepare(Inputs(*draw(), 0.125), None, None)
+    prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library)).launch(*call.launches, CARD)
     assert len(library.launches) == 1
 
 
@@ -312,18 +314,18 @@ def test_a_machine_without_driver_gets_a_reason(folder, library, monkeypatch, pl
 
     monkeypatch.setattr(driver.sys, "platform", platform)
     monkeypatch.setattr(driver.ctypes, "CDLL", absent)
-    assert "no NVIDIA driver" in prebuilt.Launcher(Prebuilt(folder)).missing(CARD)
+    assert "no NVIDIA driver" in prebuilt.PrebuiltLauncher(Prebuilt(folder)).missing(CARD)
 
 
 def test_an_old_driver_gets_a_reason(folder, library, monkeypatch):
     del library.cuThreadExchangeStreamCaptureMode
     monkeypatch.setattr(driver, "_open_library", lambda: library)
-    reason = prebuilt.Launcher(Prebuilt(folder)).missing(CARD)
+    reason = prebuilt.PrebuiltLauncher(Prebuilt(folder)).missing(CARD)
     assert reason == "this NVIDIA driver is too old: it has no cuThreadExchangeStreamCaptureMode"
 
 
 def test_only_cards_that_have_code_are_taken(folder, library, monkeypatch):
-    launcher = prebuilt.Launcher(Prebuilt(folder), Driver(library))
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
     assert launcher.missing(CARD) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert launcher.missing(CARD) == "no prebuilt kernel for compute capability 7.5"
@@ -362,27 +364,27 @@ def test_a_manifest_of_another_version_is_refused(folder, key):
 
 
 def test_no_manifest_is_a_reason_not_a_crash(tmp_path, library):
-    assert "no readable manifest" in prebuilt.Launcher(Prebuilt(tmp_path), Driver(library)).missing(
-        CARD
-    )
+    assert "no readable manifest" in prebuilt.PrebuiltLauncher(
+        Prebuilt(tmp_path), Driver(library)
+    ).missing(CARD)
 
 
 # ---- backend ------------------------------------------------------------------------------------
 
 
 def test_tensors_on_the_cpu_are_declined(folder, library):
-    backend = prebuilt.CudaBackend(launcher=prebuilt.Launcher(Prebuilt(folder), Driver(library)))
-    assert "not on an NVIDIA card" in backend.unsupported(*draw())
+    backend = KernelBackend(prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library)))
+    assert "q is on cpu, the kernel is for cuda" in backend.unsupported(*draw())
 
 
 def test_a_kernel_that_computes_nonsense_is_not_trusted(folder, library, monkeypatch):
     """The stand-in leaves the outputs as they were: the self-test must notice, and only once."""
-    backend = prebuilt.CudaBackend(launcher=prebuilt.Launcher(Prebuilt(folder), Driver(library)))
+    backend = KernelBackend(prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library)))
     monkeypatch.setattr(torch.Tensor, "to", lambda self, target: _keep(self, target))
-    first = backend.untrusted(0, 64, torch.float16)
+    first = backend.provide(CARD, 64, torch.float16)
     launches = len(library.launches)
     assert "self-test" in first and launches > 0
-    assert backend.untrusted(0, 64, torch.float16) == first
+    assert backend.provide(CARD, 64, torch.float16) == first
     assert len(library.launches) == launches
 
 
@@ -392,70 +394,3 @@ _to = torch.Tensor.to
 def _keep(tensor, target):
     """There is no card to move to."""
     return tensor if isinstance(target, torch.device) else _to(tensor, target)
-
-
-@pytest.mark.parametrize("criterion", [None, "mass"])
-@pytest.mark.parametrize("with_lists", [False, True])
-def test_shapes_under_torch_compile_are_the_real_ones(criterion, with_lists):
-    q, k, v = (x.to("meta") for x in draw(dtype=torch.bfloat16))
-    lists = some_lists(q, k) if with_lists else None
-    count, index = (lists.count, lists.index) if lists else (None, None)
-    out, lse, score = torch.ops.liteattention.attend(
-        q, k, v, 0.1, count, index, criterion, None, "int8"
-    )
-    real = launches.prepare(*draw(dtype=torch.bfloat16), 0.1, None, criterion).result
-    assert (out.shape, out.stride(), out.dtype) == (real.out.shape, real.out.stride(), q.dtype)
-    assert lse.shape == real.lse.shape and lse.dtype == torch.float32
-    assert score.shape == (real.score.shape if criterion else (0,))
-
-
-def test_torch_compile_sees_one_op(folder, library):
-    """No graph break: the compiled code calls the op instead of tracing into the launcher."""
-    backend = prebuilt.CudaBackend(launcher=prebuilt.Launcher(Prebuilt(folder), Driver(library)))
-    q, k, v = (x.to("meta") for x in draw())
-    lists = some_lists(q, k)
-
-    def layer(q, k, v):
-        return backend.forward(q, k, v, 0.125, lists, "mass").out.transpose(1, 2).flatten(2) * 2
-
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    assert compiled(q, k, v).shape == (1, 200, 128)
-    assert library.launches == []
-
-
-@pytest.mark.parametrize("tokens_first", [False, True])
-def test_the_ops_of_torch_compile_copy_what_starts_at_an_odd_address(
-    folder, library, monkeypatch, tokens_first
-):
-    """Under torch.compile nobody has looked at addresses before, and the card would fail."""
-    launcher = prebuilt.Launcher(Prebuilt(folder), Driver(library))
-    monkeypatch.setattr(prebuilt, "_launcher", lambda: launcher)
-    q, k, v = (x if tokens_first else x.contiguous() for x in draw(lq=330))
-    odd = torch.empty(q.numel() + 4, dtype=q.dtype)[4:].as_strided(q.shape, q.stride()).copy_(q)
-    assert odd.data_ptr() % 16
-    read = []
-    monkeypatch.setattr(launcher, "launch", lambda launch, device: read.append(launch.arguments))
-    out, lse, _ = prebuilt._attend._init_fn(odd, k, v, 0.125, None, None, None, None, "native")
-    bits = pack(torch.ones(1, 2, *TILE.grid(330, 330), dtype=torch.bool))
-    means = pool(k, v, TILE.k)[:3]
-    prebuilt._add_skipped._init_fn(odd, *means, out, lse, bits, torch.ones(1, 2), None, 0.125)
-    assert out.stride() == q.stride(), "as the graph was told"
-    assert read[0][1] is k and len(read) == 2
-    for copy, *_ in read:
-        assert torch.equal(copy, q) and copy.stride() == q.stride() and copy.data_ptr() % 16 == 0
-
-
-def test_torch_compile_sees_the_tail_as_one_op_too(folder, library):
-    backend = prebuilt.CudaBackend(launcher=prebuilt.Launcher(Prebuilt(folder), Driver(library)))
-    q, k, v = (x.to("meta") for x in draw(lq=330))
-    bits = torch.zeros(1, 2, 3, 1, dtype=torch.int32, device="meta")
-    factor, pooled = torch.ones(1, 2, device="meta"), pool(k, v, TILE.k)
-
-    def layer(q, k, v):
-        kept = backend.forward(q, k, v, 0.125)
-        backend.add_skipped(kept, q, pooled, 0.125, bits, factor)
-        return kept.out * 2
-
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    assert compiled(q, k, v).shape == q.shape
-    assert library.launches == []

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.gpu import launches
 from comfyui_liteattention.backends.gpu.kernel_table import TILE
 from comfyui_liteattention.backends.pooled import pool
 from comfyui_liteattention.tiles import TileLists, all_live, make_lists
+
+#: There is no card here.
+ON_CPU = replace(launches.CONSTRAINTS, device="cpu")
 
 
 def draw(b=1, h=2, lq=200, lk=330, d=64, dtype=torch.float16):
@@ -26,9 +32,9 @@ def test_lists_that_do_not_fit_are_refused():
     q, k, v = draw()
     lists = make_lists(torch.ones(1, 2, *TILE.grid(200, 330), dtype=torch.bool))
     with pytest.raises(ValueError, match="don't fit"):
-        launches.prepare(q, k, v, 1.0, TileLists(lists.count, lists.index[..., 1:]), None)
+        launches.prepare(Inputs(q, k, v, 1.0), TileLists(lists.count, lists.index[..., 1:]), None)
     with pytest.raises(ValueError, match="int32"):
-        launches.prepare(q, k, v, 1.0, TileLists(lists.count, lists.index.long()), None)
+        launches.prepare(Inputs(q, k, v, 1.0), TileLists(lists.count, lists.index.long()), None)
 
 
 def change(q, k, v, case):
@@ -61,20 +67,20 @@ def change(q, k, v, case):
     ],
 )
 def test_what_the_kernel_cannot_take_has_a_reason(case):
-    assert launches.unsupported(*draw()) is None
-    assert case in launches.unsupported(*change(*draw(), case))
+    assert ON_CPU.check(*draw()) is None
+    assert case in ON_CPU.check(*change(*draw(), case))
 
 
 def test_rows_too_far_apart_for_32_bits_have_a_reason():
     q, k, v = (x.to("meta") for x in draw())
     k = torch.empty_strided(k.shape, (2**40, 64, 2**25, 1), dtype=k.dtype, device="meta")
-    assert "too far" in launches.unsupported(q, k, v)
+    assert "too far" in ON_CPU.check(q, k, v)
 
 
 def test_strides_of_single_rows_do_not_matter():
     q, k, v = draw(b=1, lq=1)
     odd = q.as_strided(q.shape, (3, q.stride(1), 5, 1))
-    assert launches.unsupported(odd, k, v) is None
+    assert ON_CPU.check(odd, k, v) is None
 
 
 @pytest.mark.parametrize("wrong", [None, "bits", "means", "full", "no audited"])

@@ -66,9 +66,9 @@ class BrokenMeans(ReferenceBackend):
         super().__init__(TileShape(128, 64), torch.float32)
         self.broken = broken
 
-    def forward(self, q, k, v, scale, lists=None, criterion=None, order=None):
+    def forward(self, call, lists=None, criterion=None):
         unordered = self.broken == ("order" if lists is not None else "order of all tiles")
-        return super().forward(q, k, v, scale, lists, criterion, None if unordered else order)
+        return super().forward(call._replace(order=None) if unordered else call, lists, criterion)
 
     def audit_skipped(self, *arguments):
         agreement, power = super().audit_skipped(*arguments)

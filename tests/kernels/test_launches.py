@@ -14,6 +14,7 @@ import interpreted_kernel
 from interpreted_kernel import InterpreterBackend, interpret, why_not
 
 from comfyui_liteattention.attention import LayerState, attend
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.gpu.kernel_table import TILE
 from comfyui_liteattention.backends.gpu.tile_map import TileMapKernels
 from comfyui_liteattention.backends.pooled import audit_skipped
@@ -55,8 +56,8 @@ class WithTorch(InterpreterBackend):
 
     running_scores = True
 
-    def audit_skipped(self, kept, q, pooled, scale, live, full, audited, order=None):
-        return audit_skipped(kept, q, pooled, scale, live, full, audited, TILE, order)
+    def audit_skipped(self, kept, skipped, full, audited):
+        return audit_skipped(kept, skipped, full, audited, TILE)
 
 
 @pytest.fixture
@@ -85,7 +86,9 @@ def count(monkeypatch):
                 own.clear()
                 launches.counts.clear()
                 with launches:
-                    out, _ = attend(layer, backend, *rows, 0.125, settings, (step + 1) / 4, video)
+                    out, _ = attend(
+                        layer, backend, Inputs(*rows, 0.125), settings, (step + 1) / 4, video
+                    )
                     _finite(out)
         return own, launches.counts
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.gpu import launches, qk_int8
 from comfyui_liteattention.backends.gpu.kernel_table import HEAD_DIMS, TILE
 from comfyui_liteattention.backends.gpu.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.policy import lost_mass, next_live
+from comfyui_liteattention.backends.tile_map import mark
+from comfyui_liteattention.policy import lost_mass
 from comfyui_liteattention.tiles import make_lists
 
 pytest.importorskip("triton", reason="triton isn't installed, so there is no kernel to interpret")
@@ -56,9 +58,9 @@ def check(q, k, v, mask=None, criterion="mass", atol=2e-3):
     """The kernels against the twin: whatever differs beyond rounding is a fault of theirs."""
     scale = q.shape[-1] ** -0.5
     lists = None if mask is None else make_lists(mask)
-    got = KERNEL.forward(q, k, v, scale, lists, criterion)
+    got = KERNEL.forward(Inputs(q, k, v, scale), lists, criterion)
     # The very tensors, so that the means are the same to the bit: rounding is a matter of those.
-    want = TWIN.forward(q, k, v, scale, lists, criterion)
+    want = TWIN.forward(Inputs(q, k, v, scale), lists, criterion)
     plain = relative_error(scaled_dot_product_attention(q, k, v, scale=scale), dense_truth(q, k, v))
     assert relative_error(got.out, want.out) <= 2 * plain + 5e-4
     # Float32 has 24 bits of the largest score, which the keys' mean can take away again.
@@ -71,7 +73,7 @@ def check(q, k, v, mask=None, criterion="mass", atol=2e-3):
 
 
 def dense_truth(q, k, v) -> Tensor:
-    return TRUTH.forward(*doubled(q, k, v), q.shape[-1] ** -0.5).out
+    return TRUTH.forward(Inputs(*doubled(q, k, v), q.shape[-1] ** -0.5)).out
 
 
 # ---- the kernels --------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def dense_truth(q, k, v) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantising_matches_its_twin(d, dtype):
     q, k, v = draw(b=2, d=d, dtype=dtype)
-    call = launches.prepare(q, k, v, 0.2, None, None, qk="int8")
+    call = launches.prepare(Inputs(q, k, v, 0.2), None, None, qk="int8")
     for launch in call.launches[:2]:
         interpret(launch)
     mean = qk_int8.mean_key(k)
@@ -117,16 +119,16 @@ def test_ragged_ends(lq, lk):
 def test_naming_every_tile_is_dense_bit_for_bit(criterion):
     q, k, v = draw()
     everything = make_lists(torch.ones(1, 2, *TILE.grid(200, 330), dtype=torch.bool))
-    dense = KERNEL.forward(q, k, v, 0.125)
-    got = KERNEL.forward(q, k, v, 0.125, everything, criterion)
+    dense = KERNEL.forward(Inputs(q, k, v, 0.125))
+    got = KERNEL.forward(Inputs(q, k, v, 0.125), everything, criterion)
     assert torch.equal(got.out, dense.out) and torch.equal(got.lse, dense.lse)
 
 
 @interpreted
 def test_layouts_need_no_copy():
     q, k, v = draw()
-    want = KERNEL.forward(*(x.contiguous() for x in (q, k, v)), 0.125, None, "mass")
-    got = KERNEL.forward(q, k, v, 0.125, None, "mass")
+    want = KERNEL.forward(Inputs(*(x.contiguous() for x in (q, k, v)), 0.125), None, "mass")
+    got = KERNEL.forward(Inputs(q, k, v, 0.125), None, "mass")
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -160,8 +162,8 @@ def test_the_largest_sums_are_exact():
     k[:, :, ::2] = -1
     q[:, :, 0] = -1
     v[:, :, ::2] = 0
-    got = KERNEL.forward(q, k, v, 0.01)
-    want = TRUTH.forward(*doubled(q, k, v), 0.01)
+    got = KERNEL.forward(Inputs(q, k, v, 0.01))
+    want = TRUTH.forward(Inputs(*doubled(q, k, v), 0.01))
     assert torch.allclose(got.out.double(), want.out, rtol=1e-3)
     assert torch.allclose(got.lse, want.lse, rtol=1e-6)
 
@@ -173,7 +175,7 @@ def test_what_is_not_finite_comes_out_as_such(where, value):
     """8 bits have no such values; a run must see that something is wrong all the same."""
     q, k, v = draw(h=1)
     (q if where == "q" else k)[0, 0, 17, 3] = value
-    out = KERNEL.forward(q, k, v, 0.125).out
+    out = KERNEL.forward(Inputs(q, k, v, 0.125)).out
     assert out[0, 0, 17].isnan().all()
     if where == "q":
         assert out[0, 0, :17].isfinite().all() and out[0, 0, 18:].isfinite().all()
@@ -186,14 +188,14 @@ def test_an_audit_compares_like_with_like():
     q, k, v = draw(lq=384)
     mask = draw_mask(q, k, 0.6)
     rows = slice(128, 256)
-    dense = KERNEL.forward(q, k, v, 0.125)
-    audit = KERNEL.forward(q[:, :, rows], k, v, 0.125)
+    dense = KERNEL.forward(Inputs(q, k, v, 0.125))
+    audit = KERNEL.forward(Inputs(q[:, :, rows], k, v, 0.125))
     assert torch.equal(audit.out, dense.out[:, :, rows])
     assert torch.equal(audit.lse, dense.lse[:, :, rows])
-    sparse = KERNEL.forward(q, k, v, 0.125, make_lists(mask))
+    sparse = KERNEL.forward(Inputs(q, k, v, 0.125), make_lists(mask))
     got = lost_mass(sparse.lse[:, :, rows], audit.lse)
     truth, truth_sparse = (
-        TRUTH.forward(*doubled(q, k, v), 0.125, lists) for lists in (None, make_lists(mask))
+        TRUTH.forward(Inputs(*doubled(q, k, v), 0.125), lists) for lists in (None, make_lists(mask))
     )
     want = lost_mass(truth_sparse.lse[:, :, rows], truth.lse[:, :, rows])
     assert (got - want).abs().max() < 5e-3
@@ -208,10 +210,10 @@ def test_the_same_tiles_are_marked():
     k = (k * fading.repeat_interleave(TILE.k)[:650, None]).to(k.dtype)
     everything = make_lists(torch.ones(1, 2, *TILE.grid(256, 650), dtype=torch.bool))
     want = running_scores(q, k, 0.125, everything, TILE, "mass").float()
-    got = KERNEL.forward(q, k, v, 0.125, None, "mass").score
+    got = KERNEL.forward(Inputs(q, k, v, 0.125), None, "mass").score
     pinned = torch.zeros(TILE.grid(256, 650), dtype=torch.bool)
     for threshold in (-6.0, -4.0, -2.0):
-        here, there = (next_live(None, score, threshold, pinned) for score in (got, want))
+        here, there = (mark(None, score, threshold, pinned) for score in (got, want))
         assert 0 < there.float().mean() < 1
         assert ((want - threshold).abs() < 0.15)[here != there].all()
 
@@ -240,9 +242,9 @@ def test_no_less_precise_than_sage_attention(case, monkeypatch):
     if case == "peaked":
         q = 3 * q
     truth = dense_truth(q, k, v)
-    ours = relative_error(TWIN.forward(*doubled(q, k, v), 128**-0.5).out, truth)
+    ours = relative_error(TWIN.forward(Inputs(*doubled(q, k, v), 128**-0.5)).out, truth)
     monkeypatch.setattr(qk_int8, "quantise_queries", per_query_tile)
-    sage = relative_error(TWIN.forward(*doubled(q, k, v), 128**-0.5).out, truth)
+    sage = relative_error(TWIN.forward(Inputs(*doubled(q, k, v), 128**-0.5)).out, truth)
     assert ours <= sage
     assert ours < {"random": 0.012, "common": 0.012, "uneven rows": 0.025, "peaked": 0.035}[case]
 
@@ -250,12 +252,14 @@ def test_no_less_precise_than_sage_attention(case, monkeypatch):
 def test_what_keys_have_in_common_costs_no_precision(monkeypatch):
     q, k, v = draw(d=128, common=5.0)
     truth = dense_truth(q, k, v)
-    smoothed = relative_error(TWIN.forward(*doubled(q, k, v), 128**-0.5).out, truth)
+    smoothed = relative_error(TWIN.forward(Inputs(*doubled(q, k, v), 128**-0.5)).out, truth)
     monkeypatch.setattr(qk_int8, "mean_key", lambda k: torch.zeros_like(k[:, :, 0]).float())
-    assert relative_error(TWIN.forward(*doubled(q, k, v), 128**-0.5).out, truth) > 3 * smoothed
+    assert (
+        relative_error(TWIN.forward(Inputs(*doubled(q, k, v), 128**-0.5)).out, truth) > 3 * smoothed
+    )
 
 
 def test_the_lse_is_that_of_the_unshifted_keys():
     q, k, v = draw(common=5.0)
-    got = TWIN.forward(*doubled(q, k, v), 0.125).lse
-    assert (got - TRUTH.forward(*doubled(q, k, v), 0.125).lse).abs().max() < 0.02
+    got = TWIN.forward(Inputs(*doubled(q, k, v), 0.125)).lse
+    assert (got - TRUTH.forward(Inputs(*doubled(q, k, v), 0.125)).lse).abs().max() < 0.02

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton isn't installed, so there is no ker
 
 from interpreted_kernel import InterpreterBackend, interpret, why_not
 
-from comfyui_liteattention.backends.base import rows_of
+from comfyui_liteattention.backends.base import Inputs, Skipped, rows_of
 from comfyui_liteattention.backends.gpu.kernel_table import TILE
 from comfyui_liteattention.backends.gpu.launches import prepare_skipped
 from comfyui_liteattention.backends.pooled import Pooled, add_skipped, audit_skipped, pool
@@ -41,7 +41,7 @@ def draw(dtype, length, heads, head_dim, sharpness=1.0):
 def kept_part(q, k, v, live, scale):
     """What the attention kernel leaves, exact but for the rounding of the output."""
     lists = make_lists(live)
-    kept = ReferenceBackend(TILE).forward(q.double(), k.double(), v.double(), scale, lists)
+    kept = ReferenceBackend(TILE).forward(Inputs(q.double(), k.double(), v.double(), scale), lists)
     out = kept.out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
     return kept._replace(out=out, lse=kept.lse.float())
 
@@ -58,9 +58,9 @@ def test_it_matches_its_twin(dtype, length, head_dim, sharpness):
     factor = torch.tensor([[1.7, 0.4]])
     wide = Pooled(pooled.keys.double(), pooled.values.double(), pooled.length, pooled.rows)
     want = kept._replace(out=kept.out.double())
-    add_skipped(want, q.double(), wide, scale, pack(live), factor, TILE)
+    add_skipped(want, Skipped(q.double(), wide, scale, pack(live)), factor, TILE)
     before = kept.out.clone()
-    interpret(prepare_skipped(kept, q, pooled, scale, pack(live), factor))
+    interpret(prepare_skipped(kept, Skipped(q, pooled, scale, pack(live)), factor))
     error = (kept.out.double() - want.out).norm() / want.out.norm()
     rounding = (want.out.to(dtype).double() - want.out).norm() / want.out.norm()
     assert error <= 2 * rounding
@@ -75,8 +75,8 @@ def test_an_order_of_queries_changes_nothing_else(length):
     order = torch.randperm(length, generator=torch.Generator().manual_seed(1))
     kept, pooled, factor = kept_part(q, k, v, live, 0.125), pool(k, v, TILE.k), torch.ones(1, 2)
     listed = kept._replace(out=take(kept.out, order), lse=kept.lse[:, :, order].contiguous())
-    interpret(prepare_skipped(listed, take(q, order), pooled, 0.125, pack(live), factor))
-    interpret(prepare_skipped(kept, q, pooled, 0.125, pack(live), factor, order))
+    interpret(prepare_skipped(listed, Skipped(take(q, order), pooled, 0.125, pack(live)), factor))
+    interpret(prepare_skipped(kept, Skipped(q, pooled, 0.125, pack(live), order), factor))
     assert torch.equal(take(kept.out, order), listed.out)
 
 
@@ -99,15 +99,15 @@ def test_an_audit_matches_its_twin(dtype, length, head_dim, sharpness, audited, 
     order = torch.randperm(length, generator=random) if ordered else None
     truth = ReferenceBackend(TILE)
     wide = (q.double(), k.double(), v.double())
-    kept = truth.forward(*wide, scale, make_lists(live), None, order)
-    full = truth.forward(wide[0][:, :, rows_of(audited, TILE, order)], *wide[1:], scale)
+    kept = truth.forward(Inputs(*wide, scale, order), make_lists(live), None)
+    full = truth.forward(Inputs(wide[0][:, :, rows_of(audited, TILE, order)], *wide[1:], scale))
     kept, full = (x._replace(out=x.out.to(dtype), lse=x.lse.float()) for x in (kept, full))
-    case = (q, pooled, scale, pack(live), full, audited)
-    want = audit_skipped(kept, *case, TILE, order)
-    got = KERNEL.audit_skipped(kept, *case, order)
+    case = (kept, Skipped(q, pooled, scale, pack(live), order), full, audited)
+    want = audit_skipped(*case, TILE)
+    got = KERNEL.audit_skipped(*case)
     for ours, theirs in zip(got, want, strict=True):
         assert (ours - theirs).abs().max() <= 0.01 * theirs.abs().max()
-    again = KERNEL.audit_skipped(kept, *case, order)
+    again = KERNEL.audit_skipped(*case)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
@@ -126,7 +126,7 @@ def test_nothing_to_add_changes_no_bit(case):
     factor = torch.full((1, 1), 0.0 if case == "a factor of 0" else 1.0)
     kept = kept_part(q, k, v, live, 0.125)
     before = kept.out.clone()
-    interpret(prepare_skipped(kept, q, pool(k, v, TILE.k), 0.125, pack(live), factor))
+    interpret(prepare_skipped(kept, Skipped(q, pool(k, v, TILE.k), 0.125, pack(live)), factor))
     assert torch.equal(kept.out, before)
 
 
@@ -134,4 +134,6 @@ def test_maps_of_another_shape_are_refused():
     q, k, v, live = draw(torch.float16, 300, 1, 64)
     kept = kept_part(q, k, v, live, 0.125)
     with pytest.raises(ValueError, match="don't fit"):
-        prepare_skipped(kept, q, pool(k, v, TILE.k), 0.125, pack(live)[:, :, :1], torch.ones(1, 1))
+        prepare_skipped(
+            kept, Skipped(q, pool(k, v, TILE.k), 0.125, pack(live)[:, :, :1]), torch.ones(1, 1)
+        )

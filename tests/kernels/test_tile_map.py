@@ -11,10 +11,10 @@ pytest.importorskip("triton", reason="triton isn't installed, so there is no ker
 
 from interpreted_kernel import interpret, why_not
 
-from comfyui_liteattention import policy
-from comfyui_liteattention.backends import torch_tile_map
+from comfyui_liteattention.backends import tile_map as torch_tile_map
 from comfyui_liteattention.backends.gpu.kernel_table import MAP_KERNELS
 from comfyui_liteattention.backends.gpu.tile_map import TileMapKernels, TileMaps, failure, problem
+from comfyui_liteattention.backends.tile_map import mark
 from comfyui_liteattention.tiles import make_lists, pack, unpack
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -38,7 +38,7 @@ def draw(shape, seed=0):
 def test_marking_matches_its_twin(shape, all_live, threshold):
     score, live, pinned = draw(shape)
     mask = None if all_live else live
-    want = pack(policy.next_live(mask, score, threshold, pinned))
+    want = pack(mark(mask, score, threshold, pinned))
     got = FUSED.next_live(None if mask is None else pack(mask), score, threshold, pinned)
     assert torch.equal(got, want)
 
@@ -53,7 +53,7 @@ def test_marking_odd_scores_matches_its_twin(case):
     if case == "equal":
         score.fill_(-1)
     threshold = 1.0 if case == "all negligible" else -3.0
-    want = pack(policy.next_live(live, score, threshold, pinned))
+    want = pack(mark(live, score, threshold, pinned))
     assert torch.equal(FUSED.next_live(pack(live), score, threshold, pinned), want)
 
 

@@ -8,7 +8,9 @@ import importlib.util
 import pytest
 import torch
 
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.gpu import jit
+from comfyui_liteattention.backends.gpu.backend import KernelBackend
 from comfyui_liteattention.backends.gpu.kernel_table import ATTEND, CONFIGS, TILE, Config, Variant
 from comfyui_liteattention.backends.gpu.qk_int8 import Int8Reference
 from comfyui_liteattention.backends.reference import ReferenceBackend
@@ -31,7 +33,7 @@ def amd(monkeypatch):
 
 
 def test_reasons(monkeypatch):
-    backend = jit.TritonBackend()
+    backend = KernelBackend(jit.JitLauncher())
     assert "on cpu" in backend.unavailable(CPU)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert backend.unavailable(CARD) == "triton isn't installed"
@@ -43,7 +45,7 @@ def test_reasons(monkeypatch):
 )
 def test_amd_cards_have_their_own_tiles(amd, architecture, tile):
     amd(architecture)
-    assert jit.TritonBackend().tile_shape(128) == tile
+    assert KernelBackend(jit.JitLauncher()).tile_shape(128) == tile
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_amd_cards_have_their_own_tiles(amd, architecture, tile):
 def test_nvidia_cards_use_the_table(monkeypatch, capability, qk, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     kernel = Variant(128, "bf16", True, "mass", qk)
-    assert jit.TritonBackend(qk)._config(kernel, CARD) == expected
+    assert jit.JitLauncher()._config(kernel, CARD) == expected
 
 
 @pytest.mark.parametrize(
@@ -66,8 +68,8 @@ def test_nvidia_cards_use_the_table(monkeypatch, capability, qk, expected):
 def test_int8_is_left_out_where_the_table_says_so(monkeypatch, capability, missing):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "somewhere")
-    assert jit.TritonBackend().unavailable(CARD) is None
-    assert (jit.TritonBackend("int8").unavailable(CARD) is not None) == missing
+    assert jit.JitLauncher().missing(CARD, "native") is None
+    assert (jit.JitLauncher().missing(CARD, "int8") is not None) == missing
 
 
 def test_another_size_is_compiled_already(monkeypatch):
@@ -78,24 +80,23 @@ def test_another_size_is_compiled_already(monkeypatch):
     assert unspecialised == ["heads", "lq", "lk", "tk", "ordered"]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("qk, reference", [("native", ReferenceBackend), ("int8", Int8Reference)])
-def test_the_launch_is_right(monkeypatch, qk, reference, compiled):
+def test_the_launch_is_right(monkeypatch, qk, reference):
     """With the tiles of another card than the prebuilt kernels'."""
     pytest.importorskip("triton", reason="triton isn't installed, so there is nothing to launch")
     from interpreted_kernel import why_not
 
     if reason := why_not():
         pytest.skip(reason)
-    backend = jit.TritonBackend(qk)
-    backend._amd = (TileShape(64, 32), Config(4, 1))
+    launcher = jit.JitLauncher()
+    launcher.tile, launcher._amd = TileShape(64, 32), (TileShape(64, 32), Config(4, 1))
+    backend = KernelBackend(launcher, qk)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     q, k, v = (torch.randn(1, 1, 100, 64, dtype=torch.float16) for _ in range(3))
     lists = make_lists(torch.tensor([[[[1, 1, 0, 1], [0, 1, 0, 0]]]], dtype=torch.bool))
-    forward = torch.compile(backend.forward, backend="eager") if compiled else backend.forward
-    got = forward(q, k, v, 0.125, lists, "mass")
-    want = reference(TileShape(64, 32)).forward(q, k, v, 0.125, lists, "mass")
+    got = backend.forward(Inputs(q, k, v, 0.125), lists, "mass")
+    want = reference(TileShape(64, 32)).forward(Inputs(q, k, v, 0.125), lists, "mass")
     assert torch.allclose(got.out, want.out, atol=2e-3) and torch.allclose(
         got.lse, want.lse, atol=1e-4
     )

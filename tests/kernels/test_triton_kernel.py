@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton isn't installed, so there is no ker
 from interpreted_kernel import InterpreterBackend, why_not
 from running_scores import running_scores
 
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.gpu.kernel_table import HEAD_DIMS, TILE
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import TileLists, make_lists
@@ -41,7 +42,7 @@ def draw_mask(q: Tensor, k: Tensor, kept=0.5, seed=0) -> Tensor:
 
 
 def truth(q, k, v, scale, lists, criterion=None):
-    return TRUTH.forward(q.double(), k.double(), v.double(), scale, lists, criterion)
+    return TRUTH.forward(Inputs(q.double(), k.double(), v.double(), scale), lists, criterion)
 
 
 def relative_error(out: Tensor, want: Tensor) -> float:
@@ -61,7 +62,7 @@ def check(q, k, v, mask=None, scale=None, criterion="mass", atol=1e-5):
     """One call against the truth: output, LSE and scores. Returns the kernel's result."""
     scale = scale if scale is not None else q.shape[-1] ** -0.5
     lists = None if mask is None else make_lists(mask)
-    got = KERNEL.forward(q, k, v, scale, lists, criterion)
+    got = KERNEL.forward(Inputs(q, k, v, scale), lists, criterion)
     want = truth(q, k, v, scale, lists, criterion)
     allowed = 2 * plain_error(q, k, v, scale, mask, want.out)
     assert relative_error(got.out, want.out) <= allowed + 1e-7
@@ -87,8 +88,8 @@ def test_an_order_of_queries_changes_nothing_else(dtype, d, listed):
     )
     lists = make_lists(draw_mask(q, k)) if listed else None
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
-    want = KERNEL.forward(take(q, order), k, v, 0.1, lists, "mass")
-    got = KERNEL.forward(q, k, v, 0.1, lists, "mass", order)
+    want = KERNEL.forward(Inputs(take(q, order), k, v, 0.1), lists, "mass")
+    got = KERNEL.forward(Inputs(q, k, v, 0.1, order), lists, "mass")
     assert torch.equal(take(got.out, order), want.out)
     assert torch.equal(got.lse[:, :, order], want.lse) and torch.equal(got.score, want.score)
 
@@ -97,7 +98,7 @@ def test_an_order_that_does_not_fit_is_refused():
     q, k, v = draw(h=1)
     for order in (torch.arange(199), torch.arange(200, dtype=torch.int32)):
         with pytest.raises(ValueError, match="order"):
-            KERNEL.forward(q, k, v, 0.1, order=order)
+            KERNEL.forward(Inputs(q, k, v, 0.1, order))
 
 
 @pytest.mark.parametrize("d", HEAD_DIMS)
@@ -128,7 +129,9 @@ def test_nothing_beyond_the_ends_is_used():
         bigger = torch.full((1, 1, 512, 64), math.nan, dtype=tensor.dtype)
         bigger[:, :, : tensor.shape[2]] = tensor
         inside.append(bigger[:, :, : tensor.shape[2]])
-    assert torch.equal(KERNEL.forward(*inside, 0.125).out, KERNEL.forward(q, k, v, 0.125).out)
+    assert torch.equal(
+        KERNEL.forward(Inputs(*inside, 0.125)).out, KERNEL.forward(Inputs(q, k, v, 0.125)).out
+    )
 
 
 def test_layouts_need_no_copy():
@@ -138,8 +141,8 @@ def test_layouts_need_no_copy():
     q, k, v = (fused[:, :, i].transpose(1, 2) for i in range(3))
     wide = torch.zeros(b, h, length, d + 8, dtype=torch.bfloat16)
     wide[..., :d] = k
-    want = KERNEL.forward(*(x.contiguous() for x in (q, k, v)), 0.1)
-    got = KERNEL.forward(q, wide[..., :d], v, 0.1)
+    want = KERNEL.forward(Inputs(*(x.contiguous() for x in (q, k, v)), 0.1))
+    got = KERNEL.forward(Inputs(q, wide[..., :d], v, 0.1))
     assert torch.equal(got.out, want.out) and torch.equal(got.lse, want.lse)
     assert got.out.transpose(1, 2).is_contiguous(), "out keeps the queries' layout"
 
@@ -153,8 +156,8 @@ def test_batch_and_heads_have_their_own_lists():
 def test_naming_every_tile_is_dense_bit_for_bit(criterion):
     q, k, v = draw(dtype=torch.bfloat16)
     everything = make_lists(torch.ones(1, 2, *TILE.grid(200, 330), dtype=torch.bool))
-    dense = KERNEL.forward(q, k, v, 0.125)
-    got = KERNEL.forward(q, k, v, 0.125, everything, criterion)
+    dense = KERNEL.forward(Inputs(q, k, v, 0.125))
+    got = KERNEL.forward(Inputs(q, k, v, 0.125), everything, criterion)
     assert torch.equal(got.out, dense.out) and torch.equal(got.lse, dense.lse)
 
 
@@ -170,7 +173,7 @@ def test_empty_list_is_an_empty_softmax():
     q, k, v = draw(h=1)
     mask = torch.ones(1, 1, *TILE.grid(200, 330), dtype=torch.bool)
     mask[:, :, 0] = False
-    got = KERNEL.forward(q, k, v, 0.125, make_lists(mask), "mass")
+    got = KERNEL.forward(Inputs(q, k, v, 0.125), make_lists(mask), "mass")
     assert (got.out[:, :, :128] == 0).all() and (got.lse[:, :, :128] == -math.inf).all()
     assert got.out[:, :, 128:].isfinite().all()
     assert (got.score[:, :, 0] == -math.inf).all()
@@ -179,10 +182,10 @@ def test_empty_list_is_an_empty_softmax():
 def test_padding_of_the_lists_is_never_used():
     q, k, v = draw(h=1)
     lists = make_lists(draw_mask(q, k))
-    want = KERNEL.forward(q, k, v, 0.125, lists, "gap")
+    want = KERNEL.forward(Inputs(q, k, v, 0.125), lists, "gap")
     places = torch.arange(lists.index.shape[-1])
     garbage = torch.where(places < lists.count.unsqueeze(-1), lists.index, 2**30)
-    got = KERNEL.forward(q, k, v, 0.125, TileLists(lists.count, garbage), "gap")
+    got = KERNEL.forward(Inputs(q, k, v, 0.125), TileLists(lists.count, garbage), "gap")
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -192,7 +195,7 @@ def test_visiting_order_is_the_lists():
     mask = torch.ones(1, 1, *TILE.grid(200, 330), dtype=torch.bool)
     forth = make_lists(mask)
     back = TileLists(forth.count, forth.index.flip(-1).contiguous())
-    a, b = (KERNEL.forward(q, k, v, 0.125, x, "mass") for x in (forth, back))
+    a, b = (KERNEL.forward(Inputs(q, k, v, 0.125), x, "mass") for x in (forth, back))
     assert relative_error(b.out, a.out.double()) < 4e-3
     assert (a.score[..., 0] == 0).all() and (b.score[..., -1] == 0).all()
     for lists, got in ((forth, a), (back, b)):

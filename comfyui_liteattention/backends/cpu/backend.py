@@ -27,14 +27,31 @@ import torch
 from torch import Tensor
 
 from ...tiles import TileLists, TileShape
-from ..base import Attended, Criterion, Rows, check_order, empty_out, pick
-from ..pooled import Agreement, Pooled, audit_skipped
+from .. import kernel_selftest
+from ..base import (
+    Agreement,
+    Attended,
+    Backend,
+    Criterion,
+    Inputs,
+    Rows,
+    Skipped,
+    check_order,
+    empty_out,
+    some_of,
+)
+from ..constraints import Constraints
+from ..pooled import audit_skipped
 
 KERNELS = "_liteattention_cpu_kernels"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEAD_DIMS = range(32, 257, 8)
+CONSTRAINTS = Constraints(
+    device="cpu",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    head_dims=range(32, 257, 8),
+)
 # Packed keys and values of this many bytes live at once: bounds memory, not speed.
 WORKSPACE_BYTES = 64 << 20
+LOG2E = math.log2(math.e)
 
 _importing = threading.Lock()
 
@@ -43,153 +60,104 @@ Task = Callable[[int, int, int, int], None]
 
 
 class CpuBackend:
-    """Tile attention on the CPU through numba. See :class:`~.base.Backend`."""
+    """Tile attention on the CPU through numba. See :class:`~..base.Backend`."""
 
     name = "cpu"
     running_scores = False
     tile = TileShape(64, 64)
 
+    def __init__(self) -> None:
+        self._verdicts = kernel_selftest.Verdicts()
+
     def tile_shape(self, head_dim: int) -> TileShape:
         return self.tile
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        if any(t.device.type != "cpu" for t in (q, k, v)):
-            return "the tensors are not on the CPU"
-        if any(t.dtype not in DTYPES or t.dtype != q.dtype for t in (q, k, v)):
-            return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: need one of float32, bfloat16, float16"
-        if any(t.dim() != 4 for t in (q, k, v)) or k.shape != v.shape:
-            return "q, k, v must be [B, H, L, D], with k and v of the same shape"
-        if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-            return "q and k must have the same batch, heads and head_dim"
-        if q.shape[3] not in HEAD_DIMS:
-            return f"head_dim {q.shape[3]} is not a multiple of 8 from 32 to 256"
-        if q.numel() == 0 or k.numel() == 0:
-            return "there are no queries or no keys"
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-            return "gradients are needed"
+        return CONSTRAINTS.check(q, k, v)
+
+    def provide(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Backend | str:
+        """Tested once, with what compiles fastest: all head_dims and dtypes are the same code."""
         kernels = _load_kernels()
-        return kernels if isinstance(kernels, str) else None
+        reason = kernels if isinstance(kernels, str) else None
+        return reason or self._verdicts.of(self, 64, torch.float32, device) or self
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        lists: TileLists | None = None,
-        criterion: Criterion | None = None,
-        order: Tensor | None = None,
+        self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
     ) -> Attended:
-        return self._attend(k, v, scale, (q, lists, criterion, order))[0]
+        return self._attend((call, lists, criterion))[0]
 
     def forward_and_audit(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        lists: TileLists | None,
-        criterion: Criterion | None,
-        order: Tensor | None,
-        audited: Rows,
+        self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: Rows
     ) -> tuple[Attended, Attended]:
         """The keys are packed once."""
-        some = (pick(q, audited), None, None, None)
-        both = self._attend(k, v, scale, (q, lists, criterion, order), some)
-        return both[0], both[1]
+        kept, full = self._attend((call, lists, criterion), (some_of(call, audited), None, None))
+        return kept, full
 
-    def _attend(
-        self,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        *calls: tuple[Tensor, TileLists | None, Criterion | None, Tensor | None],
-    ) -> list[Attended]:
-        """One result for each of the ``calls``: queries, lists, criterion and order."""
+    def _attend(self, *calls: tuple[Inputs, TileLists | None, Criterion | None]) -> list[Attended]:
+        """One result for each of the ``calls``, which have the same keys and values."""
         kernels = _load_kernels()
         if isinstance(kernels, str):
             raise RuntimeError(kernels)
+        k, v = calls[0][0][1:3]
         b, h, lk, d = k.shape
         tk = -(-lk // self.tile.k)
         d_padded = kernels.padded(d)
         bytes_per_head = 4 * tk * kernels.TILE * (d + d_padded)
         heads_at_once = min(b * h, max(1, WORKSPACE_BYTES // bytes_per_head))
-        keys = _floats(heads_at_once, tk, kernels.TILE, d)
-        values = _floats(heads_at_once, tk, d_padded // kernels.LANES, kernels.TILE, kernels.LANES)
-        packing = _packing(kernels, k, v, keys, values)
-        results, tasks = zip(
-            *(_call(kernels, *call, lk, scale, keys, values) for call in calls), strict=True
-        )
+        panels = _panels(kernels, heads_at_once, tk, d)
+        packing = _packing(kernels, k, v, panels)
+        made = [_call(kernels, call, panels) for call in calls]
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(threads) as pool:  # per call: safe after fork and in any thread
             for first in range(0, b * h, heads_at_once):
-                heads = list(enumerate(range(first, min(first + heads_at_once, b * h))))
-                _run_all(pool, packing, heads, _runs(tk, threads))
-                for (q, *_), task in zip(calls, tasks, strict=True):
-                    _run_all(pool, task, heads, _runs(-(-q.shape[2] // self.tile.q), 4 * threads))
-        return list(results)
+                heads = range(first, min(first + heads_at_once, b * h))
+                _run_all(pool, packing, heads, tk, threads)
+                for result, task in made:
+                    query_tiles = -(-result.lse.shape[2] // self.tile.q)
+                    _run_all(pool, task, heads, query_tiles, 4 * threads)
+        return [result for result, _ in made]
 
-    def add_skipped(
-        self,
-        kept: Attended,
-        q: Tensor,
-        pooled: Pooled,
-        scale: float,
-        live: Tensor,
-        factor: Tensor,
-        order: Tensor | None = None,
-    ) -> None:
-        """As :func:`~.pooled.add_skipped`, compiled."""
+    def add_skipped(self, kept: Attended, skipped: Skipped, factor: Tensor) -> None:
+        """As :func:`~..pooled.add_skipped`, compiled."""
         kernels = _load_kernels()
+        q, pooled, scale, live, order = skipped
         b, h, _, d = q.shape
-        tk = pooled.keys.shape[2]
-        chunks = -(-tk // kernels.TILE)
-        d_padded = kernels.padded(d)
-        keys = _floats(b * h, chunks, kernels.TILE, d)
-        values = _floats(b * h, chunks, d_padded // kernels.LANES, kernels.TILE, kernels.LANES)
-        q_heads, out_heads = _head_arrays(q), _head_arrays(kept.out)
-        packing = _packing(kernels, pooled.keys, pooled.values, keys, values)
-        lse_heads = kept.lse.flatten(0, 1).numpy()
-        live_heads = live.flatten(0, 1).numpy()
-        log_count = (pooled.log_count / math.log(2)).numpy()
-        gains = factor.flatten().tolist()
+        chunks = -(-pooled.keys.shape[2] // kernels.TILE)
+        panels = keys, values = _panels(kernels, b * h, chunks, d)
+        q_array, out_array = _array(q), _array(kept.out)
+        packing = _packing(kernels, pooled.keys, pooled.values, panels)
+        lse, bits = kept.lse.numpy(), live.numpy()
+        log_count = (pooled.log_count * LOG2E).numpy()
+        gains = factor.tolist()
         queries = _query_order(order, q.shape[2])
 
         def add(slot: int, head: int, start: int, stop: int) -> None:
+            at = divmod(head, h)
             kernels.add_skipped(
-                q_heads[head],
+                q_array[at],
                 queries,
                 keys[slot],
                 values[slot],
                 log_count,
-                live_heads[head],
+                bits[at],
                 start,
                 stop,
-                scale * math.log2(math.e),
-                gains[head],
-                out_heads[head],
-                lse_heads[head],
-                _workspace(kernels, d, d_padded, visits=1),
+                scale * LOG2E,
+                gains[at[0]][at[1]],
+                out_array[at],
+                lse[at],
+                _workspace(kernels, d, visits=1),
             )
 
-        heads = [(head, head) for head in range(b * h)]
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(threads) as pool:
-            _run_all(pool, packing, heads, [(0, chunks)])
-            _run_all(pool, add, heads, _runs(live.shape[2], threads))
+            _run_all(pool, packing, range(b * h), chunks, 1)
+            _run_all(pool, add, range(b * h), live.shape[2], threads)
 
     def audit_skipped(
-        self,
-        kept: Attended,
-        q: Tensor,
-        pooled: Pooled,
-        scale: float,
-        live: Tensor,
-        full: Attended,
-        audited: range,
-        order: Tensor | None = None,
+        self, kept: Attended, skipped: Skipped, full: Attended, audited: range
     ) -> Agreement:
-        return audit_skipped(kept, q, pooled, scale, live, full, audited, self.tile, order)
+        return audit_skipped(kept, skipped, full, audited, self.tile)
 
     def tile_map(self, device: torch.device) -> None:
         return None
@@ -235,121 +203,117 @@ def _floats(*shape: int) -> Any:
     return torch.empty(shape, dtype=torch.float32, device="cpu").numpy()
 
 
-def _workspace(kernels: Any, d: int, d_padded: int, visits: int) -> tuple[Any, ...]:
+def _panels(kernels: Any, heads: int, tk: int, d: int) -> tuple[Any, Any]:
+    """Memory for the packed keys and values of so many heads: see ``kernels.pack``."""
+    groups = kernels.padded(d) // kernels.LANES
+    keys = _floats(heads, tk, kernels.TILE, d)
+    return keys, _floats(heads, tk, groups, kernels.TILE, kernels.LANES)
+
+
+def _workspace(kernels: Any, d: int, visits: int) -> tuple[Any, ...]:
     """What one thread needs for one query tile at a time: ``work`` of ``kernels.attend``."""
     tile = kernels.TILE
-    shapes = ((kernels.GROUPS, d, kernels.LANES), (tile, tile), (tile, d_padded))
+    shapes = ((kernels.GROUPS, d, kernels.LANES), (tile, tile), (tile, kernels.padded(d)))
     return tuple(_floats(*shape) for shape in (*shapes, (3, tile), (3, visits, tile)))
 
 
 def _call(
     kernels: Any,
-    q: Tensor,
-    lists: TileLists | None,
-    criterion: Criterion | None,
-    order: Tensor | None,
-    lk: int,
-    scale: float,
-    keys: Any,
-    values: Any,
+    made: tuple[Inputs, TileLists | None, Criterion | None],
+    panels: tuple[Any, Any],
 ) -> tuple[Attended, Task]:
     """A result, and the task that fills it from packed keys and values: ``kernels.attend``."""
+    (q, k, _, scale, order), lists, criterion = made
+    keys, values = panels
     b, h, lq, d = q.shape
     tq, tk = -(-lq // kernels.TILE), keys.shape[1]
-    d_padded = values.shape[2] * kernels.LANES
-    counts, index = _list_arrays(lists, b * h, tq, tk)
+    counts, index = _list_arrays(lists, (b, h, tq, tk))
     out = empty_out(q)
     lse = torch.empty(b, h, lq, dtype=torch.float32, device="cpu")
     score = None
     if criterion:
         score = torch.full((b, h, tq, tk), -math.inf, dtype=torch.float32, device="cpu")
-    q_heads, out_heads = _head_arrays(q), _head_arrays(out)
-    lse_heads = lse.view(b * h, lq).numpy()
-    score_heads = _floats(b * h, 0, tk) if score is None else score.view(-1, tq, tk).numpy()
+    q_array, out_array, lse_array = _array(q), _array(out), lse.numpy()
+    score_array = _floats(b, h, 0, tk) if score is None else score.numpy()
     rule = {None: 0, "mass": kernels.MASS, "gap": kernels.GAP}[criterion]
     queries = _query_order(order, lq)
 
     def attend(slot: int, head: int, start: int, stop: int) -> None:
+        at = divmod(head, h)
         kernels.attend(
-            q_heads[head],
+            q_array[at],
             queries,
             keys[slot],
             values[slot],
-            counts[head],
-            index[head],
+            counts[at],
+            index[at],
             start,
             stop,
-            lk,
-            scale * math.log2(math.e),
+            k.shape[2],
+            scale * LOG2E,
             rule,
-            out_heads[head],
-            lse_heads[head],
-            score_heads[head],
-            _workspace(kernels, d, d_padded, visits=tk if rule else 1),
+            out_array[at],
+            lse_array[at],
+            score_array[at],
+            _workspace(kernels, d, visits=tk if rule else 1),
         )
 
     return Attended(out, lse, score), attend
 
 
-def _packing(kernels: Any, k: Tensor, v: Tensor, keys: Any, values: Any) -> Task:
-    """The task that packs ``k, v [B, H, L, D]`` into workspaces: see ``kernels.pack``."""
-    k_heads, v_heads = _head_arrays(k), _head_arrays(v)
+def _packing(kernels: Any, k: Tensor, v: Tensor, panels: tuple[Any, Any]) -> Task:
+    """The task that packs ``k, v [B, H, L, D]`` into memory: see ``kernels.pack``."""
+    k_array, v_array = _array(k), _array(v)
+    keys, values = panels
 
     def pack(slot: int, head: int, start: int, stop: int) -> None:
-        kernels.pack(k_heads[head], v_heads[head], start, stop, keys[slot], values[slot])
+        at = divmod(head, k.shape[1])
+        kernels.pack(k_array[at], v_array[at], start, stop, keys[slot], values[slot])
 
     return pack
 
 
-def _head_arrays(x: Tensor) -> list[Any]:
-    """``x [B, H, L, D]`` -> B * H numpy views ``[L, D]``; 16-bit formats as their bits."""
+def _array(x: Tensor) -> Any:
+    """``x [B, H, L, D]`` as a numpy view; 16-bit formats as their bits."""
     x = x.detach()
     if x.dtype == torch.bfloat16:
-        array = x.view(torch.int16).numpy()
-    elif x.dtype == torch.float16:
-        array = x.numpy().view("uint16")
-    else:
-        array = x.numpy()
-    return [head for sample in array for head in sample]
+        return x.view(torch.int16).numpy()
+    return x.numpy().view("uint16") if x.dtype == torch.float16 else x.numpy()
 
 
 def _query_order(order: Tensor | None, lq: int) -> Any:
     """``[Lq]`` int64: the query of each row of the map."""
     if order is None:
-        order = torch.arange(lq, device="cpu")
+        return torch.arange(lq, device="cpu").numpy()
     check_order(order, lq)
     return order.contiguous().numpy()
 
 
-def _list_arrays(lists: TileLists | None, heads: int, tq: int, tk: int) -> tuple[Any, Any]:
-    """``counts [heads, Tq]`` and ``index [heads, Tq or 1, Tk]``, int32."""
+def _list_arrays(lists: TileLists | None, shape: tuple[int, int, int, int]) -> tuple[Any, Any]:
+    """``counts [B, H, Tq]`` and ``index [B, H, Tq or 1, Tk]``, int32, for a map of this shape."""
+    b, h, tq, tk = shape
     if lists is None:
-        counts = torch.full((1, tq), tk, dtype=torch.int32, device="cpu").expand(heads, tq)
-        every = torch.arange(tk, dtype=torch.int32, device="cpu").expand(heads, 1, tk)
+        counts = torch.full((1, 1, tq), tk, dtype=torch.int32, device="cpu").expand(b, h, tq)
+        every = torch.arange(tk, dtype=torch.int32, device="cpu").expand(b, h, 1, tk)
         return counts.numpy(), every.numpy()
-    if lists.count.numel() != heads * tq or lists.index.numel() != heads * tq * tk:
+    if lists.count.numel() != b * h * tq or lists.index.numel() != b * h * tq * tk:
         raise ValueError(
             f"tile lists {tuple(lists.count.shape)}, {tuple(lists.index.shape)} don't fit "
-            f"{heads} heads of {tq} x {tk} tiles"
+            f"{b * h} heads of {tq} x {tk} tiles"
         )
-    counts = lists.count.to("cpu", torch.int32).reshape(heads, tq).contiguous()
-    index = lists.index.to("cpu", torch.int32).reshape(heads, tq, tk).contiguous()
+    counts = lists.count.to("cpu", torch.int32).reshape(b, h, tq).contiguous()
+    index = lists.index.to("cpu", torch.int32).reshape(b, h, tq, tk).contiguous()
     return counts.numpy(), index.numpy()
 
 
-def _runs(length: int, parts: int) -> list[tuple[int, int]]:
-    """``range(length)`` cut into about ``parts`` runs ``(start, stop)``."""
+def _run_all(pool: ThreadPoolExecutor, task: Task, heads: range, length: int, parts: int) -> None:
+    """``task(slot, head, start, stop)`` for all heads, in about so many parts of ``length`` each,
+    in parallel; its errors surface."""
     size = -(-length // parts)
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def _run_all(
-    pool: ThreadPoolExecutor,
-    task: Task,
-    heads: list[tuple[int, int]],
-    runs: list[tuple[int, int]],
-) -> None:
-    """``task(slot, head, start, stop)`` for all heads and runs in parallel; its errors surface."""
-    jobs = [pool.submit(task, *head, *run) for head in heads for run in runs]
+    jobs = [
+        pool.submit(task, slot, head, start, min(start + size, length))
+        for slot, head in enumerate(heads)
+        for start in range(0, length, size)
+    ]
     for job in jobs:
         job.result()

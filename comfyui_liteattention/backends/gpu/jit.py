@@ -14,11 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...tiles import TileLists, TileShape
-from .. import kernel_selftest
-from ..base import Attended, Criterion, Qk, TileMap
-from ..pooled import Agreement, Pooled
-from . import launches, tile_map
+from ...tiles import TileShape
+from ..base import Qk
 from .kernel_table import (
     ADD_SKIPPED,
     ARCHS,
@@ -30,6 +27,7 @@ from .kernel_table import (
     Entry,
     Kernel,
 )
+from .launches import Launch
 
 #: AMD architecture prefix -> (tile, warps, stages), from compiled registers only.
 AMD = {
@@ -39,94 +37,24 @@ AMD = {
 _NEAREST = 80  # configurations of an NVIDIA card that isn't in the table
 
 
-class TritonBackend:
-    """See :class:`~.base.Backend`."""
+class JitLauncher:
+    """Compiles a kernel when it is first launched."""
 
-    running_scores = True
+    name = "triton"
 
-    def __init__(self, qk: Qk = "native") -> None:
-        self.qk = qk
-        self.name = "triton" if qk == "native" else f"triton, {qk}"
-        self._verdicts = kernel_selftest.Verdicts()
-        self._maps = tile_map.TileMaps(self._launch)
+    def __init__(self) -> None:
         self._amd = _amd_setting()
+        self.tile = self._amd[0] if self._amd else TILE
 
-    def tile_shape(self, head_dim: int) -> TileShape:
-        return self._amd[0] if self._amd else TILE
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why this backend can't work on a device at all, or None."""
-        if device.type != "cuda":
-            return f"tensors on {device.type}, not on a graphics card"
+    def missing(self, device: torch.device, qk: Qk) -> str | None:
+        """Why nothing can be compiled for this card, or None."""
         if importlib.util.find_spec("triton") is None:
             return "triton isn't installed"
-        if self.qk not in _modes(device):
-            return f"no {self.qk} for this compute capability: it would be slower"
+        if qk not in _modes(device):
+            return f"no {qk} for this compute capability: it would be slower"
         return None
 
-    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        reason = self.unavailable(q.device) or launches.unsupported(q, k, v)
-        return reason or self.untrusted(q.device.index or 0, q.shape[-1], q.dtype)
-
-    @torch.compiler.assume_constant_result
-    def untrusted(self, number: int, head_dim: int, dtype: torch.dtype) -> str | None:
-        return self._verdicts.of(self, head_dim, dtype, torch.device("cuda", number), self.qk)
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        lists: TileLists | None = None,
-        criterion: Criterion | None = None,
-        order: Tensor | None = None,
-    ) -> Attended:
-        tile = self.tile_shape(q.shape[-1])
-        call = launches.prepare(q, k, v, scale, lists, criterion, order, tile, self.qk)
-        for launch in call.launches:
-            self._launch(launch, q.device)
-        return call.finish()
-
-    def add_skipped(
-        self,
-        kept: Attended,
-        q: Tensor,
-        pooled: Pooled,
-        scale: float,
-        live: Tensor,
-        factor: Tensor,
-        order: Tensor | None = None,
-    ) -> None:
-        tile = self.tile_shape(q.shape[-1])
-        launch = launches.prepare_skipped(kept, q, pooled, scale, live, factor, order, tile)
-        self._launch(launch, q.device)
-
-    def audit_skipped(
-        self,
-        kept: Attended,
-        q: Tensor,
-        pooled: Pooled,
-        scale: float,
-        live: Tensor,
-        full: Attended,
-        audited: range,
-        order: Tensor | None = None,
-    ) -> Agreement:
-        tile = self.tile_shape(q.shape[-1])
-        launch, sums = launches.prepare_audit(
-            kept, q, pooled, scale, live, full, audited, order, tile
-        )
-        self._launch(launch, q.device)
-        return launches.agreement(sums)
-
-    def tile_map(self, device: torch.device) -> TileMap | None:
-        """See tile_map.py."""
-        return self._maps.of(device)
-
-    # torch's compiler need not look into triton's.
-    @torch.compiler.disable
-    def _launch(self, launch: launches.Launch, device: torch.device) -> None:
+    def launch(self, launch: Launch, device: torch.device) -> None:
         config = self._config(launch.kernel, device)
         # A kernel doesn't look at pointers that its variant leaves out, but triton wants tensors.
         anything = next(a for a in launch.arguments if isinstance(a, Tensor))
@@ -134,7 +62,7 @@ class TritonBackend:
         with torch.cuda.device(device):
             for_any_size(launch.kernel.entry)[launch.grid](
                 *arguments,
-                **launch.kernel.constants(self._amd[0] if self._amd else TILE),
+                **launch.kernel.constants(self.tile),
                 num_warps=config.warps,
                 num_stages=config.stages,
             )

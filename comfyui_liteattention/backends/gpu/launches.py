@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from ...tiles import TileLists, TileShape
-from ..base import Attended, Criterion, Qk, check_order, empty_out
-from ..pooled import Agreement, Pooled
+from ..base import (
+    Agreement,
+    Attended,
+    Criterion,
+    Inputs,
+    Pooled,
+    Qk,
+    Skipped,
+    check_order,
+    empty_out,
+)
+from ..constraints import Constraints, short
 from . import qk_int8
 from .kernel_table import (
     ADD_SKIPPED,
@@ -31,8 +41,16 @@ from .kernel_table import (
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 LOG2E = math.log2(math.e)
 Argument: TypeAlias = Tensor | int | float | None
-_GRID_Y = 65535
-_INT32 = 2**31
+#: What the compiled code takes for granted.
+CONSTRAINTS = Constraints(
+    device="cuda",
+    dtypes=tuple(DTYPE_NAMES),
+    head_dims=HEAD_DIMS,
+    alignment=POINTER_ALIGNMENT,
+    stride=STRIDE_ALIGNMENT,
+    most_heads=65535,  # the second side of a grid
+    rows=max(TILE.q, TILE.k),
+)
 
 
 class Launch(NamedTuple):
@@ -60,60 +78,15 @@ class Call(NamedTuple):
         return self.result
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why the kernel can't take ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]``, or None."""
-    if q.dtype not in DTYPE_NAMES:
-        return f"dtype {_short(q.dtype)} (the kernel takes float16 and bfloat16)"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"mixed dtypes {', '.join(_short(x.dtype) for x in (q, k, v))}"
-    if any(x.dim() != 4 for x in (q, k, v)):
-        return f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} aren't [B, H, L, D]"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return "gradients are needed"
-    b, h, lq, d = q.shape
-    if d not in HEAD_DIMS:
-        return f"head_dim {d} (the kernel takes {', '.join(map(str, HEAD_DIMS))})"
-    if k.shape != v.shape or k.shape != (b, h, k.shape[2], d):
-        return f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} don't match"
-    if lq < 1 or k.shape[2] < 1 or b * h < 1:
-        return "empty tensors"
-    if b * h > _GRID_Y:
-        return f"batch times heads is {b * h}, more than {_GRID_Y}"
-    for name, tensor in zip("qkv", (q, k, v), strict=True):
-        if tensor.device != q.device:
-            return f"q is on {q.device}, {name} on {tensor.device}"
-        if reason := _layout_problem(tensor):
-            return f"{name} {reason}"
-    return None
-
-
-def _layout_problem(tensor: Tensor) -> str | None:
-    """What the compiled code takes for granted about memory and this tensor doesn't fulfil."""
-    if tensor.stride(-1) != 1:
-        return "isn't contiguous along head_dim"
-    # The stride of a dimension of size 1 is never used.
-    strides = [s for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1]
-    if any(s % STRIDE_ALIGNMENT for s in strides):
-        return f"has strides {tensor.stride()}, not multiples of {STRIDE_ALIGNMENT}"
-    if tensor.stride(2) * max(TILE.q, TILE.k) >= _INT32:
-        return f"has rows {tensor.stride(2)} elements apart, too far for the kernel"
-    if not torch.compiler.is_compiling() and tensor.data_ptr() % POINTER_ALIGNMENT:
-        return f"doesn't start at a multiple of {POINTER_ALIGNMENT} bytes"
-    return None
-
-
 def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
+    call: Inputs,
     lists: TileLists | None,
     criterion: Criterion | None,
-    order: Tensor | None = None,
     tile: TileShape = TILE,
     qk: Qk = "native",
 ) -> Call:
-    """Outputs and launches of one call. The tensors must have passed :func:`unsupported`."""
+    """Outputs and launches of one call. The tensors must have passed :data:`CONSTRAINTS`."""
+    q, k, v, scale, order = call
     if not scale > 0:
         raise ValueError(f"scale={scale}: the kernel takes positive scales only.")
     b, h, lq, d = q.shape
@@ -158,16 +131,10 @@ def prepare(
 
 
 def prepare_skipped(
-    kept: Attended,
-    q: Tensor,
-    pooled: Pooled,
-    scale: float,
-    live: Tensor,
-    factor: Tensor,
-    order: Tensor | None = None,
-    tile: TileShape = TILE,
+    kept: Attended, skipped: Skipped, factor: Tensor, tile: TileShape = TILE
 ) -> Launch:
     """The launch that does :func:`.pooled.add_skipped` to a result of :func:`prepare`."""
+    q, pooled, scale, live, order = skipped
     b, h, lq, d = q.shape
     tq, tk = _check_means(q, pooled, live, tile)
     rows, ordered = _order(order, q)
@@ -184,17 +151,14 @@ def prepare_skipped(
 
 def prepare_audit(
     kept: Attended,
-    q: Tensor,
-    pooled: Pooled,
-    scale: float,
-    live: Tensor,
+    skipped: Skipped,
     full: Attended,
     audited: range,
-    order: Tensor | None = None,
     tile: TileShape = TILE,
 ) -> tuple[Launch, Tensor]:
     """The launch that does :func:`.pooled.audit_skipped`, and the memory that it fills: sums over
     each query tile, ``[B, H, len(audited), 2]``. See :func:`agreement`."""
+    q, pooled, scale, live, order = skipped
     b, h, lq, d = q.shape
     tq, tk = _check_means(q, pooled, live, tile)
     queries = min(audited.stop * tile.q, lq) - audited.start * tile.q
@@ -261,12 +225,6 @@ def allocate(
     return Attended(out, lse, score.fill_(never) if lists else score)
 
 
-def aligned(x: Tensor) -> Tensor:
-    """``x [B, H, L, D]``, or a copy where it doesn't start at such an address as the compiled code
-    takes for granted. A graph of torch.compile has no addresses to check when it is made."""
-    return empty_out(x).copy_(x) if x.data_ptr() % POINTER_ALIGNMENT else x
-
-
 def card_number(device: torch.device) -> int:
     """The number of a card; ``cuda`` without one is the current card."""
     return device.index if device.index is not None else torch.cuda.current_device()
@@ -300,9 +258,5 @@ def _nothing(device: torch.device) -> Tensor:
 
 def _int32(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.int32:
-        raise ValueError(f"tile lists are {_short(tensor.dtype)}, the kernel takes int32.")
+        raise ValueError(f"tile lists are {short(tensor.dtype)}, the kernel takes int32.")
     return tensor.contiguous()
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

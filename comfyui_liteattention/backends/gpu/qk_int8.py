@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...tiles import TileLists
-from ..base import Attended, Criterion
+from ..base import Attended, Criterion, Inputs
 from ..reference import LOG2E, ReferenceBackend
 
 LARGEST = 127
@@ -66,19 +66,16 @@ class Int8Reference(ReferenceBackend):
     name = "reference, int8"
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        lists: TileLists | None = None,
-        criterion: Criterion | None = None,
-        order: Tensor | None = None,
+        self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
     ) -> Attended:
-        mean = mean_key(k)
-        queries, keys = quantise_queries(q, mean, scale), quantise_keys(k, mean, self.tile.k)
-        key_unit = keys.unit.repeat_interleave(self.tile.k, -1)[..., : k.shape[2]]
-        q_log2 = queries.values.to(self.dtype) * queries.unit.unsqueeze(-1).to(self.dtype)
-        k_back = keys.values.to(self.dtype) * key_unit.unsqueeze(-1).to(self.dtype)
-        result = super().forward(q_log2, k_back, v, math.log(2), lists, criterion, order)
-        return result._replace(out=result.out.to(q.dtype), lse=result.lse + queries.shift)
+        mean = mean_key(call.k)
+        queries = quantise_queries(call.q, mean, call.scale)
+        keys = quantise_keys(call.k, mean, self.tile.k)
+        key_unit = keys.unit.repeat_interleave(self.tile.k, -1)[..., : call.k.shape[2]]
+        rounded = call._replace(
+            q=queries.values.to(self.dtype) * queries.unit.unsqueeze(-1).to(self.dtype),  # log2
+            k=keys.values.to(self.dtype) * key_unit.unsqueeze(-1).to(self.dtype),
+            scale=math.log(2),
+        )
+        result = super().forward(rounded, lists, criterion)
+        return result._replace(out=result.out.to(call.q.dtype), lse=result.lse + queries.shift)

@@ -1,7 +1,7 @@
 """The tile map kept on the card: ``kernels/tile_map.py``'s kernels as functions.
 
 Optional: a backend that has them offers ``tile_map(device)``. Without it
-``torch_tile_map.py`` does the same, with many small launches in place of a few.
+``backends/tile_map.py`` does the same, with many small launches in place of a few.
 """
 
 from __future__ import annotations
@@ -117,8 +117,6 @@ class TileMaps:
         self._found: dict[torch.device, TileMapKernels | None] = {}
 
     def of(self, device: torch.device) -> TileMapKernels | None:
-        if torch.compiler.is_compiling():
-            return None  # a compiler makes its own kernels, from what it can look into
         if device not in self._found:
             reason = failure(self._map, device)
             if reason is not None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...backends.base import Inputs
 from ...eligibility import CROSS_ATTENTION, dense_reason
 from ...run import Run
 from ...schedule import Progress
@@ -167,7 +168,8 @@ def _attend(
     scale = passed.get("scale") or q.shape[-1] ** -0.5
     streams, video = forward.streams, forward.form.video
     if kept is None:
-        return run.attend(layer, streams, forward.progress, q, k, v, scale, video, dense)
+        call = Inputs(q, k, v, scale)
+        return run.attend(layer, streams, forward.progress, call, video, dense)
     unmasked = dict(passed, mask=None, skip_reshape=True, skip_output_reshape=True)
 
     def bare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -199,7 +201,8 @@ def _attend_kept(
         hidden = qs[:, :, one.hidden]
         qs, ks, vs = (t[:, :, one.tokens] for t in (qs, ks, vs))
         progress = forward.progress
-        out = forward.run.attend(layer, streams, progress, qs, ks, vs, scale, one.video, timed)
+        call = Inputs(qs, ks, vs, scale)
+        out = forward.run.attend(layer, streams, progress, call, one.video, timed)
         if out is None:
             return None
         if hidden.shape[2]:  # no token that counts ever sees what these get

@@ -17,7 +17,8 @@ from typing import Any
 import comfy.patcher_extension
 import torch
 
-from ...backends import Backend, backend_for
+from ...backends import backend_for
+from ...backends.base import Provider
 from ...report.statistics import RunReport, node_line, status_line
 from ...run import Run
 from ...settings import Settings, describe
@@ -162,5 +163,5 @@ def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:
     return RunReport(describe(settings), "none", steps, 0.0, {}, (), {reason: 1}, ())
 
 
-def _backend(model_patcher: Any, settings: Settings) -> Backend | str:
+def _backend(model_patcher: Any, settings: Settings) -> Provider | str:
     return backend_for(torch.device(model_patcher.load_device), settings.qk)

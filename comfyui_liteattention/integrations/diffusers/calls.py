@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...backends.base import Inputs
 from ...eligibility import CROSS_ATTENTION, dense_reason
 from ...run import Run
 from ...schedule import Progress
@@ -123,7 +124,7 @@ class TransformerCall:
             self.decline(reason_if_short or video)
             return None
         streams, progress = [_stream(stream, q.shape[0])], self._place.progress
-        return self._run.attend(name, streams, progress, q, k, v, scale, video, dense)
+        return self._run.attend(name, streams, progress, Inputs(q, k, v, scale), video, dense)
 
     def _across(
         self, name: str, stream: str, q: Tensor, k: Tensor, v: Tensor, scale: float, extra: Extra
@@ -143,12 +144,13 @@ class TransformerCall:
             return None
         streams, progress = [_stream(stream, q.shape[0])], self._place.progress
         if video is None or settings.order == "raster":
-            return self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
+            call = Inputs(q, k, v, scale)
+            return self._run.attend(name, streams, progress, call, None, extra.dense)
         tile = self._run.backend.tile_shape(q.shape[3])
         rows = arrange_part(video.grid, extra.first, q.shape[2], tile, q.device)
         keys = arrange_part(video.grid, 0, length, tile, q.device)
-        q, k, v = take(q, rows), take(k, keys), take(v, keys)
-        out = self._run.attend(name, streams, progress, q, k, v, scale, None, extra.dense)
+        call = Inputs(take(q, rows), take(k, keys), take(v, keys), scale)
+        out = self._run.attend(name, streams, progress, call, None, extra.dense)
         return None if out is None else put(out, rows)
 
     def _padded(

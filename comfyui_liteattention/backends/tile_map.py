@@ -1,0 +1,54 @@
+"""Scores -> the next tile map -> lists, in plain PyTorch: the twin of ``gpu/tile_map.py``.
+
+A tile that is negligible at one call is skipped whole at the next calls of the same layer and
+stream (temporal propagation, arXiv 2511.11062, section 4). Both have the same four functions on
+packed bits ``live [B, H, Tq, ceil(Tk/32)]`` int32; a card's are kernels.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ..budget import allocation
+from ..budget.allocation import choose
+from ..tiles import TileLists, pack, unpack
+from ..tiles import make_lists as lists_of_mask
+
+__all__ = ["choose", "histogram", "make_lists", "mark", "next_live"]
+
+
+def next_live(
+    live: Tensor | None, score: Tensor, threshold: float | Tensor, pinned: Tensor
+) -> Tensor:
+    """:func:`mark`, from and to bits."""
+    mask = None if live is None else unpack(live, score.shape[-1])
+    return pack(mark(mask, score, threshold, pinned))
+
+
+def mark(live: Tensor | None, score: Tensor, threshold: float | Tensor, pinned: Tensor) -> Tensor:
+    """Live tiles of the next call, ``[B, H, Tq, Tk]`` bool.
+
+    ``live [B, H, Tq, Tk]`` bool (None: all) and ``score [B, H, Tq, Tk]`` float32, log2, belong to
+    this call; ``threshold`` a number or ``[]``; ``pinned [Tq, Tk]`` bool. The best tile of every
+    query tile stays, whatever the threshold, and a score that is not a number never drops a tile. A
+    threshold that is not a number drops none and brings all back: the layer starts over.
+    """
+    kept = ~(score <= threshold)
+    if live is not None:
+        starts_over = threshold.isnan() if isinstance(threshold, Tensor) else math.isnan(threshold)
+        kept &= live | starts_over
+    kept.scatter_(-1, score.argmax(-1, keepdim=True), True)
+    return kept | pinned
+
+
+def make_lists(live: Tensor, tk: int, alternate: bool = False) -> TileLists:
+    """:func:`tiles.make_lists` of bits."""
+    return lists_of_mask(unpack(live, tk), alternate)
+
+
+def histogram(live: Tensor | None, score: Tensor, pinned: Tensor) -> Tensor:
+    """:func:`allocation.histogram` of the tiles that are live (None: all) and not pinned."""
+    droppable = ~pinned if live is None else unpack(live, score.shape[-1]) & ~pinned
+    return allocation.histogram(score, droppable.expand(score.shape))
