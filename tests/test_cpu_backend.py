@@ -315,16 +315,17 @@ def test_bad_lists_are_refused() -> None:
 def test_concurrent_calls_and_thread_counts_give_the_same_bits() -> None:
     q, k, v = make_qkv(1, 2, 512, 512, 64, torch.bfloat16)
     lists = random_lists(1, 2, 512, 512)
-    alone = BACKEND.forward(Inputs(q, k, v, 0.125), lists, "mass")
+    call = Inputs(q, k, v, 0.125)
+    alone = BACKEND.forward(call, lists, "mass")
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(BACKEND.forward, q, k, v, 0.125, lists, "mass") for _ in range(12)]
+        jobs = [pool.submit(BACKEND.forward, call, lists, "mass") for _ in range(12)]
         for job in jobs:
             assert_same_bits(alone, job.result())
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert_same_bits(alone, BACKEND.forward(Inputs(q, k, v, 0.125), lists, "mass"))
+            assert_same_bits(alone, BACKEND.forward(call, lists, "mass"))
     finally:
         torch.set_num_threads(threads)
 
@@ -345,19 +346,19 @@ def test_default_dtype_and_gradients_do_not_leak_in() -> None:
 def test_unsupported_says_why() -> None:
     q, k, v = make_qkv(1, 2, 64, 64, 64)
     assert BACKEND.unsupported(q, k, v) is None
-    assert "not on the CPU" in BACKEND.unsupported(*(t.to("meta") for t in (q, k, v)))
+    assert "the kernel is for cpu" in BACKEND.unsupported(*(t.to("meta") for t in (q, k, v)))
     assert "float64" in BACKEND.unsupported(q.double(), k.double(), v.double())
     assert "head_dim 24" in BACKEND.unsupported(*(t[..., :24] for t in (q, k, v)))
-    assert "heads" in BACKEND.unsupported(q, k[:, :1], v[:, :1])
-    assert "no keys" in BACKEND.unsupported(q, k[:, :, :0], v[:, :, :0])
+    assert "don't match" in BACKEND.unsupported(q, k[:, :1], v[:, :1])
+    assert "empty" in BACKEND.unsupported(q, k[:, :, :0], v[:, :, :0])
     assert "gradients" in BACKEND.unsupported(q.clone().requires_grad_(), k, v)
 
 
 def test_numba_is_loaded_late_and_its_absence_explained() -> None:
     code = (
-        "import sys, torch; from comfyui_liteattention.backends.cpu import CpuBackend\n"
+        "import sys, torch; from comfyui_liteattention.backends.cpu.backend import CpuBackend\n"
         "assert 'numba' not in sys.modules; sys.modules['numba'] = None\n"
-        "x = torch.zeros(1, 1, 64, 64); print(CpuBackend().unsupported(x, x, x))"
+        "print(CpuBackend().provide(torch.device('cpu'), 64, torch.float32))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "numba is not installed; `pip install numba`" in run.stdout

@@ -97,14 +97,14 @@ def test_lost_mass_is_the_share_that_is_missing():
     ("wrong", "says"),
     [
         ({"threshold": 3.0}, "must be negative"),
-        ({"threshold": math.nan}, "must be negative"),
+        ({"threshold": math.nan}, "must be a number"),
         ({"criterion": "magic"}, "mass, gap"),
         ({"ramp": -1}, "between 0"),
         ({"warmup": 20}, "fraction"),
         ({"dense_layers": (-1,)}, "counted from 0"),
         ({"dense_keys": ((5, 5),)}, "start < end"),
         ({"audit": -1}, "0 .off."),
-        ({"min_tokens": -1}, "number of tokens"),
+        ({"min_tokens": -1}, "must be 0 or more"),
     ],
 )
 def test_a_wrong_setting_says_what_to_do(wrong, says):

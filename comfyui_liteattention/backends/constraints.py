@@ -35,16 +35,17 @@ class Constraints:
             return f"dtype {short(q.dtype)} (the kernel takes {_listed(self.dtypes)})"
         if k.dtype != q.dtype or v.dtype != q.dtype:
             return f"mixed dtypes {short(q.dtype)}, {short(k.dtype)}, {short(v.dtype)}"
-        shapes = f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         if not q.dim() == k.dim() == v.dim() == 4:
-            return f"{shapes} aren't [B, H, L, D]"
+            return (
+                f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} aren't [B, H, L, D]"
+            )
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return "training (gradients are needed)"
         b, h, lq, d = q.shape
         if d not in self.head_dims:
             return f"head_dim {d} (the kernel takes {_spelled(self.head_dims)})"
         if k.shape != v.shape or k.shape != (b, h, k.shape[2], d):
-            return f"{shapes} don't match"
+            return f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} don't match"
         if lq < 1 or k.shape[2] < 1 or b * h < 1:
             return "empty tensors"
         if self.most_heads is not None and b * h > self.most_heads:
@@ -52,7 +53,8 @@ class Constraints:
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             if tensor.device.type != self.device or tensor.device != q.device:
                 return f"{name} is on {tensor.device}, the kernel is for {self.device}"
-            if reason := self._layout_problem(tensor):
+            reason = self._layout_problem(tensor)
+            if reason is not None:
                 return f"{name} {reason}"
         return None
 

@@ -115,8 +115,8 @@ def test_an_audit_of_a_tile_that_skips_nothing_sees_nothing():
     q, k, v, live = draw(torch.bfloat16, 300, 2, 64)
     live = torch.ones_like(live)
     full = kept_part(q, k, v, live, 0.125)
-    case = (q, pool(k, v, TILE.k), 0.125, pack(live), full, range(3))
-    assert all((x == 0).all() for x in KERNEL.audit_skipped(full, *case))
+    skipped = Skipped(q, pool(k, v, TILE.k), 0.125, pack(live))
+    assert all((x == 0).all() for x in KERNEL.audit_skipped(full, skipped, full, range(3)))
 
 
 @pytest.mark.parametrize("case", ["nothing skipped", "a factor of 0"])
