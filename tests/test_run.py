@@ -112,18 +112,20 @@ def test_streams_do_not_share_state_and_batching_does_not_matter():
     together, apart, swapped = (Run(settings, BACKEND, SIGMAS) for _ in range(3))
     for i, sigma in enumerate(SIGMAS[:-1]):
         at = together.locate(sigma)
-        a = together.attend("0", ["u", "c"], at, q, k, v, SCALE)
+        a = together.attend("0", ["u", "c"], at, Inputs(q, k, v, SCALE))
         b = torch.cat(
             [
-                apart.attend("0", [s], at, *(t[n : n + 1] for t in (q, k, v)), SCALE)
+                apart.attend("0", [s], at, Inputs(*(t[n : n + 1] for t in (q, k, v)), SCALE))
                 for n, s in enumerate("uc")
             ]
         )
         assert torch.equal(a, b)
         if i < 2:
-            c = swapped.attend("0", ["u", "c"], at, q, k, v, SCALE)
+            c = swapped.attend("0", ["u", "c"], at, Inputs(q, k, v, SCALE))
         else:
-            c = swapped.attend("0", ["c", "u"], at, q.flip(0), k.flip(0), v.flip(0), SCALE).flip(0)
+            c = swapped.attend(
+                "0", ["c", "u"], at, Inputs(*(t.flip(0) for t in (q, k, v)), SCALE)
+            ).flip(0)
         assert torch.equal(a, c)
 
 
