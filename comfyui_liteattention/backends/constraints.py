@@ -16,9 +16,9 @@ class Constraints:
     """The tensors that a kernel takes.
 
     ``device``: torch's device type. ``alignment`` in bytes of the addresses, ``stride`` in elements
-    of the strides but the last, that compiled code takes for granted. ``most_heads``: batch times
-    heads at most. ``rows``: so many rows are within the reach of a 32-bit offset from a tile's
-    first one, or None where offsets are wider.
+    of the strides but the last, that compiled code takes for granted (1: of neither).
+    ``most_heads``: batch times heads at most. ``rows``: so many rows are within the reach of a
+    32-bit offset from a tile's first one, or None where offsets are wider.
     """
 
     device: str
@@ -53,7 +53,7 @@ class Constraints:
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             if tensor.device.type != self.device or tensor.device != q.device:
                 return f"{name} is on {tensor.device}, the kernel is for {self.device}"
-            reason = self._layout_problem(tensor)
+            reason = self._layout_problem(tensor) if self.stride > 1 else None
             if reason is not None:
                 return f"{name} {reason}"
         return None
@@ -64,13 +64,12 @@ class Constraints:
 
     def _layout_problem(self, x: Tensor) -> str | None:
         """What compiled code takes for granted about memory and this tensor doesn't fulfil."""
-        if self.stride > 1:
-            if x.stride(-1) != 1:
-                return "isn't contiguous along head_dim"
-            for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True):
-                # The stride of a dimension of size 1 is never used.
-                if size > 1 and stride % self.stride:
-                    return f"has strides {x.stride()}, not multiples of {self.stride}"
+        if x.stride(-1) != 1:
+            return "isn't contiguous along head_dim"
+        for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True):
+            # The stride of a dimension of size 1 is never used.
+            if size > 1 and stride % self.stride:
+                return f"has strides {x.stride()}, not multiples of {self.stride}"
         if self.rows is not None and x.stride(2) * self.rows >= _INT32:
             return f"has rows {x.stride(2)} elements apart, too far for the kernel"
         if x.data_ptr() % self.alignment:

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +55,13 @@ LOG2E = math.log2(math.e)
 
 _importing = threading.Lock()
 
-#: Called as (slot, head, start, stop), see :func:`_run_all`.
-Task = Callable[[int, int, int, int], None]
+
+class Task(NamedTuple):
+    """Work for every head: ``do(slot, head, start, stop)`` for all parts of ``range(length)``;
+    heads that are worked on at once have a slot each."""
+
+    do: Callable[[int, int, int, int], None]
+    length: int
 
 
 class CpuBackend:
@@ -106,16 +111,15 @@ class CpuBackend:
         heads_at_once = min(b * h, max(1, WORKSPACE_BYTES // bytes_per_head))
         panels = _panels(kernels, heads_at_once, tk, d)
         packing = _packing(kernels, k, v, panels)
-        made = [_call(kernels, call, panels) for call in calls]
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads) as pool:  # per call: safe after fork and in any thread
+        results, tasks = zip(*(_call(kernels, call, panels) for call in calls), strict=True)
+        with ThreadPoolExecutor(
+            torch.get_num_threads()
+        ) as pool:  # per call: safe after fork and in any thread
             for first in range(0, b * h, heads_at_once):
                 heads = range(first, min(first + heads_at_once, b * h))
-                _run_all(pool, packing, heads, tk, threads)
-                for result, task in made:
-                    query_tiles = -(-result.lse.shape[2] // self.tile.q)
-                    _run_all(pool, task, heads, query_tiles, 4 * threads)
-        return [result for result, _ in made]
+                _run_all(pool, heads, packing)
+                _run_all(pool, heads, *tasks)
+        return list(results)
 
     def add_skipped(self, kept: Attended, skipped: Skipped, factor: Tensor) -> None:
         """As :func:`~..pooled.add_skipped`, compiled."""
@@ -124,7 +128,7 @@ class CpuBackend:
         b, h, _, d = q.shape
         chunks = -(-pooled.keys.shape[2] // kernels.TILE)
         panels = keys, values = _panels(kernels, b * h, chunks, d)
-        q_array, out_array = _array(q), _array(kept.out)
+        q_array, out_array = _arrays(q, kept.out)
         packing = _packing(kernels, pooled.keys, pooled.values, panels)
         lse, bits = kept.lse.numpy(), live.numpy()
         log_count = (pooled.log_count * LOG2E).numpy()
@@ -149,10 +153,9 @@ class CpuBackend:
                 _workspace(kernels, d, visits=1),
             )
 
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads) as pool:
-            _run_all(pool, packing, range(b * h), chunks, 1)
-            _run_all(pool, add, range(b * h), live.shape[2], threads)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            _run_all(pool, range(b * h), packing)
+            _run_all(pool, range(b * h), Task(add, live.shape[2]))
 
     def audit_skipped(
         self, kept: Attended, skipped: Skipped, full: Attended, audited: range
@@ -206,8 +209,9 @@ def _floats(*shape: int) -> Any:
 def _panels(kernels: Any, heads: int, tk: int, d: int) -> tuple[Any, Any]:
     """Memory for the packed keys and values of so many heads: see ``kernels.pack``."""
     groups = kernels.padded(d) // kernels.LANES
-    keys = _floats(heads, tk, kernels.TILE, d)
-    return keys, _floats(heads, tk, groups, kernels.TILE, kernels.LANES)
+    keys = torch.empty(heads, tk, kernels.TILE, d, dtype=torch.float32, device="cpu")
+    shape = (heads, tk, groups, kernels.TILE, kernels.LANES)
+    return keys.numpy(), torch.empty(shape, dtype=torch.float32, device="cpu").numpy()
 
 
 def _workspace(kernels: Any, d: int, visits: int) -> tuple[Any, ...]:
@@ -230,11 +234,11 @@ def _call(
     counts, index = _list_arrays(lists, (b, h, tq, tk))
     out = empty_out(q)
     lse = torch.empty(b, h, lq, dtype=torch.float32, device="cpu")
-    score = None
-    if criterion:
-        score = torch.full((b, h, tq, tk), -math.inf, dtype=torch.float32, device="cpu")
-    q_array, out_array, lse_array = _array(q), _array(out), lse.numpy()
-    score_array = _floats(b, h, 0, tk) if score is None else score.numpy()
+    score = torch.full(
+        (b, h, tq if criterion else 0, tk), -math.inf, dtype=torch.float32, device="cpu"
+    )
+    q_array, out_array = _arrays(q, out)
+    lse_array, score_array = lse.numpy(), score.numpy()
     rule = {None: 0, "mass": kernels.MASS, "gap": kernels.GAP}[criterion]
     queries = _query_order(order, lq)
 
@@ -258,27 +262,29 @@ def _call(
             _workspace(kernels, d, visits=tk if rule else 1),
         )
 
-    return Attended(out, lse, score), attend
+    return Attended(out, lse, score if criterion else None), Task(attend, tq)
 
 
 def _packing(kernels: Any, k: Tensor, v: Tensor, panels: tuple[Any, Any]) -> Task:
     """The task that packs ``k, v [B, H, L, D]`` into memory: see ``kernels.pack``."""
-    k_array, v_array = _array(k), _array(v)
+    k_array, v_array = _arrays(k, v)
     keys, values = panels
 
     def pack(slot: int, head: int, start: int, stop: int) -> None:
         at = divmod(head, k.shape[1])
         kernels.pack(k_array[at], v_array[at], start, stop, keys[slot], values[slot])
 
-    return pack
+    return Task(pack, keys.shape[1])
 
 
-def _array(x: Tensor) -> Any:
-    """``x [B, H, L, D]`` as a numpy view; 16-bit formats as their bits."""
-    x = x.detach()
-    if x.dtype == torch.bfloat16:
-        return x.view(torch.int16).numpy()
-    return x.numpy().view("uint16") if x.dtype == torch.float16 else x.numpy()
+def _arrays(one: Tensor, other: Tensor) -> tuple[Any, Any]:
+    """Two tensors ``[B, H, L, D]`` of one dtype as numpy views; 16-bit formats as their bits."""
+    one, other = one.detach(), other.detach()
+    if one.dtype == torch.bfloat16:
+        one, other = one.view(torch.int16), other.view(torch.int16)
+    if one.dtype == torch.float16:
+        return one.numpy().view("uint16"), other.numpy().view("uint16")
+    return one.numpy(), other.numpy()
 
 
 def _query_order(order: Tensor | None, lq: int) -> Any:
@@ -306,14 +312,15 @@ def _list_arrays(lists: TileLists | None, shape: tuple[int, int, int, int]) -> t
     return counts.numpy(), index.numpy()
 
 
-def _run_all(pool: ThreadPoolExecutor, task: Task, heads: range, length: int, parts: int) -> None:
-    """``task(slot, head, start, stop)`` for all heads, in about so many parts of ``length`` each,
-    in parallel; its errors surface."""
-    size = -(-length // parts)
+def _run_all(pool: ThreadPoolExecutor, heads: range, *tasks: Task) -> None:
+    """All tasks for all heads in parallel, in more parts than there are threads; errors surface."""
+    parts = 4 * torch.get_num_threads()
     jobs = [
-        pool.submit(task, slot, head, start, min(start + size, length))
+        pool.submit(task.do, slot, head, start, min(start + size, task.length))
+        for task in tasks
+        for size in (-(-task.length // parts),)
         for slot, head in enumerate(heads)
-        for start in range(0, length, size)
+        for start in range(0, task.length, size)
     ]
     for job in jobs:
         job.result()
