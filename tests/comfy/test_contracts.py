@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 
+from comfyui_liteattention.integrations.comfy.layers import LayerCalls, Names
+from comfyui_liteattention.integrations.comfy.streams import Stream
+
 HEADS, SIZE = 2, 64
+COND, UNCOND = (Stream(kind, kind, None, "cpu") for kind in (0, 1))
+
+
+def no_layers():
+    """Of a model whose modules are not on the stack."""
+    return LayerCalls(Names(), torch.nn.Module())
 
 
 class Container:
@@ -63,8 +72,7 @@ def setup(comfy):
         [1.0, 0.5, 0.0],
     )
 
-    forward = Forward(run, run.locate(1.0), ["cond"], form)
-    with forward.entered():
+    with Forward(run, run.locate(1.0), [COND], form, no_layers()).entered():
         yield run, partial(override, None)
 
 
@@ -135,7 +143,7 @@ def test_text_padding_is_left_out(comfy, split, rows):
     settings = Settings(min_tokens=0, never_slower=False)
     run = Run(settings, backend_for(torch.device("cpu")), [1.0, 0.5, 0.0])
     form = Form(frozenset({200}), VideoTokens((4, 5, 8), 40))  # 40 tokens of text before it
-    forward = Forward(run, run.locate(1.0), ["cond", "uncond"], form)
+    forward = Forward(run, run.locate(1.0), [COND, UNCOND], form, no_layers())
     mask = torch.zeros(rows, 1, 200)
     mask[0, :, 30:40] = mask[-1, :, 5:40] = torch.finfo(mask.dtype).min
     heads = torch.randn(3, 2, HEADS, 200, SIZE)
@@ -156,8 +164,8 @@ def test_text_padding_is_left_out(comfy, split, rows):
     torch.testing.assert_close(out, want if split else want.transpose(1, 2).flatten(2))
     assert asked == ([35] if rows == 1 else [10, 35])
     assert {(call.stream, call.tokens) for call in run.finish().calls} == {
-        ("cond", 200 - asked[0]),
-        ("uncond", 200 - asked[-1]),
+        ("positive", 200 - asked[0]),
+        ("negative", 200 - asked[-1]),
     }
 
 

@@ -256,7 +256,7 @@ def test_skip_layer_guidance_has_a_stream_of_its_own(comfy, patched, generate):
     assert {stream: len(layers) for stream, layers in by_stream.items()} == {
         "positive": 4,
         "negative": 4,
-        "positive with replaced blocks": 3,
+        "positive, guidance pass 1": 3,
     }
 
 

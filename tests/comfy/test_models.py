@@ -31,6 +31,7 @@ from comfyui_liteattention.tiles import TileShape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+CPU = torch.device("cpu")
 TILE = 16
 SIGMAS = [1.0, 0.7, 0.4, 0.0]
 BOLD = {"threshold": -1.0, "criterion": "gap", "ramp": 0, "audit": 0, "min_tokens": 0}
@@ -65,15 +66,17 @@ def build(comfy):
 def generate(model, case, backend=None, batches=(("a",),)):
     """Three steps: the outputs, ``(ours, dense, accepted)`` of every attention call, the report and
     its notes. ``batches`` are the model calls of a step, each with its conditionings."""
-    from comfyui_liteattention.integrations.comfy.session import _install
+    from comfy.model_patcher import ModelPatcher
+
+    from comfyui_liteattention.integrations.comfy.sampling import Sampling
 
     settings = Settings(
         threshold=-1.0, criterion="gap", ramp=0, audit=0, min_tokens=0, never_slower=False
     )
     run = Run(settings, backend or Recorder(-50.0), SIGMAS)
-    options, seen, notes = {}, [], []
+    sampling, options, seen = Sampling(run), {}, []
     if backend is not None:
-        _install(options, run, notes)
+        sampling.install(options)
     ours = options.get(OVERRIDE, lambda func, *args, **kwargs: func(*args, **kwargs))
 
     def spy(func, q, k, v, *args, **kwargs):
@@ -97,7 +100,9 @@ def generate(model, case, backend=None, batches=(("a",),)):
                     x, now.repeat(len(batch)), transformer_options=step, **inputs
                 )
             outputs.extend(out.split(len(x) // len(batch)))
-    return outputs, seen, run.finish(), notes
+    sampling._first = None  # that was the spy
+    report = sampling.finish(ModelPatcher(model, CPU, CPU), options)
+    return outputs, seen, report, list(report.notes)
 
 
 def _repeat(value, times):
@@ -171,8 +176,7 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
         threshold=-1.0, criterion="gap", ramp=0, audit=0, min_tokens=0, never_slower=False
     )
     monkeypatch.setattr(integration, "_backend", lambda *_: Recorder(-50.0))
-    cpu = torch.device("cpu")
-    patcher = comfy.model_patcher.ModelPatcher(build(case), cpu, cpu)
+    patcher = comfy.model_patcher.ModelPatcher(build(case), CPU, CPU)
     patched = integration.apply_patch(patcher, settings)
     positive, negative = (conditioning(case, i) for i in range(2))
     latent = torch.zeros(case.latent)
@@ -182,7 +186,9 @@ def test_the_sampler_calls_it_with_the_same_names(comfy, build, monkeypatch, nam
         latent = NestedTensor([torch.zeros(shape) for shape in case.conds["latent_shapes"]])
     start = comfy.sample.prepare_noise(latent, 1)
     with torch.inference_mode():
-        comfy.sample.sample(patched, start, 3, 3.0, "euler", "simple", positive, negative, latent)
+        comfy.sample.sample(
+            *(patched, start, 3, 3.0, "euler", "simple", positive, negative, latent), seed=1
+        )
     report = integration.patch_of(patched).last_report
     assert report.active
     length = case.before + case.video + case.after + case.joint - case.hidden
@@ -212,7 +218,8 @@ def test_an_unknown_model_with_more_than_video_stays_dense(build, monkeypatch, n
     _, seen, report, _ = generate(model, case, Recorder(-50.0))
     assert not report.calls
     assert all(torch.equal(out, dense) for out, dense, _ in seen)
-    why = ("not the model's video attention", "this model is not supported")
+    name = type(model.diffusion_model).__name__
+    why = (f"{name} is not supported yet", f"this model is not supported ({name})")
     assert any(reason.startswith(why) for reason in report.reasons)
 
 
@@ -229,10 +236,10 @@ def test_the_text_refiner_is_not_the_video(build):
     _, _, report, _ = generate(build(HUNYUAN_CASE), HUNYUAN_CASE, Recorder(-50.0))
     assert "not the model's video attention (12 tokens; that has 108)" in report.reasons
     assert {call.layer for call in report.calls} == {
-        "double-0.0",
-        "double-1.0",
-        "single-0.0",
-        "single-1.0",
+        "double-0",
+        "double-1",
+        "single-0",
+        "single-1",
     }
 
 
@@ -277,10 +284,9 @@ def test_a_model_that_changed_stays_dense():
 
 def test_a_model_that_passes_no_call_on_is_said_to(build):
     """S2V of ComfyUI 0.3.75 calls its blocks without the options that hold the override."""
-    from comfyui_liteattention.integrations.comfy.session import NEVER_ASKED, _annotate
+    from comfyui_liteattention.integrations.comfy.takers import NEVER_ASKED
 
     case = find("Wan S2V")
     _, seen, report, _ = generate(build(replace(case, since="0.3.75")), case, Recorder(-50.0))
-    reasons = _annotate(report, []).reasons
-    assert (NEVER_ASKED in reasons) == (not seen)
+    assert (NEVER_ASKED in report.reasons) == (not seen)
     assert bool(report.calls) == bool(seen)

@@ -1,63 +1,12 @@
-"""Every family of models that ComfyUI has, as tiny as it gets: what each is built from and called
-with, and, written down by hand, what its attention over the video must look like."""
+"""Every family of models that ComfyUI has, as tiny as it gets: how they are made and sampled."""
 
 import importlib
-from dataclasses import dataclass, field
 
 import torch
-from packaging.version import parse
+from comfy_case import NEWER, Case, made, noise, version
+from tiny_h3 import H3_CASES, H3_SAMPLED
 
-from demo.comfy_server import REPOSITORY, WEIGHTS, comfyui_path
-
-NEWER = parse("0.19")  # the oldest newer version that this was run with
-
-
-@dataclass
-class Case:
-    """A model, what it is called with, and what its video attention must look like.
-
-    ``config`` is the class in ``comfy.supported_models``; ``conds`` are shapes of further inputs.
-    ``before`` and ``after``: tokens beside the ``video`` in the sequence; ``joint``: text tokens
-    that older versions put behind it and newer ones in front. ``hidden`` of the other tokens are
-    padding that a mask hides. ``since``: first version known; ``newer_*``: what the newer versions
-    need besides.
-    """
-
-    name: str
-    config: str
-    unet: dict
-    latent: tuple
-    text: tuple
-    video: int
-    layers: int
-    before: int = 0
-    after: int = 0
-    conds: dict = field(default_factory=dict)
-    joint: int = 0
-    hidden: int = 0
-    since: str = "0.3.75"
-    newer_unet: dict = field(default_factory=dict)
-    newer_conds: dict = field(default_factory=dict)
-
-    def inputs(self):
-        shapes = {"c_crossattn": self.text, **self.conds}
-        if version() >= NEWER:
-            shapes |= self.newer_conds
-        return {
-            name: noise(value, i) if isinstance(value, tuple) else value
-            for i, (name, value) in enumerate(shapes.items())
-        }
-
-
-def version():
-    """The version of the ComfyUI under test."""
-    text = (comfyui_path() / "comfyui_version.py").read_text()
-    return parse(text.split('"')[1])
-
-
-def noise(shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 100))
-
+from demo.comfy_server import REPOSITORY, WEIGHTS
 
 WAN = dict(image_model="wan2.1", dim=128, num_heads=2, num_layers=3, ffn_dim=64, text_dim=32)
 WAN |= dict(freq_dim=32, in_dim=16, out_dim=16)
@@ -339,7 +288,7 @@ def other_cases():
     )
 
 
-CASES = [*wan_cases(), *hunyuan_cases(), *other_cases()]
+CASES = [*wan_cases(), *hunyuan_cases(), *other_cases(), *H3_CASES]
 
 
 def find(name):
@@ -367,12 +316,18 @@ SAMPLED = {  # what nodes put into a conditioning, and a latent of their size
     ),
     "Qwen-Image with padded text": dict(attention_mask=padding(7)),
     "Qwen-Image-Edit": dict(reference_latents=[(1, 16, 1, 8, 8)]),
+    **H3_SAMPLED,
 }
 
 
 def conditioning(case, seed):
     """What ComfyUI's samplers take as positive or negative."""
-    extra = {key: _tensors(value) for key, value in SAMPLED[case.name].items()}
+    extra = {
+        key: [noise(shape, i) for i, shape in enumerate(value)]
+        if isinstance(value, list)
+        else made(value)
+        for key, value in SAMPLED[case.name].items()
+    }
     return [[noise(case.text, seed), extra]]
 
 
@@ -387,6 +342,9 @@ def make_model(case):
     for parameter in model.diffusion_model.parameters():
         scale = 0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
         parameter.data.normal_(0, scale, generator=generator).add_(parameter.ndim == 1)
+    for name, buffer in model.diffusion_model.named_buffers():
+        if name.endswith("inv_freq"):  # as empty as the parameters
+            buffer.copy_(torch.logspace(0, -3, len(buffer)))
     return model.eval()
 
 
@@ -444,9 +402,3 @@ def skips_and_stays_close(plain, settings):
     assert patch_of(model).last_report.active
     assert not torch.equal(out, dense)
     assert (out - dense).std() < 0.2 * dense.std()
-
-
-def _tensors(value):
-    if isinstance(value, list):
-        return [noise(shape, i) for i, shape in enumerate(value)]
-    return noise(value, 1) if isinstance(value, tuple) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,55 +10,93 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...backends.base import Inputs
 from ...eligibility import CROSS_ATTENTION, dense_reason
 from ...run import Run
 from ...schedule import Progress
-from .families import Form, FormOrReason
+from .families import Form, FormOrReason, at_the_call
+from .layers import LayerCalls
 from .masks import Kept, kept_tokens
+from .streams import Stream
 
 log = logging.getLogger(__name__)
 
 MASK = "a mask (regional prompt or padding)"
+FOREIGN = "attention of another network beside the model, such as a ControlNet"
+#: Arguments by name that don't change what attention is, or that are looked at.
+UNDERSTOOD = {
+    "attn_precision",
+    "transformer_options",
+    "_inside_attn_wrapper",
+    "low_precision_attention",
+    "preferred_attention",
+    "scale",
+    "enable_gqa",
+}
 
 User = Callable[..., Tensor]
 
 
-class Stream(NamedTuple):
-    """What must never share tiles: conditionings, context windows, devices, and passes with other
-    blocks (skip-layer guidance asks the same conditioning again, with fewer layers)."""
+class Asked(NamedTuple):
+    """An attention call as ComfyUI makes it: ``q, k, v`` are tensors, or containers that each hold
+    one until somebody takes it."""
 
-    kind: int
-    uuid: Any
-    window: tuple[int, ...] | None
-    device: str
-    replaced: tuple[str, ...] = ()
+    q: Any
+    k: Any
+    v: Any
+    heads: int
+    mask: Tensor | None
+    skip_reshape: bool
+    skip_output_reshape: bool
+    others: Mapping[str, Any]
 
-    def __str__(self) -> str:
-        name = {0: "positive", 1: "negative"}.get(self.kind, f"conditioning {self.kind}")
-        if self.window is not None:
-            name += f" {self.window[0]}-{self.window[-1]}"
-        return f"{name} with replaced blocks" if self.replaced else name
+    def split(self) -> list[Tensor]:
+        """``q, k, v [B, H, L, D]``; containers keep what they hold."""
+        tensors = [t if isinstance(t, Tensor) else t.peek() for t in self[:3]]
+        if self.skip_reshape:
+            return tensors
+        return [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in tensors]
+
+    def taken(self) -> None:
+        """Nobody needs ``q, k, v`` any more."""
+        for tensor in self[:3]:
+            if not isinstance(tensor, Tensor):
+                tensor.take()
+
+    def ineligible(self) -> str | None:
+        """Why the arguments rule this call out, or None."""
+        others = self.others
+        if others.get("enable_gqa"):
+            return "grouped or uneven heads (q, k and v have different shapes)"
+        if others.get("low_precision_attention") is False:
+            return "the model asks for exact attention here"
+        unknown = [n for n in others if n not in UNDERSTOOD and others[n] not in (None, False)]
+        if unknown:
+            return f"arguments that LiteAttention does not know ({', '.join(unknown)})"
+        return None
 
 
-def streams_of(options: dict[str, Any], device: torch.device) -> list[Stream]:
-    """One key per batch part."""
-    context = options.get("context_window")
-    window = None if context is None else tuple(context.index_list)
-    kinds = options.get("cond_or_uncond") or [0]
-    uuids = options.get("uuids") or range(len(kinds))
-    replaced = tuple(sorted(map(str, options.get("patches_replace", {}).get("dit", ()))))
-    return [
-        Stream(kind, uuid, window, str(device), replaced)
-        for kind, uuid in zip(kinds, uuids, strict=True)
-    ]
+def asked(
+    q: Any,
+    k: Any,
+    v: Any,
+    heads: int,
+    mask: Tensor | None = None,
+    attn_precision: Any = None,
+    skip_reshape: bool = False,
+    skip_output_reshape: bool = False,
+    **others: Any,
+) -> Asked:
+    """The arguments of an attention function of ComfyUI, by name."""
+    others["attn_precision"] = attn_precision
+    return Asked(q, k, v, heads, mask, skip_reshape, skip_output_reshape, others)
 
 
 class Forward:
-    """One call of the diffusion model: of which run, at which step, for which streams, and how many
-    layers so far. It is found through :data:`current`, in the thread of that call alone.
+    """One call of the diffusion model: of which run, at which step, for which streams, and which
+    layers have asked so far. It is found through :data:`current`, in the thread of that call alone.
 
     ``previous``: the attention override that was there before ours.
     """
@@ -68,16 +105,17 @@ class Forward:
         self,
         run: Run,
         progress: Progress,
-        streams: Sequence[Any],
+        streams: Sequence[Stream],
         form: FormOrReason,
+        layers: LayerCalls,
         previous: User | None = None,
     ) -> None:
         self.run = run
         self.progress = progress
         self.streams = streams
         self.form = form
+        self.layers = layers
         self.previous = previous
-        self._calls: Counter[str] = Counter()
         self._mask: tuple[Tensor, list[Kept] | None] | None = None
 
     @contextmanager
@@ -94,27 +132,19 @@ class Forward:
         if self.run.decline(reason) and reason != CROSS_ATTENTION:
             log.info("LiteAttention: calls stay dense: %s", reason)
 
-    def next_layer(self, options: Mapping[str, Any]) -> str:
-        """Name of the layer that attends now: the model's own index, and the order of calls.
+    def form_of(self, options: Mapping[str, Any]) -> FormOrReason:
+        """The form of a call with these transformer options."""
+        shown = None if isinstance(self.form, Form) else at_the_call(options)
+        return self.form if shown is None else shown
 
-        The order tells apart layers without an index, and several attentions of one block.
-        """
-        index = options.get("block_index")
-        block = "" if index is None else f"{options.get('block_type', 'block')}-{index}."
-        number = self._calls[block]
-        self._calls[block] += 1
-        return f"{block}{number}"
-
-    def kept(self, mask: Tensor, batch: int, length: int) -> list[Kept] | None:
+    def kept(self, mask: Tensor, batch: int, length: int, form: Form) -> list[Kept] | None:
         """See :func:`kept_tokens`. Most models give all layers the same mask: it is looked into
         once."""
         if self._mask is None or self._mask[0] is not mask:
-            settings = self.run.settings
-            video = self.form.video if isinstance(self.form, Form) else None
-            kept = None
+            settings, kept = self.run.settings, None
             # What settings say about places in the sequence would be said about other places.
-            if video is not None and not settings.dense_keys and not settings.dense_queries:
-                kept = kept_tokens(mask, batch, length, video, len(self.streams))
+            if form.video is not None and not settings.dense_keys and not settings.dense_queries:
+                kept = kept_tokens(mask, batch, length, form.video, len(self.streams))
             self._mask = mask, kept
         return self._mask[1]
 
@@ -123,98 +153,95 @@ current: ContextVar[Forward | None] = ContextVar("liteattention_forward", defaul
 
 
 def answer(
-    user: User, q: Tensor, k: Tensor, v: Tensor, heads: int, passed: Mapping[str, Any]
+    user: User, arguments: Sequence[Any], named: Mapping[str, Any], compiled: bool = False
 ) -> Tensor:
-    """One attention call as ComfyUI makes it, with the arguments ``passed`` by name: ours, or that
-    of the ``user``, who then gets everything untouched."""
+    """One attention call with the arguments that ComfyUI gave: ours, or that of the ``user``, who
+    then gets exactly these."""
     forward = current.get()
     if forward is None:
-        return user(q, k, v, heads, **passed)
-    split = (q, k, v)
-    if not passed["skip_reshape"]:
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in split)
-    dense = cache(partial(user, *split, heads, **passed))
-    out = _attend(forward, user, q, k, v, heads, passed, dense)
+        return user(*arguments, **named)
+    module = None if compiled else forward.layers.module()
+    if forward.previous is None:  # an override hides what newer checkpoints ask for by layer
+        user = _preferred(module) or user
+    try:
+        call = asked(*arguments, **named)
+    except TypeError as error:
+        forward.decline(f"arguments that LiteAttention does not know ({error})")
+        return user(*arguments, **named)
+    dense = cache(partial(user, *arguments, **named))
+    out = _attend(forward, module, call, user, dense)
     if out is None:
         return dense()
-    return out if passed["skip_output_reshape"] else out.transpose(1, 2).flatten(2)
+    call.taken()
+    return out if call.skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+
+def _preferred(module: nn.Module | None) -> User | None:
+    """The attention that a checkpoint wants for this layer, in newer versions of ComfyUI."""
+    return getattr(getattr(module, "comfy_attention", None), "function", None)
 
 
 def _attend(
-    forward: Forward,
-    user: User,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    passed: Mapping[str, Any],
-    dense: User,
+    forward: Forward, module: nn.Module | None, call: Asked, user: User, dense: User
 ) -> Tensor | None:
-    """Attention of ``q, k, v [B, H, L, D]``; None: the user has to do it, as ``dense`` does."""
-    run, mask = forward.run, passed["mask"]
-    reason = _ineligible(forward.form, passed)
+    """Attention ``[B, H, L, D]``; None: the user has to do it, as ``dense`` does."""
+    run, options = forward.run, call.others.get("transformer_options") or {}
+    form = forward.form_of(options)
+    q, k, v = call.split()
+    reason = call.ineligible() or (form if isinstance(form, str) else None)
     reason = reason or dense_reason(q, k, v, len(forward.streams), run.settings, run.backend)
-    if reason is None and isinstance(forward.form, Form):
-        reason = forward.form.misfit(q.shape[2])
+    if reason is None and isinstance(form, Form):
+        reason = form.misfit(q.shape[2])
     kept = None
-    if reason is None and mask is not None:
-        kept = forward.kept(mask, q.shape[0], q.shape[2])
+    if reason is None and isinstance(form, Form) and call.mask is not None:
+        kept = forward.kept(call.mask, q.shape[0], q.shape[2], form)
         reason = MASK if kept is None else None
-    if reason is not None:
-        forward.decline(reason)
+    layer = None if reason else forward.layers.enter(module, options)
+    if layer is None:
+        forward.decline(reason or FOREIGN)
         return None
-    assert isinstance(forward.form, Form)
-    layer = forward.next_layer(passed.get("transformer_options") or {})
-    scale = passed.get("scale") or q.shape[-1] ** -0.5
-    streams, video = forward.streams, forward.form.video
+    assert isinstance(form, Form)
+    streams = [stream._replace(part=layer.part) for stream in forward.streams]
+    scale = call.others.get("scale") or q.shape[-1] ** -0.5
     if kept is None:
-        call = Inputs(q, k, v, scale)
-        return run.attend(layer, streams, forward.progress, call, video, dense)
-    unmasked = dict(passed, mask=None, skip_reshape=True, skip_output_reshape=True)
+        inputs = Inputs(q, k, v, scale)
+        return run.attend(layer.name, streams, forward.progress, inputs, form.video, dense)
+    others = {n: value for n, value in call.others.items() if n != "attn_precision"}
+    unmasked = dict(others, mask=None, skip_reshape=True, skip_output_reshape=True)
 
     def bare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return user(q, k, v, heads, **unmasked)
+        return user(q, k, v, call.heads, **unmasked)
 
-    return _attend_kept(forward, layer, kept, q, k, v, scale, dense, bare)
+    return _attend_kept(forward, layer.name, streams, kept, (q, k, v), scale, dense, bare)
 
 
 def _attend_kept(
     forward: Forward,
     layer: str,
+    streams: Sequence[Stream],
     kept: list[Kept],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Sequence[Tensor],
     scale: float,
     dense: User,
     bare: User,
 ) -> Tensor | None:
     """Attention to the tokens that count: of all streams at once where these are the same ones for
     all. ``bare`` is the user's attention without a mask."""
-    groups: list[tuple[Any, ...]] = [(forward.streams, kept[0], q, k, v, dense)]
+    groups: list[tuple[Any, ...]] = [(streams, kept[0], *qkv, dense)]
     if len(kept) > 1:
-        chunks = (t.chunk(len(kept)) for t in (q, k, v))
-        parts = zip(forward.streams, kept, *chunks, strict=True)
+        chunks = (t.chunk(len(kept)) for t in qkv)
+        parts = zip(streams, kept, *chunks, strict=True)
         groups = [([stream], *rest, None) for stream, *rest in parts]
     outs = []
-    for streams, one, qs, ks, vs, timed in groups:
+    for of, one, qs, ks, vs, timed in groups:
         hidden = qs[:, :, one.hidden]
         qs, ks, vs = (t[:, :, one.tokens] for t in (qs, ks, vs))
         progress = forward.progress
-        call = Inputs(qs, ks, vs, scale)
-        out = forward.run.attend(layer, streams, progress, call, one.video, timed)
+        inputs = Inputs(qs, ks, vs, scale)
+        out = forward.run.attend(layer, of, progress, inputs, one.video, timed)
         if out is None:
             return None
         if hidden.shape[2]:  # no token that counts ever sees what these get
             out = one.join(out, bare(hidden, ks, vs))
         outs.append(out)
     return torch.cat(outs)
-
-
-def _ineligible(form: FormOrReason, passed: Mapping[str, Any]) -> str | None:
-    """Why ComfyUI's own arguments rule this call out, or None."""
-    if passed.get("enable_gqa"):
-        return "grouped or uneven heads (q, k and v have different shapes)"
-    if passed.get("low_precision_attention") is False:
-        return "the model asks for exact attention here"
-    return form if isinstance(form, str) else None

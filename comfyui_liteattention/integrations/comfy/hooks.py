@@ -15,11 +15,16 @@ import comfy.ldm.modules.attention as comfy_attention
 import torch
 from torch import Tensor
 
-from .calls import User, answer, current
+from .calls import User, answer, asked, current
 
 OVERRIDE = "optimized_attention_override"
 #: What a call may say without ruling out the operator, beside what the operator takes.
-UNDERSTOOD = {"transformer_options", "_inside_attn_wrapper", "low_precision_attention"}
+GRAPHS_KNOW = {
+    "attn_precision",
+    "transformer_options",
+    "_inside_attn_wrapper",
+    "low_precision_attention",
+}
 RECORDED = "CUDA graphs replay what they recorded: use a torch.compile mode without them"
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, bool skip_reshape, "
@@ -30,38 +35,57 @@ SCHEMA = (
 def install(options: dict[str, Any]) -> User | None:
     """Put the override into transformer options; returns the one that was there before."""
     previous = options.get(OVERRIDE)
-    options[OVERRIDE] = partial(override, previous)
+    ours: Any = partial(override, previous)
+    if hasattr(comfy_attention, "AttentionTensorContainer"):
+        ours.container_function = partial(override_containers, previous)
+    options[OVERRIDE] = ours
     return previous
 
 
-def override(
-    previous: User | None,
-    func: User,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    mask: Tensor | None = None,
-    attn_precision: Any = None,
-    skip_reshape: bool = False,
-    skip_output_reshape: bool = False,
-    **kwargs: Any,
-) -> Tensor:
-    """What LiteAttention declines goes to whoever was there before."""
+def is_ours(found: Any) -> bool:
+    """Whether this attention override is LiteAttention's."""
+    return isinstance(found, partial) and found.func is override
+
+
+def override(previous: User | None, func: User, *arguments: Any, **named: Any) -> Tensor:
+    """What LiteAttention declines goes, as it came, to whoever was there before."""
     user = func if previous is None else partial(previous, func)
-    flags = dict(skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
-    passed = dict(kwargs, mask=mask, attn_precision=attn_precision, **flags)
     if not torch.compiler.is_compiling():
-        return answer(user, q, k, v, heads, passed)
+        return answer(user, arguments, named)
+    call = asked(*arguments, **named)
     if (
         func.__module__ == comfy_attention.__name__
-        and q.shape == k.shape == v.shape
-        and attn_precision is None
-        and kwargs.get("low_precision_attention") is not False
-        and UNDERSTOOD.issuperset(kwargs)
+        and call.q.shape == call.k.shape == call.v.shape
+        and call.others["attn_precision"] is None
+        and named.get("low_precision_attention") is not False
+        and GRAPHS_KNOW.issuperset(call.others)
     ):
-        return _compiled(q, k, v, mask, heads, skip_reshape, skip_output_reshape, func.__name__)
-    return user(q, k, v, heads, **passed)
+        flags = call.skip_reshape, call.skip_output_reshape, func.__name__
+        return _compiled(call.q, call.k, call.v, call.mask, call.heads, *flags)
+    return user(*arguments, **named)
+
+
+def override_containers(previous: User | None, *arguments: Any, **named: Any) -> Tensor:
+    """What newer versions of ComfyUI call instead where ``q, k, v`` come in containers, so that
+    whoever takes them owns them alone. Without this they would be emptied on the way to us."""
+    if not torch.compiler.is_compiling():
+        return answer(partial(_behind, previous), arguments, named)
+    tensors = [container.take() for container in arguments[:3]]
+    usual = comfy_attention.optimized_attention.__wrapped__
+    return override(previous, usual, *tensors, *arguments[3:], **named)
+
+
+def _behind(previous: User | None, *arguments: Any, **named: Any) -> Tensor:
+    """Who does a call that came in containers, if not we: as ComfyUI decides, had it not found our
+    override, but the one that was there before."""
+    if previous is None:
+        return comfy_attention.optimized_attention(*arguments, **named)
+    contained = not isinstance(arguments[0], Tensor)
+    if contained and hasattr(previous, "container_function"):
+        return previous.container_function(*arguments, **named)
+    if contained:
+        arguments = (*(container.take() for container in arguments[:3]), *arguments[3:])
+    return previous(comfy_attention.optimized_attention.__wrapped__, *arguments, **named)
 
 
 def _compiled_call(
@@ -83,11 +107,11 @@ def _compiled_call(
     if forward is not None and forward.previous is not None:
         user = partial(forward.previous, user)
     flags = dict(skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
-    passed = dict(mask=mask, attn_precision=None, _inside_attn_wrapper=True, **flags)
+    named = dict(mask=mask, attn_precision=None, _inside_attn_wrapper=True, **flags)
     if forward is not None and _being_recorded(q):
         forward.decline(RECORDED)
-        return user(q, k, v, heads, **passed)
-    return answer(user, q, k, v, heads, passed).contiguous()
+        return user(q, k, v, heads, **named)
+    return answer(user, (q, k, v, heads), named, compiled=True).contiguous()
 
 
 def _shape(

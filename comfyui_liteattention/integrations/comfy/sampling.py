@@ -1,0 +1,98 @@
+"""ComfyUI: the hooks of one sampling run, which are in its transformer options and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import comfy.patcher_extension
+
+from ...report.statistics import RunReport
+from ...run import Run
+from .calls import Forward, User
+from .families import Form, ModelCall, describe_call
+from .first_words import before_a_step
+from .hooks import install
+from .layers import LayerCalls, Names
+from .streams import Streams
+from .takers import asked_first, explained, taker
+
+log = logging.getLogger(__name__)
+
+KEY = "liteattention"
+WrappersMP = comfy.patcher_extension.WrappersMP
+
+
+class Sampling:
+    """The hooks of one run, and what only the host knows about it."""
+
+    def __init__(self, run: Run, show: Callable[[str], None] | None = None) -> None:
+        self._run = run
+        self._show = show
+        self._streams = Streams()
+        self._names = Names()
+        self._notes: dict[str, None] = {}
+        self._first: str | None = None
+        self._previous: User | None = None
+
+    def install(self, options: dict[str, Any]) -> None:
+        """Put the hooks into the transformer options of the run."""
+        self._previous = install(options)
+        for kind, wrapper in (
+            (WrappersMP.PREDICT_NOISE, self._predict_noise),
+            (WrappersMP.APPLY_MODEL, self._apply_model),
+        ):
+            comfy.patcher_extension.add_wrapper_with_key(kind, KEY, wrapper, options)
+
+    def finish(self, model_patcher: Any, options: Mapping[str, Any]) -> RunReport:
+        """End the run; its report."""
+        report, notes = self._run.finish(), [*self._notes]
+        reasons = report.reasons
+        if not report.calls:
+            reasons = explained(reasons, taker(model_patcher, options, self._first))
+        elif self._first is not None:
+            notes.append(f"{self._first} is asked first: LiteAttention gets what it leaves")
+        return replace(report, notes=(*notes, *report.notes), reasons=reasons)
+
+    def _predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        self._streams.evaluation()
+        return executor(*args, **kwargs)
+
+    def _apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        run = self._run
+        options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
+        # torch.compile puts an object of its own around a model.
+        model = executor.class_obj.diffusion_model
+        model = getattr(model, "_orig_mod", model)
+        self._first = asked_first(options) or self._first
+        progress = run.locate(float(options["sigmas"][0]))
+        form = describe_call(model, _model_call(args, kwargs))
+        if self._show is not None:
+            text = before_a_step(form, model, progress.step, len(run.sigmas) - 1, run.settings)
+            if text is not None:
+                self._show(text)
+        if isinstance(form, Form) and form.note and form.note not in self._notes:
+            self._notes[form.note] = None
+            log.info("LiteAttention: %s", form.note)
+        streams = self._streams.of_call(options, args[0].device)
+        layers = LayerCalls(self._names, model)
+        started = time.perf_counter()
+        try:
+            with Forward(run, progress, streams, form, layers, self._previous).entered():
+                return executor(*args, **kwargs)
+        finally:
+            run.time_step(progress.step, time.perf_counter() - started)
+            if self._show is not None:
+                self._show(run.progress_text(progress.step))
+
+
+def _model_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelCall:
+    """What an APPLY_MODEL call ``(x, t, c_concat, c_crossattn, control, options, **conds)`` says
+    about the sequence. Streams of several latents come packed, with their shapes beside them."""
+    text = kwargs["c_crossattn"] if "c_crossattn" in kwargs else args[3]
+    packed = kwargs.get("latent_shapes")
+    latent = packed[0] if packed else args[0].shape
+    return ModelCall(latent, 0 if text is None else text.shape[1], kwargs)
