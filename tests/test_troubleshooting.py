@@ -10,7 +10,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "comfyui_liteattention"
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
-NOT_ABOUT_RUNS = {"doctor.py", "settings.py"}  # what these say or refuse has words of its own
+NOT_ABOUT_RUNS = {"doctor.py", "settings.py", "first_words.py"}  # they speak in their own words
 FILES = sorted(
     path
     for room in ("*.py", "budget/*.py", "backends/**/*.py", "integrations/**/*.py", "report/s*.py")
@@ -109,8 +109,9 @@ def test_reasons_are_found():
     assert "short sequence (fewer than ... tokens)" in found["eligibility.py"]
     assert any("your own attention is faster" in reason for reason in found["never_slower.py"])
     assert any("not enough memory" in reason for reason in found["run.py"])
-    assert any("did not pass any" in reason for reason in found["integrations/comfy/session.py"])
+    assert any("did not pass any" in reason for reason in found["integrations/comfy/takers.py"])
     assert len(found["integrations/diffusers/parallel.py"]) == 6
-    assert len(found["integrations/comfy/families.py"]) == 5
+    assert len(found["integrations/comfy/families/__init__.py"]) == 2
+    assert len(found["integrations/comfy/families/lightricks.py"]) == 2
     assert any("numba is not installed" in reason for reason in found["backends/cpu/backend.py"])
     assert any("CUDA driver error" in reason for reason in found["backends/gpu/driver.py"])

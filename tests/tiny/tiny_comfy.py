@@ -112,7 +112,22 @@ def wan_cases():
         since="0.33",
         **CALL,
     )
-
+    yield wan(
+        "Wan SCAIL-2",
+        "WAN21_SCAIL2",
+        "scail2",
+        conds=dict(
+            reference_latent=(1, 16, 2, 8, 16),
+            pose_latents=(1, 16, 3, 4, 8),
+            sam_latents=(1, 28, 3, 4, 8),
+            ref_mask_latents=(1, 28, 5, 8, 16),
+            ref_mask_flag=False,
+        ),
+        before=2 * 32,
+        after=3 * 2 * 4,
+        since="0.33",
+        **CALL,
+    )
     dancer = dict(in_dim_ref_conv=16, audio_inject_layers=[0])
     yield wan("Wan Dancer", "WAN22_WanDancer", "wandancer", unet=dancer, since="0.33", **CALL)
 
@@ -204,17 +219,21 @@ def other_cases():
     newer = dict(keyframe_idxs=(1, 3, 32, 2), denoise_mask=torch.ones(1, 1, 4, 4, 8))
     ltx |= dict(conds=conds, newer_conds=newer)
     yield Case("LTX-Video with a guide frame", "LTXV", LTX, video=96, after=32, **ltx)
-    yield Case(
-        "LTX-2",
-        "LTXAV",
-        LTX_2,
+    sound = dict(
         layers=3,
-        video=128,
         latent=(1, 1, 128 * 128 + 8 * 20 * 16),
         text=(1, 12, 64),
         conds=dict(attention_mask=None, latent_shapes=[(1, 128, 4, 4, 8), (1, 8, 20, 16)]),
         since="0.33",
     )
+    yield Case("LTX-2", "LTXAV", LTX_2, video=128, **sound)
+    gates = LTX_2 | dict(apply_gated_attention=True, cross_attention_adaln=True)
+    yield Case("LTX-2.3", "LTXAV", gates, video=128, **sound)
+    newest = gates | dict(ff_bias=False, audio_ff_bias=False, use_keyframes_abs_pos_embedding=True)
+    yield Case("LTX-2.5", "LTXAV", newest, video=128, **sound)
+    guided = dict(keyframe_idxs=(1, 3, 32, 2), denoise_mask=torch.ones(1, 1, 4, 4, 8))
+    sound |= dict(conds=sound["conds"] | guided)
+    yield Case("LTX-2.5 with a guide frame", "LTXAV", newest, video=96, after=32, **sound)
     yield Case("Cosmos 1", "CosmosT2V", COSMOS_1, layers=3, **CALL)
     yield Case("Cosmos Predict2", "CosmosT2IPredict2", PREDICT2, layers=3, **CALL)
     yield Case(
@@ -306,6 +325,8 @@ SAMPLED = {  # what nodes put into a conditioning, and a latent of their size
     "HunyuanVideo": dict(pooled_output=(1, 32), attention_mask=None),
     "LTX-Video": dict(attention_mask=torch.ones(1, 12, dtype=torch.long)),
     "LTX-2": {},
+    "LTX-2.3": {},
+    "LTX-2.5": {},
     "Cosmos Predict2": {},
     "Mochi": dict(attention_mask=torch.tensor([[1] * 7 + [0] * 5])),
     "CogVideoX": {},
