@@ -37,6 +37,19 @@ function makePicture() {
   return picture;
 }
 
+// Makes room for what is shown for the first time; what is below the node moves down with its end.
+function grow(node, height) {
+  const more = height - node.size[1];
+  if (node.size[1] > NEW[1] || more <= 0) return;
+  const [left, right] = [node.pos[0], node.pos[0] + node.size[0]];
+  for (const other of node.graph?.nodes ?? []) {
+    const beside = other.pos[0] >= right || other.pos[0] + other.size[0] <= left;
+    if (beside || other.pos[1] <= node.pos[1]) continue;
+    other.pos = [other.pos[0], other.pos[1] + more];
+  }
+  node.setSize([node.size[0], height]);
+}
+
 function addReport(node) {
   const text = makeText();
   const picture = makePicture();
@@ -65,7 +78,7 @@ function addReport(node) {
   shows.set(node, (output) => {
     widget.value = say((output?.text ?? []).join("\n"));
     if (output?.images?.length) {
-      if (node.size[1] <= NEW[1]) node.setSize([node.size[0], HEIGHTS[node.comfyClass]]);
+      grow(node, HEIGHTS[node.comfyClass]);
     } else {
       // Those of the run before; the front end leaves them where no new ones come.
       node.imgs = undefined;

@@ -12,7 +12,7 @@ from comfyui_liteattention.presets import preset
 from demo.comfy_server import REPOSITORY, WEIGHTS, PromptRefusedError
 from demo.compare import BUDGET, PATCH, REPORT, SAMPLER
 from demo.workflow import NOT_EXECUTED, find, load_workflow, to_graph
-from workflows.tools import make_workflows
+from workflows.tools import make_workflows, thumbnails
 from workflows.tools.record_nodes import brief
 from workflows.tools.subgraphs import unfold
 
@@ -30,7 +30,14 @@ MODEL_FILES = {"unet_name", "vae_name", "ckpt_name", "image"} | {
 SAMPLERS = {SAMPLER, "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced"}
 
 COMPARE = "LiteAttentionCompare"
+ANY, DYNAMIC = "COMFY_MATCHTYPE_V3", "COMFY_DYNAMICCOMBO_V3"
 NEWER_NODES = json.loads(Path(__file__).with_name("newer_nodes.json").read_text())["nodes"]
+
+
+def flat(path):
+    """The workflow without subgraphs, as it is executed."""
+    return unfold(load_workflow(path))
+
 
 every_workflow = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -109,32 +116,40 @@ def test_nodes_do_not_cover_each_other(path):
 
 @every_workflow
 def test_slots_are_those_of_the_nodes(path, nodes_of):
-    workflow = load_workflow(path)
+    workflow = flat(path)
     for node in workflow["nodes"]:
         if node["type"] in NOT_EXECUTED:
             continue
         info = nodes_of(workflow)[node["type"]]
         declared = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         for entry in node["inputs"]:
-            kind = declared[entry["name"]][0]
+            name, _, grown = entry["name"].partition(".")  # of inputs that come as one needs them
+            kind = declared[name][0]
             kind = "COMBO" if isinstance(kind, list) else kind
-            assert kind == entry["type"], (node["type"], entry["name"])
+            if not grown and kind != ANY:
+                assert kind == entry["type"], (node["type"], entry["name"])
             assert entry.get("widget", {"name": entry["name"]}) == {"name": entry["name"]}
         outputs = [(o["name"], o["type"]) for o in node["outputs"]]
         theirs = list(zip(info["output_name"], info["output"], strict=True))
+        if ANY in info["output"]:
+            continue
         assert outputs == theirs[: len(outputs)]  # a newer ComfyUI may have added some
 
 
 @every_workflow
 def test_values_can_be_chosen_and_nothing_is_missing(path, nodes_of):
     """What a server checks, by the declarations: also where this ComfyUI is too old for it."""
-    workflow = load_workflow(path)
+    workflow = flat(path)
     nodes = nodes_of(workflow)
     for node in to_graph(workflow, nodes).values():
         declared = brief(nodes[node["class_type"]])["input"]
-        assert set(declared["required"]) <= set(node["inputs"]), node
+        given = {name.partition(".")[0] for name in node["inputs"]}
+        assert set(declared["required"]) <= given, node
+        every = declared["required"] | declared.get("optional", {})
+        if any(kind == DYNAMIC for kind, _ in every.values()):
+            continue  # which widgets there are depends on the choice
         for name, value in node["inputs"].items():
-            kind, more = (declared["required"] | declared.get("optional", {}))[name]
+            kind, more = every[name.partition(".")[0]]
             options = kind if isinstance(kind, list) else more.get("options")
             if options and name not in MODEL_FILES and not isinstance(value, list):
                 assert value in options, (node["class_type"], name)
@@ -155,10 +170,10 @@ def test_recorded_nodes_are_those_of_a_newer_comfyui(object_info):
 
 @every_workflow
 def test_the_server_accepts_it_but_for_missing_models(path, server, object_info):
-    lacking = absent(load_workflow(path), object_info)
+    lacking = absent(flat(path), object_info)
     if lacking:
         pytest.skip(f"this ComfyUI has no {', '.join(sorted(lacking))}: see the recorded nodes")
-    graph = to_graph(load_workflow(path), object_info)
+    graph = to_graph(flat(path), object_info)
     for node in graph.values():
         if "steps" in node["inputs"]:
             node["inputs"]["steps"] = 1
@@ -172,26 +187,26 @@ def test_the_server_accepts_it_but_for_missing_models(path, server, object_info)
 
 @every_workflow
 def test_liteattention_is_the_last_before_each_sampler(path, nodes_of):
-    workflow = load_workflow(path)
+    workflow = flat(path)
     graph = to_graph(workflow, nodes_of(workflow))
     patches = {i for i, node in graph.items() if node["class_type"] == PATCH}
     reports = [node["inputs"] for node in graph.values() if node["class_type"] == REPORT]
-    by_model = {}
+    by_model = []  # (model, sampler): two passes may share a model
     for sampler in (i for i, node in graph.items() if node["class_type"] in SAMPLERS):
         inputs = graph[sampler]["inputs"]
         if "guider" in inputs:
             inputs = graph[inputs["guider"][0]]["inputs"]
-        by_model[inputs["model"][0]] = sampler
+        by_model.append((inputs["model"][0], sampler))
     assert patches
     assert [graph[patch]["inputs"]["preset"] for patch in patches] == ["Balanced"] * len(patches)
     if COMPARE in {node["class_type"] for node in graph.values()}:
-        dense = set(by_model) - patches
+        dense = {model for model, _ in by_model} - patches
         assert dense == {graph[patch]["inputs"]["model"][0] for patch in patches}
-        del by_model[dense.pop()]
-    assert set(by_model) == patches
-    assert {r["model"][0]: r["latent"] for r in reports} == {
-        patch: [sampler, 0] for patch, sampler in by_model.items()
-    }
+        by_model = [one for one in by_model if one[0] in patches]
+    assert {model for model, _ in by_model} == patches
+    assert sorted((r["model"][0], *r["latent"]) for r in reports) == sorted(
+        (patch, sampler, 0) for patch, sampler in by_model
+    )
 
 
 def test_the_demo_of_thresholds_stays_on(object_info):
@@ -214,7 +229,7 @@ def test_the_demo_is_balanced_and_stays_on(name, object_info):
 @every_workflow
 def test_runs_can_be_compared(path):
     """The seed stays: with another one nothing can be compared."""
-    for node in load_workflow(path)["nodes"]:
+    for node in flat(path)["nodes"]:
         assert "randomize" not in node.get("widgets_values", [])
 
 
@@ -242,6 +257,24 @@ def test_it_has_a_note_and_a_thumbnail(path):
         assert thumbnail.size == (400, 300)
 
 
+@every_workflow
+def test_the_thumbnail_is_what_would_be_drawn_now(path):
+    """Neither the frames nor the title have changed since."""
+    with Image.open(path.with_suffix(".jpg")) as thumbnail:
+        recorded = json.loads(thumbnail.info["comment"])
+    note = next(n for n in load_workflow(path)["nodes"] if n["type"] == "MarkdownNote")
+    assert recorded == thumbnails.record(recorded["title"])
+    demo = path.parent == DEMO
+    assert demo or note["widgets_values"][0].startswith(f"## {recorded['title']}")
+
+
+def test_frames_in_thumbnails_are_those_of_the_demos_workflow(object_info):
+    graph = to_graph(load_workflow(DEMO / "liteattention_demo.json"), object_info)
+    sampler, budget = (graph[find(graph, kind)]["inputs"] for kind in (SAMPLER, BUDGET))
+    there = {"model": "demo", "budget": budget["budget"]}
+    assert there | {name: sampler[name] for name in ("steps", "seed")} == thumbnails.RUN
+
+
 def test_the_template_browser_lists_and_serves_them(server):
     listed = server.get("/workflow_templates")
     for pack, files in PACKS.items():
@@ -253,7 +286,7 @@ def test_the_template_browser_lists_and_serves_them(server):
 
 def test_what_the_pack_lists_needs_no_nodes_but_its_own_and_comfyuis():
     """After an install of the pack alone: the demo's nodes are in its folder only."""
-    workflows = map(load_workflow, PACKS["liteattention"])
+    workflows = map(flat, PACKS["liteattention"])
     kinds = {node["type"] for workflow in workflows for node in workflow["nodes"]}
     assert not any(kind.startswith("LiteAttentionDemo") for kind in kinds)
 
@@ -261,11 +294,15 @@ def test_what_the_pack_lists_needs_no_nodes_but_its_own_and_comfyuis():
 def folded():
     """A node before and one after a subgraph of two, which hands its input to the second, too."""
 
-    def node(number, kind, inputs=(), outputs=()):
+    def node(number, kind, inputs=(), outputs=(), widget="width"):
         return {
             "id": number,
             "type": kind,
-            "inputs": [{"name": name, "link": None} for name in inputs],
+            "inputs": [
+                {"name": name, "link": None}
+                | ({"widget": {"name": name}} if name == widget else {})
+                for name in inputs
+            ],
             "outputs": [{"name": name} for name in outputs],
             "widgets_values": [kind],
         }
@@ -278,17 +315,21 @@ def folded():
         "id": "folded",
         "name": "Folded",
         "inputs": [{"name": "width"}, {"name": "model"}],
-        "nodes": [node(1, "A", ["model"], ["x"]), node(2, "B", ["x", "model"], ["video"])],
+        "nodes": [
+            node(1, "A", ["model", "width"], ["x"]),
+            node(2, "B", ["x", "model"], ["video"]),
+        ],
         "links": [
             link(1, -10, 1, 1, 0),
             link(2, 1, 0, 2, 0),
             link(3, -10, 1, 2, 1),
             link(4, 2, 0, -20, 0),
+            link(5, -10, 0, 1, 1),
         ],
     }
     outer = [
         node(1, "Load", (), ["model"]),
-        node(2, "folded", ["model"], ["video"]) | {"widgets_values": ["A"]},
+        node(2, "folded", ["model"], ["video"]) | {"widgets_values": ["outside"]},
         node(3, "Save", ["video"]),
     ]
     links = [[1, 1, 0, 2, 0, "MODEL"], [2, 2, 0, 3, 0, "VIDEO"]]
@@ -298,6 +339,9 @@ def folded():
 def test_a_subgraph_is_unfolded():
     flat = unfold(folded())
     names = {node["id"]: node["type"] for node in flat["nodes"]}
+    (a,) = (node for node in flat["nodes"] if node["type"] == "A")
+    assert a["widgets_values"] == ["outside"]  # that is the value that counts
+    assert a["promoted"] == [(0, "width", "width")]
     assert sorted(names.values()) == ["A", "B", "Load", "Save"]
     links = {(names[o], slot, names[t], entry) for _, o, slot, t, entry, _ in flat["links"]}
     assert links == {
@@ -310,6 +354,6 @@ def test_a_subgraph_is_unfolded():
 
 def test_a_value_that_is_only_outside_of_a_subgraph_is_refused():
     workflow = folded()
-    workflow["nodes"][1]["widgets_values"] = ["another"]
+    workflow["nodes"][1]["widgets_values"] = ["one", "another"]
     with pytest.raises(ValueError, match="'another' is set outside"):
         unfold(workflow)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from .canvas import Canvas, Link, Node, is_sampler, samplers
 
-LEFT, TOP, GAP, TITLE = 40, 80, 40, 30
-ROOM = 980  # the note stays below the loaders as long as this height holds both
+LEFT, TOP, TITLE = 40, 80, 30
+GAP, BELOW = 40, 20  # beside and below a node
 
 
-def to_file(canvas: Canvas, name: str, note: Node) -> dict[str, Any]:
+def to_file(
+    canvas: Canvas, name: str, note: Node, subgraphs: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """The file that ComfyUI opens: nodes with their places, links numbered from 1."""
     number = max(canvas.nodes) + 1
     canvas = replace(canvas, nodes=canvas.nodes | {number: note})
     links = sorted(canvas.links)
     placed = place(canvas, number)
     order = sorted(canvas.nodes, key=lambda i: (len(canvas.ancestors(i)), i))
-    nodes = [_file_node(i, canvas.nodes[i], links, placed[i], order.index(i)) for i in placed]
+    nodes = [file_node(i, canvas.nodes[i], links, placed[i], order.index(i)) for i in placed]
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"liteattention/{name}")),
         "revision": 0,
@@ -34,10 +37,11 @@ def to_file(canvas: Canvas, name: str, note: Node) -> dict[str, Any]:
         "config": {},
         "extra": {},
         "version": 0.4,
+        **({"definitions": {"subgraphs": list(subgraphs)}} if subgraphs else {}),
     }
 
 
-def _file_node(
+def file_node(
     i: int, node: Node, links: list[Link], box: tuple[int, int, int, int], order: int
 ) -> Node:
     ends_in = {link.entry: n for n, link in enumerate(links, 1) if link.target == i}
@@ -46,8 +50,8 @@ def _file_node(
         if link.origin == i:
             ends.setdefault(link.output, []).append(n)
     properties = node.get("properties", {})
-    kept = {k: properties[k] for k in ("models",) if k in properties}
-    if "Note" not in node["type"]:
+    kept = {k: properties[k] for k in ("models", "proxyWidgets") if k in properties}
+    if "Note" not in node["type"] and not is_subgraph(node):
         kept["Node name for S&R"] = node["type"]
     return {
         "id": i,
@@ -60,7 +64,7 @@ def _file_node(
         "inputs": [
             {"name": entry["name"], "type": entry["type"], "link": ends_in.get(k)}
             # The place where a value can come from another node, in place of its widget.
-            | ({"widget": entry["widget"]} if "widget" in entry else {})
+            | {key: entry[key] for key in ("widget", "label") if key in entry}
             for k, entry in enumerate(node["inputs"])
         ],
         "outputs": [
@@ -81,7 +85,7 @@ def place(canvas: Canvas, note: int) -> dict[int, tuple[int, int, int, int]]:
         for i in column:
             height = _height(canvas.nodes[i])
             boxes[i] = (x, y, width, height)
-            y += height + GAP + TITLE
+            y += height + BELOW + TITLE
         x += width + GAP
     return boxes
 
@@ -90,6 +94,8 @@ def _columns(canvas: Canvas, note: int) -> list[tuple[int, list[int]]]:
     """Files, prompts and size, each sampler with its model, reports, the video. What is compared
     is sampled in one column: in a view of the whole the texts can still be read."""
     nodes = canvas.nodes
+    if any(map(is_subgraph, nodes.values())):
+        return _folded_columns(canvas, note)
     order = sorted(nodes, key=lambda i: (len(canvas.ancestors(i)), nodes[i].get("pos", [0, 0])[1]))
     files = [i for i in order if not any(canvas.into(i)) and _has(nodes[i], FILES)]
     reports = [i for i in order if nodes[i]["type"] == "LiteAttentionReport"]
@@ -108,11 +114,40 @@ def _columns(canvas: Canvas, note: int) -> list[tuple[int, list[int]]]:
     rest = [i for i in order if i not in used and i not in conditions]
     frames = [i for i in rest if compared and i in canvas.ancestors(compared[0])]
     rest = [i for i in rest if i not in frames]
-    short = sum(_height(nodes[i]) + GAP + TITLE for i in [*files, note]) <= ROOM
-    columns = [(400, [*files, note])] if short else [(400, [note]), (400, files)]
-    columns += [(400, conditions), *((320, run) for run in runs), (420, frames + reports)]
-    columns.append((420, compared + rest) if compared else (460, rest))
+    if compared:
+        columns = [(310, files), (310, conditions), *((290, run) for run in runs)]
+        columns += [(340, frames + reports), (360, compared + rest)]
+    else:
+        columns = [(360, files), (360, conditions), *((320, run) for run in runs)]
+        columns.append((420, reports + rest))
+    # The note where there is most room: the whole has to stay legible on a screen.
+    min(columns, key=lambda column: _heights(canvas, column[1]))[1].append(note)
     return columns
+
+
+def _heights(canvas: Canvas, column: Sequence[int]) -> int:
+    return sum(_height(canvas.nodes[i]) + BELOW + TITLE for i in column)
+
+
+def _folded_columns(canvas: Canvas, note: int) -> list[tuple[int, list[int]]]:
+    """The note and what is loaded, what comes before LiteAttention, LiteAttention and what comes
+    after it, reports, the video."""
+    nodes = canvas.nodes
+    before, after = (i for i in sorted(nodes) if is_subgraph(nodes[i]))
+    patches = [i for i, n in nodes.items() if n["type"] == "LiteAttentionPatch"]
+    reports = [i for i, n in nodes.items() if n["type"] == "LiteAttentionReport"]
+    videos = [i for i in nodes if after in canvas.ancestors(i) - {i} and i not in reports]
+    used = {note, before, after, *patches, *reports, *videos}
+    rest = sorted(i for i in nodes if i not in used)
+    loaded = [i for i in rest if not any(canvas.into(i)) and _has(nodes[i], {"IMAGE"})]
+    columns = [(400, [note, *loaded]), (400, [before]), (320, [*patches, after])]
+    small = [i for i in rest if i not in loaded]
+    min(columns, key=lambda column: _heights(canvas, column[1]))[1].extend(small)
+    return [*columns, (420, reports + videos)]
+
+
+def is_subgraph(node: Node) -> bool:
+    return "proxyWidgets" in node.get("properties", {})
 
 
 #: Outputs of nodes that read files, and of those that say what is drawn and what may be skipped.
@@ -128,7 +163,8 @@ def _has(node: Node, kinds: set[str]) -> bool:
 
 #: Pixels, where the templates leave much room.
 HEIGHTS = {
-    "SaveVideo": 450,
+    "LoadImage": 314,
+    "SaveVideo": 240,
     "SaveAnimatedWEBP": 340,
     "KSampler": 262,
     "KSamplerAdvanced": 334,

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 from typing import Any
 
 from .canvas import Canvas, Link, Node, read, samplers
+from .folding import fold
 from .layout import to_file
 from .nodes import GREEN, RED, colours, compare_node, note_node, patch_node, report_node
 from .subgraphs import unfold
@@ -42,7 +43,8 @@ CLOSER = "The camera moves closer slowly and steadily, light moves over the scen
 @dataclass(frozen=True)
 class Recipe:
     """``widgets``: the first widget value of the nodes with this title or of this type.
-    ``made_from``: the version of the templates."""
+    ``folded``: what is before and after LiteAttention, in a subgraph each. ``made_from``: the
+    version of the templates."""
 
     name: str
     template: str
@@ -50,24 +52,88 @@ class Recipe:
     widgets: dict[str, str] = field(default_factory=dict)
     advice: tuple[str, ...] = ()
     compare: bool = False
+    folded: bool = False
     made_from: str = "0.7.25"
 
 
 NEWER = "0.11.97"
-FEW_STEPS = (
-    "**Two experts**: each has a LiteAttention of its own; give both the same preset, and "
-    "bypass both to compare. With a 4-step LoRA each of them has two steps, and the first step "
-    "always computes everything: there is little to gain."
+EXPERTS = (
+    "**Two experts**: each has a LiteAttention of its own; give both the same preset, and bypass "
+    "both to compare. *enable_turbo_mode* is the 4-step LoRA: two steps for each expert, and the "
+    "first always computes everything, so there is little to gain."
+)
+TURBO = (
+    "*turbo_mode* is the 8-step LoRA: fewer steps leave less to skip. Text, sound and reference "
+    "pictures are never skipped."
+)
+STAGES = (
+    "**Two passes** share one LiteAttention: 8 steps at half the size, 3 at full size. The first "
+    "step of each computes everything, so the second has little to gain. Sound has an attention "
+    "of its own, which stays as it is."
 )
 START_IMAGE = "**Start image**: choose yours in *Load Image*, and say in the prompt what moves."
 BYPASS = (
     "the seed is fixed. Select LiteAttention, press **Ctrl+B** (bypass), run again: the same video "
     "without it."
 )
-T2V = {"Prompt": BOAT}
-I2V = {"Prompt": CLOSER, "LoadImage": IMAGE}
+T2V = {"Prompt": BOAT, "MiniMaxH3ImageToVideo": BOAT}
+I2V = {"Prompt": CLOSER, "MiniMaxH3ImageToVideo": CLOSER, "LoadImage": IMAGE}
 
 RECIPES = (
+    Recipe(
+        "minimax_h3_t2v",
+        "video_minimax_h3_t2v",
+        "MiniMax H3 text to video",
+        T2V,
+        (TURBO,),
+        folded=True,
+        made_from=NEWER,
+    ),
+    Recipe(
+        "minimax_h3_i2v",
+        "video_minimax_h3_i2v",
+        "MiniMax H3 image to video",
+        I2V,
+        (START_IMAGE, TURBO),
+        folded=True,
+        made_from=NEWER,
+    ),
+    Recipe(
+        "ltx2.3_t2v",
+        "video_ltx2_3_t2v",
+        "LTX-2.3 text to video with sound",
+        T2V,
+        (STAGES,),
+        folded=True,
+        made_from=NEWER,
+    ),
+    Recipe(
+        "ltx2.5_t2v",
+        "video_ltx2_5_t2v",
+        "LTX-2.5 text to video with sound",
+        T2V,
+        (STAGES,),
+        folded=True,
+        made_from=NEWER,
+    ),
+    Recipe(
+        "wan2.2_14b_t2v",
+        "video_wan2_2_14B_t2v",
+        "Wan 2.2 14B text to video",
+        T2V,
+        (EXPERTS,),
+        folded=True,
+        made_from=NEWER,
+    ),
+    Recipe(
+        "wan2.2_14b_i2v",
+        "video_wan2_2_14B_i2v",
+        "Wan 2.2 14B image to video",
+        I2V,
+        (START_IMAGE, EXPERTS),
+        folded=True,
+        made_from=NEWER,
+    ),
     Recipe("wan2.1_t2v", "text_to_video_wan", "Wan 2.1 text to video", T2V),
     Recipe(
         "wan2.1_t2v_ab",
@@ -77,16 +143,6 @@ RECIPES = (
         compare=True,
     ),
     Recipe("wan2.1_i2v", "image_to_video_wan", "Wan 2.1 image to video", I2V, (START_IMAGE,)),
-    Recipe(
-        "wan2.2_14b_t2v", "video_wan2_2_14B_t2v", "Wan 2.2 14B text to video", T2V, (FEW_STEPS,)
-    ),
-    Recipe(
-        "wan2.2_14b_i2v",
-        "video_wan2_2_14B_i2v",
-        "Wan 2.2 14B image to video",
-        I2V,
-        (START_IMAGE, FEW_STEPS),
-    ),
     Recipe(
         "wan2.2_5b_ti2v",
         "video_wan2_2_5B_ti2v",
@@ -110,18 +166,6 @@ RECIPES = (
         T2V,
         made_from=NEWER,
     ),
-    Recipe(
-        "ltx2_t2v",
-        "video_ltx2_t2v",
-        "LTX-2 text to video with sound",
-        T2V,
-        (
-            "**Two passes**: the second one makes the small video of the first one large. It has "
-            "only three steps, and the first of them computes everything: there is little to gain.",
-            "**Sound** has an attention of its own, which stays as it is.",
-        ),
-        made_from=NEWER,
-    ),
 )
 
 
@@ -134,19 +178,34 @@ def main() -> None:
 
 
 def from_template(recipe: Recipe) -> dict[str, Any]:
-    canvas = with_liteattention(simplest_branch(read(unfold(template(recipe.template)))))
+    canvas = simplest_branch(read(unfold(template(recipe.template))))
+    canvas = with_liteattention(canvas, pass_on=not recipe.folded)
     canvas = replace(
         canvas, nodes={i: _dressed(node, i, canvas, recipe) for i, node in canvas.nodes.items()}
     )
     note = _note(recipe, canvas)
+    if recipe.folded:
+        folded = fold(canvas, recipe.name)
+        return to_file(folded.canvas, recipe.name, note, folded.subgraphs)
     return to_file(with_comparison(canvas) if recipe.compare else canvas, recipe.name, note)
 
 
 def template(name: str) -> dict[str, Any]:
-    import comfyui_workflow_templates as templates
+    path = _newer_template(name)
+    if path is None:
+        import comfyui_workflow_templates as templates
 
-    path = Path(templates.get_asset_path(name, f"{name}.json"))
+        path = Path(templates.get_asset_path(name, f"{name}.json"))
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _newer_template(name: str) -> Path | None:
+    """In newer versions the files are a package of their own."""
+    try:
+        listed = files("comfyui-workflow-templates-json") or ()
+    except PackageNotFoundError:
+        return None
+    return next((Path(str(one.locate())) for one in listed if one.name == f"{name}.json"), None)
 
 
 def simplest_branch(canvas: Canvas) -> Canvas:
@@ -180,41 +239,48 @@ def _without_bypassed(canvas: Canvas) -> Canvas:
     return canvas
 
 
-def with_liteattention(canvas: Canvas) -> Canvas:
-    """A LiteAttention last before every sampler, a LiteAttention Report after it."""
+def with_liteattention(canvas: Canvas, pass_on: bool = True) -> Canvas:
+    """A LiteAttention last before every sampler, or for several that share a model, and a
+    LiteAttention Report after each, which passes the latent on or stands aside."""
+    patches: dict[tuple[int, int], int] = {}
     for sampler in samplers(canvas):
         guider = next(canvas.into(sampler, "guider"), None)
         (model,) = canvas.into(guider.origin if guider else sampler, "model")
-        patch = max(canvas.nodes) + 1
-        report = patch + 1
-        of = _part(canvas, sampler, model.origin)
-        nodes = {patch: patch_node(of), report: report_node(of)}
+        source = model.origin, model.output
+        nodes, added = dict(canvas.nodes), []
+        if source not in patches:
+            patches[source] = max(nodes) + 1
+            nodes[patches[source]] = patch_node(_expert(canvas, model.origin))
+            added.append(Link(*source, patches[source], 0))
+        patch, report = patches[source], max(nodes) + 1
+        nodes[report] = report_node(_part(canvas, sampler, model.origin))
         moved = {model: model._replace(origin=patch, output=0)}
-        moved |= {
-            link: link._replace(origin=report)
-            for link in canvas.links
-            if (link.origin, link.output) == (sampler, 0)
-        }
-        added = (
-            Link(model.origin, model.output, patch, 0),
-            Link(patch, 0, report, 0),
-            Link(sampler, 0, report, 1),
-        )
-        links = tuple(moved.get(link, link) for link in canvas.links) + added
-        canvas = Canvas(canvas.nodes | nodes, links)
+        if pass_on:
+            moved |= {
+                link: link._replace(origin=report)
+                for link in canvas.links
+                if (link.origin, link.output) == (sampler, 0)
+            }
+        added += [Link(patch, 0, report, 0), Link(sampler, 0, report, 1)]
+        canvas = Canvas(nodes, (*(moved.get(link, link) for link in canvas.links), *added))
     return canvas
 
 
+def _expert(canvas: Canvas, model: int) -> str:
+    """Which one of two a model is, by the name of its file."""
+    if len({link.origin for i in samplers(canvas) for link in canvas.into(i, "model")}) < 2:
+        return ""
+    files = " ".join(str(canvas.nodes[i].get("widgets_values")) for i in canvas.ancestors(model))
+    found = [one for one in ("high_noise", "low_noise") if one in files]
+    return found[0].replace("_", " ") if len(found) == 1 else ""
+
+
 def _part(canvas: Canvas, sampler: int, model: int) -> str:
-    """What tells a sampler from the others: the expert, by the name of the file, or the pass."""
+    """What tells a sampler from the others: the expert, or the pass."""
     order = samplers(canvas)
     if len(order) < 2:
         return ""
-    files = " ".join(str(canvas.nodes[i].get("widgets_values")) for i in canvas.ancestors(model))
-    for expert in ("high_noise", "low_noise"):
-        if expert in files:
-            return expert.replace("_", " ")
-    return ("first pass", "second pass")[order.index(sampler)]
+    return _expert(canvas, model) or ("first pass", "second pass")[order.index(sampler)]
 
 
 def _dressed(node: Node, i: int, canvas: Canvas, recipe: Recipe) -> Node:
@@ -247,27 +313,29 @@ def _dressed(node: Node, i: int, canvas: Canvas, recipe: Recipe) -> Node:
 
 def _note(recipe: Recipe, canvas: Canvas) -> Node:
     models = [m for n in canvas.nodes.values() for m in n["properties"].get("models", ())]
-    files = "\n".join(
+    links = "\n".join(
         f"* `models/{model['directory']}`: [{model['name']}]({model['url']})"
         for model in sorted(models, key=lambda model: (model["directory"], model["name"]))
     )
-    height = 210 + 24 * len(models) + 55 * (len(recipe.advice) + recipe.compare)
+    height = 285 + 24 * len(models) + 60 * (len(recipe.advice) + recipe.compare)
     text = "\n\n".join(
         (
             f"## {recipe.title}" + ("" if recipe.compare else ", faster"),
-            f"**Download**, unless ComfyUI has offered them already:\n\n{files}",
             "**Change** the prompt, the size and the preset: *Safe* stays closest to the original, "
             "*Fast* skips most. More frames or pixels leave more to skip.",
             *recipe.advice,
             f"**Compare**: {AB.format('preset') if recipe.compare else BYPASS}",
             "**In your own workflow**: LiteAttention goes last before the sampler, after LoRAs and "
             "other patches.",
+            CHINESE,
+            f"**Download**, unless ComfyUI has offered them already:\n\n{links}",
             "Our figures come from a small model. Judge by your own comparison.",
         )
     )
     return note_node(text, height=height)
 
 
+CHINESE = Path(__file__).with_name("note.zh.md").read_text(encoding="utf-8").strip()
 AB = """*LiteAttention Compare* says how close the two videos are (PSNR, SSIM) and where they \
 differ; the saved video shows both and the difference. The seed is the same. If you change the \
 {} and run again, only the second sampler runs again."""

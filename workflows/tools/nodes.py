@@ -16,7 +16,7 @@ def patch_node(of: str = "") -> Node:
         inputs=(("model", "MODEL"), ("control", "LITEATTENTION_CONTROL")),
         outputs=(("MODEL", "MODEL"),),
         widgets=["Balanced"],
-        height=160,  # room for the text that it shows while it runs
+        height=150,  # room for the text that it shows while it runs
     )
 
 
@@ -27,7 +27,7 @@ def report_node(of: str = "") -> Node:
         inputs=(("model", "MODEL"), ("latent", "LATENT")),
         outputs=(("latent", "LATENT"), ("map", "IMAGE"), ("text", "STRING"), ("charts", "IMAGE")),
         widgets=["dark"],
-        height=700,  # text, the animation and the pictures
+        height=350,  # grows when there are pictures
     )
 
 
@@ -38,7 +38,7 @@ def compare_node() -> Node:
         inputs=(("reference", "IMAGE"), ("candidate", "IMAGE")),
         outputs=(("comparison", "IMAGE"), ("text", "STRING")),
         widgets=[8.0],
-        height=640,
+        height=350,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .make_workflows import FOLDER, NEWER, RECIPES
+from .subgraphs import unfold
 
 OPTIONS = ("control_after_generate", "forceInput", "options")
 NOT_NODES = ("Note", "MarkdownNote")
@@ -27,12 +28,15 @@ def main() -> None:
         node["type"]
         for recipe in RECIPES
         if recipe.made_from == NEWER
-        for node in json.loads((FOLDER / f"liteattention_{recipe.name}.json").read_text("utf-8"))[
-            "nodes"
-        ]
+        for node in unfold(
+            json.loads((FOLDER / f"liteattention_{recipe.name}.json").read_text("utf-8"))
+        )["nodes"]
     }
     kept = sorted(t for t in types if t not in NOT_NODES and not t.startswith("LiteAttention"))
     version = _get(f"{address}/system_stats")["system"]["comfyui_version"]
+    missing = [kind for kind in kept if kind not in info]
+    if missing:
+        raise SystemExit(f"this ComfyUI has no {', '.join(missing)}")
     nodes = (f" {json.dumps(kind)}: {json.dumps(brief(info[kind]))}" for kind in kept)
     text = f'{{"comfyui": "{version}", "nodes": {{\n' + ",\n".join(nodes) + "\n}}\n"
     Path(target).write_text(text, encoding="utf-8", newline="\n")
