@@ -91,7 +91,7 @@ def measure(videos: DemoVideos, case: Case, budget: float) -> tuple[dict[str, An
         progress = Progress(at.step, (at.step + 1) / case.steps)
         out = run.attend(at.layer, [at.stream], progress, Inputs(q, k, v, scale), video)
         if out is None:
-            raise RuntimeError(f"declined: {dict(run.reasons)}")
+            raise RuntimeError(f"declined: {run.report().reasons}")
         truth[at.layer, at.step].append(backend.lost)
         if at.step == 1:
             second_step.append(backend.lost)

@@ -148,7 +148,8 @@ def _routed(transformer: Any, attend: Attend) -> Iterator[None]:
         def decline(self, reason: str) -> None:
             raise RuntimeError(reason)
 
-        def end(self, seconds: float) -> None: ...
+        def end(self, seconds: float) -> bool:
+            return True
 
     layers = [f"blocks.{i}.attn1" for i in range(len(transformer.blocks))]
     register_backend()

@@ -130,7 +130,7 @@ def whole_call(backend: KernelBackend, q: Tensor, k: Tensor, v: Tensor, live: Te
         out = run.attend(
             "layer", ["positive"], Progress(4, 0.5), Inputs(q, k, v, q.shape[-1] ** -0.5), video
         )
-        assert out is not None, f"the run went on densely: {dict(run.reasons)}"
+        assert out is not None, f"the run went on densely: {run.report().reasons}"
         return out
 
     call()  # dense, as there is no map yet

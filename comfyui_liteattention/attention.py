@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import policy, tail
@@ -21,13 +20,13 @@ from .token_order import VideoTokens, arrange, take
 class Tally(NamedTuple):
     """What one call did. Tensors stay on the device, so that counting costs no synchronisation.
 
-    ``computed`` [] int64: tiles computed, those of the audit and of the tail included; ``total``:
-    tiles of the matrix; ``lost`` [] float32: mean lost mass of the audited rows, None where nothing
-    was audited.
+    ``computed`` [] int64, or a number where that is known: tiles computed, those of the audit and
+    of the tail included; ``total``: tiles of the matrix; ``lost`` [] float32: mean lost mass of
+    the audited rows, None where nothing was audited.
     ``bound`` [] float64: what the ledger expected at most then, None where there is no ledger.
     """
 
-    computed: Tensor
+    computed: Tensor | int
     total: int
     lost: Tensor | None
     bound: Tensor | None = None
@@ -95,7 +94,7 @@ def attend(
         result = backend.forward(call, lists, criterion)
 
     lost = bound = None
-    computed = torch.tensor(b * h * tq * tk, device="cpu") if lists is None else lists.count.sum()
+    computed = b * h * tq * tk if lists is None else lists.count.sum()
     if live is not None:
         if pooled is not None:
             skipped = Skipped(call.q, pooled, call.scale, live, order)
@@ -109,7 +108,7 @@ def attend(
 
     if result.score is not None:
         if state.pinned is None:
-            state.pinned = _pinned(settings, video, (lq, lk), tile, order).to(call.q.device)
+            state.pinned = _pinned(settings, video, call, tile)
         limit = _limit(state, tile_map, result.score, lost, settings, position)
         kept = tile_map.next_live(live, result.score, limit, state.pinned)
         state.live = kept if live is None else live.copy_(kept)
@@ -159,16 +158,15 @@ def _order(
 def _pinned(
     settings: Settings,
     video: VideoTokens | None,
-    lengths: tuple[int, int],
+    call: Inputs,
     tile: TileShape,
-    order: Tensor | None,
 ) -> Tensor:
     """Tiles that must stay live, ``[Tq, Tk]`` bool, in the order in which tokens are listed."""
-    queries = policy.pinned_tokens(settings.dense_queries, video, lengths[0])
-    keys = policy.pinned_tokens(settings.dense_keys, video, lengths[1])
-    if order is not None:
-        listed = order.cpu()
-        queries, keys = queries[listed], keys[listed]
+    there = call.q.device  # where they are made, so that nothing waits for a copy
+    queries = policy.pinned_tokens(settings.dense_queries, video, call.q.shape[2], there)
+    keys = policy.pinned_tokens(settings.dense_keys, video, call.k.shape[2], there)
+    if call.order is not None:
+        queries, keys = queries[call.order], keys[call.order]
     return policy.pinned_tiles(queries, keys, tile)
 
 

@@ -36,10 +36,15 @@ def threshold_at(settings: Settings, position: float, key_tiles: int) -> float:
     return threshold - math.log2(key_tiles) if settings.criterion == "mass" else threshold
 
 
-def pinned_tokens(ranges: TokenRanges, video: VideoTokens | None, length: int) -> Tensor:
+def pinned_tokens(
+    ranges: TokenRanges,
+    video: VideoTokens | None,
+    length: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Tokens that always count, ``[length]`` bool: those in the ranges, and all beside the video
     where it is known (text, references), in the order in which the model lists them."""
-    pinned = torch.zeros(length, dtype=torch.bool, device="cpu")
+    pinned = torch.zeros(length, dtype=torch.bool, device=device)
     if video is not None:
         pinned[: video.start] = True
         pinned[video.stop :] = True

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
-import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,71 +14,83 @@ from torch import Tensor
 
 from .attention import LayerState, Tally, attend
 from .backends.base import Backend, Inputs, Provider
+from .backends.clock import stopwatch
 from .backends.kernel_selftest import lacks_memory
-from .budget.ledger import allowance
-from .never_slower import Pace, stopwatch
+from .never_slower.costs import Costs
+from .never_slower.pace import Pace, Timed
+from .never_slower.rehearsal import decided, rehearse
 from .policy import marks
-from .report.map_history import MapHistory
-from .report.statistics import CallStats, MapStats, RunReport, fraction, in_short, mean_lost, saving
+from .report.outcome import Outcome, Seen, extremes, look
+from .report.record import Named, Record
+from .report.statistics import RunReport, in_short
 from .schedule import Progress, locate
-from .settings import Settings, describe
-from .tiles import unpack
+from .settings import Settings
 from .token_order import VideoTokens
 
 log = logging.getLogger(__name__)
 
 Stream = Hashable
 NOT_FINITE = "the result was not finite (NaN or infinity): this layer stays dense for the run"
+NOT_FINITE_AGAIN = "results were not finite (NaN or infinity) again: switched off for this run"
 
 DENSE_LAYER = "a layer of dense_layers: it stays dense, as asked"
-WAITING = "your own attention is timed at first, and used until LiteAttention is faster"
+TIMED = "the first calls of a run are left to your own attention, which is timed"
+WAITING = "waiting: your own attention is still faster"
 OUT_OF_MEMORY = "not enough memory for LiteAttention on this device: switched off for this run"
 
 
-class _Call(NamedTuple):
-    step: int
-    position: float
-    layer: str
+class Part(NamedTuple):
+    """What an attention call asks for one stream. ``video`` says which of the tokens are video;
+    None: all of them, on an unknown grid."""
+
     stream: Stream
-    tokens: int
-    tally: Tally
-    seconds: float
-    waits: bool = False
+    inputs: Inputs
+    video: VideoTokens | None = None
 
 
 class _Key(NamedTuple):
     layer: str
     stream: Stream
+    batch: int
     heads: int
     length: int
     head_dim: int
 
 
 class Run:
-    """State and statistics of one run. Safe to call from several threads.
+    """State and statistics of one run. Safe to call from several threads; one call of a model, from
+    :meth:`begin_call` to :meth:`end_call`, stays in one.
 
     Streams (cond, uncond, a context window, a device, ...) and layers never share state: it is
-    keyed by (layer, stream, shape of the queries).
+    keyed by (layer, stream, shape of the queries). ``kind`` names the model and the attention that
+    the user has beside ours: what is decided once in a process is decided for that. ``lasting``: a
+    context in which our calls allocate what they need (see integrations/comfy/compiler.py).
     """
 
-    def __init__(self, settings: Settings, backend: Provider, sigmas: Sequence[float]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        backend: Provider,
+        sigmas: Sequence[float],
+        kind: Hashable = (),
+        lasting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self.settings = settings
         self.backend = backend
         self.sigmas = tuple(sigmas)
-        self.reasons: Counter[str] = Counter()
+        self.steps = max(len(self.sigmas) - 1, 0)
+        self._kind = kind
+        self._lasting = lasting
         self._backends: dict[tuple[torch.device, int, torch.dtype], Backend | str] = {}
         self._states: dict[_Key, LayerState] = {}
         self._stocks: defaultdict[Hashable, dict[str, Tensor]] = defaultdict(dict)
         self._failed: set[str] = set()
         self._stopped: str | None = None
-        self._calls: list[_Call] = []
         self._layers: dict[str, int] = {}
-        self._seconds: defaultdict[int, float] = defaultdict(float)
+        self._paces: dict[torch.device, Pace] = {}
+        self._open: defaultdict[int, list[Outcome]] = defaultdict(list)  # by thread
+        self._record = Record(settings, self.steps)
         self._lock = threading.Lock()
-        self._pace = Pace(len(self.sigmas) - 1, self._first_step())
-        self._history = MapHistory()
-        self._step = 0
-        self._started = time.perf_counter()
 
     def locate(self, sigma: float) -> Progress:
         return locate(sigma, self.sigmas)
@@ -87,13 +98,28 @@ class Run:
     def decline(self, reason: str) -> bool:
         """Count a call that stays dense; True the first time this reason is seen in the run."""
         with self._lock:
-            self.reasons[reason] += 1
-            return self.reasons[reason] == 1
+            return self._record.decline(reason)
 
-    def time_step(self, step: int, seconds: float) -> None:
-        """Add the wall time of one model call to its step."""
+    def begin_call(self, step: int) -> None:
+        """A call of the model begins, at this step."""
         with self._lock:
-            self._seconds[step] += seconds
+            self._open.pop(threading.get_ident(), None)  # of a call that ended in an exception
+            self._record.begin_step(step, self._named())
+
+    def end_call(self, step: int, seconds: float) -> bool:
+        """The call of the model that began in this thread has returned after so long.
+
+        False: its result was made from one of ours that is not finite. It must not be passed on,
+        and the model has to be called again without us; we are out of the way where it came from.
+        """
+        with self._lock:
+            self._record.time_step(step, seconds)
+            outcomes = self._open.pop(threading.get_ident(), [])
+        try:
+            return self._note(look(outcomes))
+        except RuntimeError as error:
+            self._lacking(error)
+            return False  # nobody knows
 
     def attend(
         self,
@@ -104,117 +130,185 @@ class Run:
         video: VideoTokens | None = None,
         dense: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
-        """Attention of one layer, ``[B, H, L, D]``; its batch holds ``len(streams)`` equal parts.
+        """:meth:`attend_parts` of a batch that holds ``len(streams)`` equal parts,
+        ``[B, H, L, D]``."""
+        tensors = zip(*(t.chunk(len(streams)) for t in call[:3]), strict=True)
+        parts = [
+            Part(stream, call._replace(q=q, k=k, v=v), video)
+            for stream, (q, k, v) in zip(streams, tensors, strict=True)
+        ]
+        outs = self.attend_parts(layer, progress, parts, dense)
+        if outs is None or len(outs) == 1:
+            return None if outs is None else outs[0]
+        try:
+            return torch.cat(outs)
+        except RuntimeError as error:
+            self._lacking(error)
+            return None
 
-        ``video`` says which of the ``L`` tokens are video; None: all of them, on an unknown grid.
+    def attend_parts(
+        self,
+        layer: str,
+        progress: Progress,
+        parts: Sequence[Part],
+        dense: Callable[[], Tensor] | None = None,
+    ) -> list[Tensor] | None:
+        """Attention of one layer, for each of the parts ``[B, H, L, D]``.
+
         ``dense`` does the same call with the user's own attention, once, and remembers what came
         out. It is asked here where the time that it takes is worth knowing. None: the caller has to
-        do this call densely; the reason is counted.
+        do this call densely; the reason is counted. Nothing waits for the device (but once in a
+        process, to decide what is faster): whether the result is finite, :meth:`end_call` says.
         """
         if self._stopped or layer in self._failed:
             self.decline(self._stopped or NOT_FINITE)
             return None
-        q = call.q
-        backend = self._provide(q)
+        backend = self._provide(parts[0].inputs.q)
         if isinstance(backend, str):
             self.decline(backend)
             return None
-        index = self._enter(layer)
-        if index in self.settings.dense_layers:
+        if self._enter(layer) in self.settings.dense_layers:
             self.decline(DENSE_LAYER)
             return None
-        if self._watch(progress.step):
-            return None
-
-        if dense is not None and self.settings.never_slower:
-            with self._lock:
-                ours = self._pace.takes_part(index, progress.step)
-            if not ours:
-                self._wait(progress, layer, streams, call, dense)
-                return None
-
-        seconds = stopwatch(q.device)
         try:
-            parts = [
-                attend(
-                    self._state(layer, stream, qs),
-                    backend,
-                    Inputs(qs, ks, vs, call.scale),
-                    self.settings,
-                    progress.position,
-                    video,
-                )
-                for stream, qs, ks, vs in zip(
-                    streams, *(t.chunk(len(streams)) for t in call[:3]), strict=True
-                )
-            ]
-            out = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
-            finite = _finite(out)
-            self._count(progress, layer, streams, q.shape[2], [t for _, t in parts], seconds())
+            if dense is not None and self.settings.never_slower:
+                if not self._takes_part(layer, progress, parts, backend, dense):
+                    return None
+            stop = stopwatch(parts[0].inputs.q.device)
+            with self._lasting():
+                done = [
+                    self._attend(self._state(layer, part), backend, part, progress.position)
+                    for part in parts
+                ]
+                ends = [end for out, _ in done for end in extremes(out)]
         except RuntimeError as error:
-            if not lacks_memory(error):
-                raise
-            self._stop(OUT_OF_MEMORY)
+            self._lacking(error)
             return None
-        if not finite:
-            self._fail(layer)
-            return None
-        return out
+        self._leave(layer, progress, parts, [tally for _, tally in done], stop(), ends)
+        return [out for out, _ in done]
 
-    def _count(
-        self,
-        progress: Progress,
-        layer: str,
-        streams: Sequence[Stream],
-        tokens: int,
-        tallies: Sequence[Tally],
-        seconds: float,
-    ) -> None:
-        """Note a call that took so long; each stream is an equal part of it."""
-        share = seconds / len(streams)
+    def report(self) -> RunReport:
+        """What the run has done so far."""
         with self._lock:
-            for stream, tally in zip(streams, tallies, strict=True):
-                self._calls.append(_Call(*progress, layer, stream, tokens, tally, share))
-            self._pace.count(progress.step, seconds, tallies)
+            open_calls = [outcome for calls in self._open.values() for outcome in calls]
+            self._open.clear()
+        self._note(look(open_calls))
+        with self._lock:
+            notes = dict.fromkeys(pace.note for pace in self._paces.values() if pace.note)
+            return self._record.report(self.backend.name, self._named(), self._stopped, [*notes])
 
-    def _wait(
+    def progress_text(self, step: int) -> str:
+        """One line about the step that just ended, for people who are waiting."""
+        with self._lock:
+            if self._stopped is not None:
+                return f"switched off: {in_short(self._stopped)}"
+            return self._record.text(step)
+
+    def finish(self) -> RunReport:
+        """End the run: drop all state and return what is worth keeping. Never fails: a report must
+        not cost anyone a finished video."""
+        try:
+            return self.report()
+        except Exception as error:  # whatever a device or a driver throws by then
+            log.warning("LiteAttention: no report of this run: %s", error)
+            return self._record.remnant(self.backend.name, error)
+        finally:
+            with self._lock:
+                self._forget()
+                self._open.clear()
+                self._record.clear()
+
+    def _attend(
+        self, state: LayerState, backend: Backend, part: Part, position: float
+    ) -> tuple[Tensor, Tally]:
+        return attend(state, backend, part.inputs, self.settings, position, part.video)
+
+    def _takes_part(
         self,
-        progress: Progress,
         layer: str,
-        streams: Sequence[Stream],
-        call: Inputs,
+        progress: Progress,
+        parts: Sequence[Part],
+        backend: Backend,
         dense: Callable[[], Tensor],
-    ) -> None:
-        """Note a call that the user's own attention does, and how long that takes."""
-        q, k = call.q, call.k
-        seconds = stopwatch(q.device)
+    ) -> bool:
+        """Whether a call is ours; if not, the user's own attention does it here and now."""
+        device = parts[0].inputs.q.device
+        with self._lock:
+            pace = self._paces.setdefault(device, Pace(self.steps, self._first_step()))
+        tallies = [_all_tiles(part, backend) for part in parts]
+        tiles = sum(tally.total for tally in tallies)
+        if not pace.times:
+            with self._lock:
+                ours = pace.takes_part(_who(layer, parts), progress.step, tiles)
+            if ours:
+                return True
+            self.decline(WAITING)
+        else:
+            self.decline(TIMED)
+        stop = stopwatch(device)
         dense()
-        share = seconds() / len(streams)
-        tq, tk = self.backend.tile_shape(q.shape[3]).grid(q.shape[2], k.shape[2])
-        tiles = q.shape[0] // len(streams) * q.shape[1] * tq * tk
-        tally = Tally(torch.tensor(tiles, device="cpu"), tiles, None)
-        self.decline(WAITING)
-        with self._lock:
-            for stream in streams:
-                self._calls.append(_Call(*progress, layer, stream, q.shape[2], tally, share, True))
-            self._pace.compare(progress.step, share * len(streams), tiles * len(streams))
+        seconds = stop()
+        self._leave(layer, progress, parts, tallies, seconds)
+        if pace.times:
+            pace.timed.append(Timed(progress.step, tiles, seconds))
+            if not pace.times:
+                self._decide(pace, parts[0], backend)
+        return False
 
-    def _watch(self, step: int) -> bool:
-        """Whether the run goes on densely because that is faster; looks once a step."""
+    def _decide(self, pace: Pace, part: Part, backend: Backend) -> None:
+        """Whether this run skips, and from which step on. The only place that waits for the device
+        while a model runs, once in a process for each kind of call."""
+        q = part.inputs.q
+        tiles = _all_tiles(part, backend).total
+
+        def ask(state: LayerState, position: float) -> Tally:
+            with self._lasting():
+                return self._attend(state, backend, part, position)[1]
+
+        def measure() -> Costs:
+            dense = min(call.seconds() / call.tiles for call in reversed(pace.timed)) * tiles
+            return rehearse(ask, q.device).costs(dense)
+
+        kind = (self._kind, self.settings, self.backend.name, q.device, q.dtype, q.shape)
+        pace.decide(decided(kind, measure))
+        if pace.reason is not None:
+            self._stop(pace.reason)
+
+    def _leave(
+        self,
+        layer: str,
+        progress: Progress,
+        parts: Sequence[Part],
+        tallies: Sequence[Tally],
+        seconds: Callable[[], float],
+        ends: Sequence[Tensor] = (),
+    ) -> None:
+        """Leave what a call came to on the device until the model has returned."""
+        streams = tuple(part.stream for part in parts)
+        tokens = tuple(part.inputs.q.shape[2] for part in parts)
+        outcome = Outcome(progress, layer, streams, tokens, tuple(tallies), seconds, tuple(ends))
         with self._lock:
-            if step > self._step:
-                self._pace.end_step(self._step)
-                self._history.note(step, self._by_layer())
-            self._step = max(step, self._step)
-            reason = self._pace.reason
-        if reason is not None:
+            self._open[threading.get_ident()].append(outcome)
+
+    def _note(self, calls: Sequence[Seen]) -> bool:
+        """Take down what the calls of a model came to; whether all results were finite."""
+        broken = next((seen.outcome.layer for seen in calls if not seen.finite), None)
+        if broken is not None:
+            self._fail(broken)
+            return False
+        reason = None
+        with self._lock:
+            for outcome, _, stats in calls:
+                self._record.add(stats)
+                device = outcome.extremes[0].device if outcome.extremes else None
+                if device in self._paces:
+                    pace = self._paces[device]
+                    computed = sum(call.computed for call in stats)
+                    pace.settle((outcome.layer, outcome.streams), outcome.tiles, computed)
+                    reason = reason or pace.reason
+        if reason is not None and self._stopped is None:
             self._stop(reason)
-        return reason is not None
-
-    def _by_layer(self) -> list[tuple[str, LayerState]]:
-        """All states, the layers in the order of execution."""
-        states = [(key.layer, state) for key, state in self._states.items()]
-        return sorted(states, key=lambda one: self._layers[one[0]])
+        return True
 
     def _stop(self, reason: str) -> None:
         """Go on densely to the end of the run; the skip state is of no more use."""
@@ -223,68 +317,38 @@ class Run:
             self._forget()
         self.decline(reason)
 
+    def _lacking(self, error: RuntimeError) -> None:
+        """Go on densely if it was memory that was lacking; all else is no reason to go on."""
+        if not lacks_memory(error):
+            raise error
+        self._stop(OUT_OF_MEMORY)
+
     def _fail(self, layer: str) -> None:
-        """Leave the layer to the user's own attention. What it lost or could lose is not a number
-        any more, and must not be counted with that of the others."""
+        """Leave the layer to the user's own attention. The layers behind it were given what it had
+        computed, so that all begin again; where that doesn't help, it isn't one layer's fault."""
+        if self._failed:
+            self._stop(NOT_FINITE_AGAIN)
+            return
         with self._lock:
             self._failed.add(layer)
-            for key in [key for key in self._states if key.layer == layer]:
-                self._states.pop(key).stocks.pop(layer, None)
+            self._forget()
         self.decline(NOT_FINITE)
 
-    def report(self) -> RunReport:
-        """What the run has done so far."""
+    def _state(self, layer: str, part: Part) -> LayerState:
         with self._lock:
-            return RunReport(
-                settings=describe(self.settings),
-                backend=self.backend.name,
-                steps=max(len(self.sigmas) - 1, 0),
-                seconds=time.perf_counter() - self._started,
-                step_seconds=dict(self._seconds),
-                calls=tuple(_resolve(call) for call in self._calls),
-                reasons=dict(self.reasons),
-                maps=tuple(self._maps()),
-                history=self._history.maps(),
-                allowed=self._allowed(),
-                stopped=self._stopped,
-                dense_rate=self._pace.dense_rate,
-            )
+            key = _Key(layer, part.stream, *part.inputs.q.shape)
+            stocks = self._stocks[key._replace(layer=""), part.inputs.q.device]
+            return self._states.setdefault(key, LayerState(name=layer, stocks=stocks))
 
-    def progress_text(self, step: int) -> str:
-        """One line about the step that just ended, for people who are waiting."""
-        with self._lock:
-            calls = [_resolve(call) for call in self._calls if call.step == step]
-            if self._stopped is not None:
-                return f"inactive: {in_short(self._stopped)}"
-            if not calls:
-                return f"inactive: {next(iter(self.reasons), 'nothing to skip yet')}"
-            saved = self._pace.saved
-        lost = mean_lost(calls)
-        return (
-            f"step {step + 1}/{max(len(self.sigmas) - 1, 1)}: "
-            f"{1 - fraction(calls):.0%} skipped"
-            + ("" if lost is None else f", {lost:.2%} lost")
-            + ("" if saved is None else f", {saving(saved)}")
-        )
-
-    def finish(self) -> RunReport:
-        """End the run: drop all state and return what is worth keeping."""
-        report = self.report()
-        with self._lock:
-            self._forget()
-            self._calls.clear()
-        return report
+    def _named(self) -> list[Named]:
+        """All states, the layers in the order of execution; the lock is held."""
+        found = [Named(k.layer, str(k.stream), k.length, s) for k, s in self._states.items()]
+        return sorted(found, key=lambda one: self._layers[one.layer])
 
     def _forget(self) -> None:
         """Drop all skip state; the lock is held."""
         self._states.clear()
         self._stocks.clear()
-
-    def _state(self, layer: str, stream: Stream, q: Tensor) -> LayerState:
-        with self._lock:
-            key = _Key(layer, stream, *q.shape[1:])
-            stocks = self._stocks[key._replace(layer=""), q.device]
-            return self._states.setdefault(key, LayerState(name=layer, stocks=stocks))
 
     def _provide(self, q: Tensor) -> Backend | str:
         """The backend for calls like this one, or why there is none: asked once for each kind."""
@@ -298,45 +362,20 @@ class Run:
         with self._lock:
             return self._layers.setdefault(layer, len(self._layers))
 
-    def _allowed(self) -> tuple[float, ...]:
-        """Lost mass that the budget allows in the middle of each step."""
-        if self.settings.budget is None:
-            return ()
-        steps = len(self.sigmas) - 1
-        budget, ramp = self.settings.budget, self.settings.ramp
-        return tuple(allowance(budget, ramp, (step + 0.5) / steps) for step in range(steps))
-
     def _first_step(self) -> int:
         """The first step whose calls can mark tiles."""
-        steps = len(self.sigmas) - 1
-        return sum(not marks(self.settings, (step + 1) / steps) for step in range(steps))
-
-    def _maps(self):
-        """Final tile maps, one per layer and stream, heads and batch averaged."""
-        for key, state in self._states.items():
-            if state.live is None or state.pinned is None:
-                continue
-            live = unpack(state.live, state.pinned.shape[1]).float().mean((0, 1)).cpu()
-            yield MapStats(key.layer, str(key.stream), key.length, live)
+        done = ((step + 1) / self.steps for step in range(self.steps))
+        return sum(not marks(self.settings, position) for position in done)
 
 
-def _finite(x: Tensor) -> bool:
-    """Whether no value is NaN or infinite: either would be the smallest or the largest. In one pass
-    and without a copy, unlike ``torch.isfinite(x).all()``."""
-    return all(math.isfinite(value) for value in torch.stack(torch.aminmax(x)).tolist())
+def _who(layer: str, parts: Sequence[Part]) -> Hashable:
+    """Whose calls go on from one step to the next."""
+    return layer, tuple(part.stream for part in parts)
 
 
-def _resolve(call: _Call) -> CallStats:
-    computed, total, lost, bound = call.tally
-    return CallStats(
-        step=call.step,
-        layer=call.layer,
-        stream=str(call.stream),
-        tokens=call.tokens,
-        computed=int(computed),
-        total=total,
-        lost=None if lost is None else float(lost),
-        bound=None if bound is None else float(bound),
-        seconds=call.seconds,
-        waits=call.waits,
-    )
+def _all_tiles(part: Part, backend: Backend) -> Tally:
+    """Of a call that computes everything."""
+    q, k = part.inputs.q, part.inputs.k
+    tq, tk = backend.tile_shape(q.shape[3]).grid(q.shape[2], k.shape[2])
+    tiles = q.shape[0] * q.shape[1] * tq * tk
+    return Tally(tiles, tiles, None)

@@ -64,9 +64,11 @@ def sampled(layers=6, streams=("uncond", "cond"), **settings) -> RunReport:
     angle = torch.linspace(0, math.pi, 250).unsqueeze(-1) * torch.arange(1, 17)
     place = torch.cat([angle.cos(), angle.sin()], -1)
     q, k, v = 4 * place + torch.randn(3, len(streams), 2, 250, 32, generator=generator)
-    for sigma in SIGMAS[:-1]:
+    for step, sigma in enumerate(SIGMAS[:-1]):
+        run.begin_call(step)
         for layer in range(layers):
             run.attend(f"block-{layer}.0", streams, run.locate(sigma), Inputs(q, k, v, 32**-0.5))
+        run.end_call(step, 0.0)
     return run.finish()
 
 

@@ -6,24 +6,26 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from comfyui_liteattention import run as run_module
-from comfyui_liteattention.attention import LayerState, Tally, attend
+from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.backends.reference import ReferenceBackend
-from comfyui_liteattention.never_slower import (
-    ALLOWANCE,
-    GROUPS,
-    TIMED_CALLS,
-    Pace,
-    joining,
-    stopwatch,
-)
+from comfyui_liteattention.never_slower.costs import Costs
+from comfyui_liteattention.never_slower.rehearsal import forget_decisions
+from comfyui_liteattention.report.outcome import extremes
 from comfyui_liteattention.report.statistics import status_line, text_table
-from comfyui_liteattention.run import DENSE_LAYER, NOT_FINITE, OUT_OF_MEMORY, WAITING, Run
+from comfyui_liteattention.run import (
+    DENSE_LAYER,
+    NOT_FINITE,
+    NOT_FINITE_AGAIN,
+    OUT_OF_MEMORY,
+    TIMED,
+    WAITING,
+    Part,
+    Run,
+)
 from comfyui_liteattention.settings import SAFEST, Settings
 from comfyui_liteattention.tiles import TileShape, unpack
 
@@ -44,10 +46,13 @@ def local_qkv(seed: int, batch: int = 1, tokens: int = 250):
 
 def sample(run: Run, seed: int = 0, streams=("cond",), layer: str = "0") -> list[torch.Tensor]:
     q, k, v = local_qkv(seed, len(streams))
-    return [
-        run.attend(layer, streams, run.locate(s), Inputs(q + s / 10, k, v, SCALE))
-        for s in SIGMAS[:-1]
-    ]
+    outs = []
+    for step, s in enumerate(SIGMAS[:-1]):
+        run.begin_call(step)
+        call = Inputs(q + s / 10, k, v, SCALE)
+        outs.append(run.attend(layer, streams, run.locate(s), call))
+        assert run.end_call(step, 0.0)
+    return outs
 
 
 def test_the_first_call_is_dense_and_later_ones_skip():
@@ -124,7 +129,7 @@ def test_streams_do_not_share_state_and_batching_does_not_matter():
             c = swapped.attend("0", ["u", "c"], at, Inputs(q, k, v, SCALE))
         else:
             c = swapped.attend(
-                "0", ["c", "u"], at, Inputs(*(t.flip(0) for t in (q, k, v)), SCALE)
+                "0", ["c", "u"], at, Inputs(q.flip(0), k.flip(0), v.flip(0), SCALE)
             ).flip(0)
         assert torch.equal(a, c)
 
@@ -157,15 +162,48 @@ def test_dense_layers_never_skip():
 
 
 def test_a_result_that_is_not_finite_is_never_passed_on():
+    """The host is told to call the model again; the layer is left to it from then on."""
     run = Run(Settings(), BACKEND, SIGMAS)
     q, k, v = local_qkv(0)
     v[0, 0, 7] = math.inf
-    assert run.attend("0", ["c"], run.locate(1.0), Inputs(q, k, v, SCALE)) is None
-    assert run.attend("0", ["c"], run.locate(0.8), Inputs(*local_qkv(0), SCALE)) is None
-    assert run.attend("1", ["c"], run.locate(0.8), Inputs(*local_qkv(0), SCALE)) is not None
+    run.attend("0", ["c"], run.locate(1.0), Inputs(q, k, v, SCALE))
+    run.attend("1", ["c"], run.locate(1.0), Inputs(q, k, v, SCALE))  # it got that
+    assert not run.end_call(0, 1.0)
+    good = Inputs(*local_qkv(0), SCALE)
+    assert run.attend("0", ["c"], run.locate(0.8), good) is None
+    assert run.attend("1", ["c"], run.locate(0.8), good) is not None
+    assert run.end_call(1, 1.0)
     report = run.finish()
     assert report.reasons == {NOT_FINITE: 2}
     assert NOT_FINITE in status_line(report)
+    # What was thrown away is not counted.
+    assert [(call.layer, call.step) for call in report.calls] == [("1", 1)]
+
+
+def test_where_results_are_not_finite_again_it_is_not_one_layers_fault():
+    run = Run(Settings(), BACKEND, SIGMAS)
+    q, k, v = local_qkv(0)
+    v[0, 0, 7] = math.nan
+    for step, layer in enumerate("01"):
+        run.attend(layer, ["c"], run.locate(SIGMAS[step]), Inputs(q, k, v, SCALE))
+        assert not run.end_call(step, 1.0)
+    assert run.attend("2", ["c"], run.locate(0.6), Inputs(*local_qkv(0), SCALE)) is None
+    assert run.end_call(2, 1.0)
+    assert run.progress_text(2) == "switched off: results were not finite (NaN or infinity) again"
+    report = run.finish()
+    assert report.stopped == NOT_FINITE_AGAIN
+    assert "nan" not in text_table(report)
+
+
+def test_a_call_that_raised_leaves_nothing_for_the_next():
+    run = Run(Settings(), BACKEND, SIGMAS)
+    q, k, v = local_qkv(0)
+    run.begin_call(0)
+    run.attend("0", ["c"], run.locate(1.0), Inputs(q, k, v * math.nan, SCALE))
+    run.begin_call(0)  # the host tries again with half the memory, say
+    run.attend("0", ["c"], run.locate(1.0), Inputs(q, k, v, SCALE))
+    assert run.end_call(0, 1.0)
+    assert len(run.finish().calls) == 1
 
 
 @pytest.mark.parametrize("backend", [BACKEND, CpuBackend()], ids=["reference", "cpu"])
@@ -182,11 +220,15 @@ def test_numbers_that_are_none_end_in_dense_attention(backend, bad, place):
             if layer == "0" and step == 2:
                 tensors[place][0, 0, 7] = bad
             out = run.attend(layer, ["c"], run.locate(sigma), Inputs(*tensors.values(), SCALE))
-            assert (out is None) == (layer == "0" and step >= 2)
+            assert (out is None) == (layer == "0" and step > 2)
+        assert run.end_call(step, 1.0) == (step != 2)
     report = run.finish()
     assert report.reasons == {NOT_FINITE: 3}
     fractions = [call.computed / call.total for call in report.calls if call.layer == "1"]
-    assert fractions[-1] < fractions[2]
+    # Step 2 was done again without us; at the next one all began again.
+    assert len(fractions) == 4
+    assert fractions[2] == 1
+    assert fractions[3] < 1
 
 
 def test_other_errors_are_not_hidden():
@@ -202,7 +244,7 @@ def test_the_report_reads_well():
     run = Run(Settings(threshold=-3.0), BACKEND, SIGMAS)
     sample(run, streams=("u", "c"))
     run.decline("a mask (regional prompt or padding)")
-    run.time_step(0, 1.25)
+    run.end_call(0, 1.25)
     text = text_table(run.finish())
     assert "LiteAttention active" in text
     assert "threshold=-3.0" in text
@@ -232,8 +274,24 @@ def test_threads_do_not_disturb_each_other():
 def clock(monkeypatch):
     """Seconds that the next stopwatches show, instead of real ones."""
     seconds = []
-    monkeypatch.setattr(run_module, "stopwatch", lambda device: lambda: seconds.pop(0))
+
+    def stop():
+        now = seconds.pop(0)
+        return lambda: now
+
+    monkeypatch.setattr(run_module, "stopwatch", lambda device: stop)
     return seconds
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """What was measured in this process before: a full call takes so many times as long."""
+
+    def known(full):
+        found = Costs(full, 0.0, 0.5, 0.2)
+        monkeypatch.setattr(run_module, "decided", lambda kind, measure: found)
+
+    return known
 
 
 def timed(run, layers=4, streams=("x",)):
@@ -241,21 +299,23 @@ def timed(run, layers=4, streams=("x",)):
     q, k, v = local_qkv(0, len(streams))
     ours = []
     for step, sigma in enumerate(SIGMAS[:-1]):
+        run.begin_call(step)
         for layer in range(layers):
             place = run.locate(sigma)
             out = run.attend(str(layer), streams, place, Inputs(q, k, v, SCALE), dense=v.clone)
             ours += [] if out is None else [(step, layer)]
-        run.time_step(step, 30.0)
+        assert run.end_call(step, 30.0)
     return ours
 
 
-def test_the_first_calls_are_left_to_the_users_attention(clock):
+def test_the_first_calls_are_left_to_the_users_attention(clock, costs):
+    costs(0.9)
     run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
     clock += [9.0, 2.0, 2.0, *[2.0] + [1.0] * 16]
     ours = timed(run)
     assert ours == [(0, 3), *((step, layer) for step in range(1, 5) for layer in range(4))]
     report = run.finish()
-    assert report.reasons == {WAITING: 3}
+    assert report.reasons == {TIMED: 3}
     assert [call.waits for call in report.calls[:5]] == [True] * 3 + [False] * 2
     # They count as what they are, calls that computed every tile and lost nothing.
     assert [call.computed / call.total for call in report.calls[:4]] == [1.0] * 4
@@ -265,26 +325,41 @@ def test_the_first_calls_are_left_to_the_users_attention(clock):
     assert report.attention_speedup == pytest.approx(17 * 2 / 18)
     assert report.dense_seconds == pytest.approx({0: 30, 1: 34, 2: 34, 3: 34, 4: 34})
     assert "saved about 16 s (estimated)" in status_line(report)
+    assert "it begins at step 1 " in text_table(report)
 
 
-def test_the_line_of_a_step_says_what_was_saved(clock):
+def test_the_line_of_a_step_says_what_was_saved(clock, costs):
+    costs(0.9)
     run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
     clock += [2.0] * 3 + [1.0] * 17
     timed(run)
     assert run.progress_text(4).endswith(", saved about 17 s")
 
 
-def test_a_run_stops_skipping_where_the_users_attention_is_faster(clock):
+def test_a_run_never_begins_where_the_users_attention_is_faster(clock, costs):
+    costs(3.0)
     run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
-    clock += [1.0] * 3 + [3.0] + [1.0] * 3 + [2.5]  # the first one is forgiven
-    assert timed(run) == [(0, 3), (1, 3)]
-    assert clock == []
+    clock += [1.0] * 3
+    assert timed(run) == []
     report = run.finish()
     assert report.stopped is not None
     assert "faster here" in status_line(report)
+    assert "3.00 times" in status_line(report)
 
 
-def test_two_conditionings_in_one_call_share_its_time(clock):
+def test_a_run_waits_for_the_step_from_which_on_it_pays(clock, costs):
+    costs(1.26)
+    run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
+    clock += [1.0] * 40
+    assert timed(run, layers=8)[0] == (1, 0)
+    report = run.finish()
+    assert list(report.reasons) == [TIMED, WAITING]
+    assert report.reasons[TIMED] == 3
+    assert "it begins at step 2 " in text_table(report)
+
+
+def test_two_conditionings_in_one_call_share_its_time(clock, costs):
+    costs(0.9)
     run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
     clock += [2.0] * 3 + [1.0] * 17
     timed(run, streams=("u", "c"))
@@ -293,10 +368,88 @@ def test_two_conditionings_in_one_call_share_its_time(clock):
     assert report.saved_seconds == pytest.approx(17)
 
 
-def test_while_nothing_can_be_skipped_all_layers_wait(clock):
+def test_while_nothing_can_be_skipped_all_layers_wait(clock, costs):
+    costs(0.9)
     run = Run(Settings(threshold=-4.0, min_tokens=0, warmup=0.6), BACKEND, SIGMAS)
     clock += [2.0] * 20
     assert timed(run)[0] == (3, 0)
+
+
+def test_the_same_seed_gives_the_same_bits_in_the_first_run_and_later():
+    """With the settings as they are, and the clock of this machine."""
+    forget_decisions()
+    settings = Settings(budget=0.1, min_tokens=0)
+    outs = []
+    for _ in range(3):
+        run = Run(settings, BACKEND, SIGMAS, kind="a model")
+        taken = []
+        for step, sigma in enumerate(SIGMAS[:-1]):
+            q, k, v = local_qkv(step)
+
+            def dense(q=q, k=k, v=v):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=SCALE)
+
+            for layer in range(4):
+                call = Inputs(q, k, v, SCALE)
+                out = run.attend(str(layer), ["x"], run.locate(sigma), call, dense=dense)
+                taken.append(dense() if out is None else out)
+            assert run.end_call(step, 1.0)
+        outs.append((taken, run.finish()))
+    (first, _), *others = outs
+    for again, _ in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len({report.notes for _, report in outs}) == 1
+    assert len({report.stopped for _, report in outs}) == 1
+
+
+def test_it_is_measured_once_in_a_process_for_each_kind_of_call(monkeypatch):
+    forget_decisions()
+    rehearsed = []
+    real = run_module.rehearse
+    monkeypatch.setattr(
+        run_module, "rehearse", lambda *given: rehearsed.append(given) or real(*given)
+    )
+    settings = Settings(threshold=-4.0, min_tokens=0)
+    for kind in ("a", "a", "b"):
+        timed(Run(settings, BACKEND, SIGMAS, kind=kind))
+    assert len(rehearsed) == 2
+    timed(Run(settings, BACKEND, SIGMAS, kind="a"), streams=("x", "y"))  # of the same size each
+    assert len(rehearsed) == 2
+
+
+def test_a_schedule_of_unknown_length_ends_in_no_error(clock):
+    """The user's own loop, with the settings as they are."""
+    forget_decisions()
+    run = Run(Settings(min_tokens=0), BACKEND, ())
+    clock += [1.0] * 20
+    timed(run)
+    assert run.finish().steps == 0
+
+
+def test_parts_of_different_lengths_are_timed_together(clock, costs):
+    """A mask that differs from row to row."""
+    costs(0.9)
+    run = Run(Settings(threshold=-4.0, min_tokens=0), BACKEND, SIGMAS)
+    clock += [2.0] * 3 + [1.0] * 17
+    parts = [Part(n, Inputs(*local_qkv(0, tokens=n), SCALE)) for n in (250, 180)]
+    for step, sigma in enumerate(SIGMAS[:-1]):
+        outs = None
+        for layer in range(4):
+            outs = run.attend_parts(str(layer), run.locate(sigma), parts, dense=lambda: parts)
+        assert outs is not None
+        assert [out.shape[2] for out in outs] == [250, 180]
+        assert run.end_call(step, 1.0)
+    report = run.finish()
+    assert report.saved_seconds == pytest.approx(17)
+    assert {call.tokens for call in report.calls} == {250, 180}
+
+
+def test_the_batch_may_change_from_step_to_step():
+    run = Run(Settings(threshold=-3.0), BACKEND, SIGMAS)
+    for batch in (2, 1, 2):
+        out = run.attend("0", ["x"], run.locate(0.4), Inputs(*local_qkv(0, batch), SCALE))
+        assert out is not None
+        assert len(out) == batch
 
 
 def test_without_never_slower_nothing_waits_and_nothing_is_timed():
@@ -315,103 +468,14 @@ def test_nothing_is_estimated_where_nothing_was_timed():
     assert "saved" not in status_line(report)
 
 
-def play(steps, layers, ratio, fraction, disturbed=()):
-    """A run in which a tile takes ``ratio`` times as long with us, and ``fraction(layer, step)`` of
-    them are computed: its time over dense, and its pace."""
-    pace, taken, begun = Pace(steps), 0.0, set()
-    for step in range(steps):
-        for layer in range(layers):
-            seconds = 1.0
-            if pace.reason is None and pace.takes_part(layer, step):
-                computed = round(1000 * fraction(layer, step)) if layer in begun else 1000
-                begun.add(layer)
-                seconds = ratio * computed / 1000 * (2 if (step, layer) in disturbed else 1)
-                pace.count(step, seconds, [Tally(torch.tensor(computed), 1000, None)])
-            elif pace.reason is None:
-                pace.compare(step, seconds, 1000)
-            taken += seconds
-        pace.end_step(step)
-    return taken / (steps * layers), pace
-
-
-def falling(layer, step):
-    """Computed fraction as of the small demo model in 20 steps."""
-    return max(1 - 0.035 * step, 0.4)
-
-
-@given(
-    steps=st.integers(4, 50),
-    layers=st.integers(8, 40),
-    ratio=st.floats(0.8, 3.0),
-    fall=st.floats(0.0, 0.2),
-    lowest=st.floats(0.1, 1.0),
-    probes=st.floats(0.1, 1.0),
-)
-def test_however_the_tiles_fall_little_is_lost(steps, layers, ratio, fall, lowest, probes):
-    """They fall as if it would pay, and stop falling; in the first layers to begin they are others
-    than in the rest."""
-
-    def fraction(layer, step):
-        return probes if layer % GROUPS == TIMED_CALLS else max(1 - fall * step, lowest)
-
-    taken, _ = play(steps, layers, ratio, fraction)
-    # Two calls more: the first one is forgiven, and one must have been made to be seen.
-    assert taken <= 1 + ALLOWANCE + 2 * max(ratio - 1, 0) / (steps * layers)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "most"), [(0.9, 0.63), (1.0, 0.7), (1.05, 0.74), (1.15, 0.84), (1.3, 0.95)]
-)
-def test_what_pays_is_done(ratio, most):
-    """Although a full call is slower than dense at first."""
-    taken, pace = play(20, 30, ratio, falling)
-    assert taken < most
-    assert pace.reason is None
-
-
-@pytest.mark.parametrize("ratio", [1.6, 2.0, 3.0])
-def test_what_does_not_pay_is_given_up(ratio):
-    taken, pace = play(20, 30, ratio, falling)
-    assert pace.reason is not None
-    assert taken < 1.025
-
-
-def test_one_slow_call_at_the_start_decides_nothing():
-    """Ours are slow the first time, too."""
-    for steps in (4, 6, 20):
-        slow, pace = play(steps, 30, 1.0, falling, disturbed={(0, 3)})
-        usual, _ = play(steps, 30, 1.0, falling)
-        assert pace.reason is None
-        assert slow - usual < 0.03
-
-
-def test_layers_join_as_far_as_the_run_can_afford():
-    falling = [1.1, 1.05, 1.0]
-    assert joining(0.9, falling, 10, left=0.4, groups=1) == GROUPS
-    assert joining(1.2, falling, 10, left=0.4, groups=1) == 4
-    assert joining(1.4, falling, 10, left=0.4, groups=1) == 2
-    assert joining(1.4, falling, 10, left=0.01, groups=1) == 0
-    assert joining(1.2, falling, 2, left=0.4, groups=1) == 0  # too late to pay
-    assert joining(1.2, [1.1, 1.1, 1.1], 10, left=0.4, groups=1) == 0  # nothing gained
-    assert joining(1.2, [1.1, 1.0], 10, left=0.4, groups=1) == 0  # not a trend yet
-    # Those that take part will lose, too, for some steps.
-    slower = [1.3, 1.25, 1.2]
-    assert joining(1.4, slower, 20, left=1.6, groups=1) > joining(1.4, slower, 20, 1.6, groups=6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_value_that_is_not_finite_is_found(dtype):
     x = torch.randn(1, 2, 70, 16).to(dtype)
-    assert run_module._finite(x)
+    assert all(math.isfinite(end) for end in extremes(x))
     for bad in (math.nan, math.inf, -math.inf):
         y = x.clone()
         y[0, 1, 33, 5] = bad
-        assert not run_module._finite(y)
-
-
-def test_a_stopwatch_counts_seconds():
-    read = stopwatch(torch.device("cpu"))
-    assert 0 <= read() <= read() < 5
+        assert not all(math.isfinite(end) for end in extremes(y))
 
 
 def test_the_line_about_a_step():
@@ -435,3 +499,41 @@ def test_running_out_of_memory_ends_in_dense_attention(error):
     run = Run(Settings(min_tokens=0), Full(), SIGMAS)
     assert sample(run) == [None] * 5
     assert run.finish().reasons == {OUT_OF_MEMORY: 5}
+
+
+def test_a_report_costs_nobody_the_video(monkeypatch):
+    """Out of memory, or anything else, when the run is over."""
+    run = Run(Settings(threshold=-3.0), BACKEND, SIGMAS)
+    sample(run)
+
+    def broken(*_):
+        raise torch.OutOfMemoryError("no room for a map")
+
+    monkeypatch.setattr("comfyui_liteattention.report.record.share_of_heads", broken)
+    report = run.report()
+    assert report.maps == ()
+    assert report.active
+    monkeypatch.setattr(run_module, "look", broken)
+    run.attend("0", ["c"], run.locate(0.2), Inputs(*local_qkv(0), SCALE))
+    report = run.finish()
+    assert "no room" in report.notes[0]
+    text_table(report)
+
+
+def test_a_picture_of_a_step_costs_nobody_the_run(monkeypatch):
+    def broken(*_):
+        raise torch.OutOfMemoryError("no room for a map")
+
+    monkeypatch.setattr("comfyui_liteattention.report.map_history.small_map", broken)
+    run = Run(Settings(threshold=-3.0, min_tokens=0, never_slower=False), BACKEND, SIGMAS)
+    assert len(timed(run)) == 20
+    assert run.finish().active
+
+
+def test_maps_are_small_and_on_the_host():
+    run = Run(Settings(threshold=-3.0), ReferenceBackend(TileShape(2, 2)), SIGMAS)
+    sample(run)
+    (found,) = run.finish().maps
+    assert found.live.shape == (64, 64)
+    assert found.live.device.type == "cpu"
+    assert 0 < found.live.mean() < 1

@@ -13,7 +13,14 @@ PAGE = REPOSITORY / "docs" / "troubleshooting.md"
 NOT_ABOUT_RUNS = {"doctor.py", "settings.py", "first_words.py"}  # they speak in their own words
 FILES = sorted(
     path
-    for room in ("*.py", "budget/*.py", "backends/**/*.py", "integrations/**/*.py", "report/s*.py")
+    for room in (
+        "*.py",
+        "budget/*.py",
+        "never_slower/*.py",
+        "backends/**/*.py",
+        "integrations/**/*.py",
+        "report/s*.py",
+    )
     for path in PACKAGE.glob(room)
     if path.name not in NOT_ABOUT_RUNS
 )
@@ -107,7 +114,7 @@ def test_reasons_are_found():
     found = {path.relative_to(PACKAGE).as_posix(): reasons(path) for path in FILES}
     assert "cross-attention (queries and keys have different lengths)" in found["eligibility.py"]
     assert "short sequence (fewer than ... tokens)" in found["eligibility.py"]
-    assert any("your own attention is faster" in reason for reason in found["never_slower.py"])
+    assert any("your own attention is faster" in reason for reason in found["never_slower/pace.py"])
     assert any("not enough memory" in reason for reason in found["run.py"])
     assert any("did not pass any" in reason for reason in found["integrations/comfy/takers.py"])
     assert len(found["integrations/diffusers/parallel.py"]) == 6

@@ -73,6 +73,13 @@ def small_map(live: Tensor, key_tiles: int) -> Tensor:
     return (total * (ALL / len(live))).round().to(torch.uint8)
 
 
+def share_of_heads(state: LayerState) -> Tensor:
+    """What is live in a state, ``[<= SIDE, <= SIDE]`` 0..1: of its heads, its whole batch, and the
+    tiles that fall in a cell."""
+    assert state.live is not None and state.pinned is not None
+    return small_map(state.live.flatten(0, 1), state.pinned.shape[1]) / ALL
+
+
 def _small(state: LayerState) -> Tensor:
     assert state.live is not None and state.pinned is not None
     return small_map(state.live[0], state.pinned.shape[1])

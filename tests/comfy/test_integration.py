@@ -327,20 +327,59 @@ def test_a_run_switches_itself_off_where_the_users_attention_is_faster(
     """The user's own attention is asked once a call, whoever times it."""
     from comfyui_liteattention import run as run_module
     from comfyui_liteattention.integrations.comfy.session import apply_patch
+    from comfyui_liteattention.never_slower.costs import Costs
 
-    # Of each step three layers wait and the fourth is ours; its first call is forgiven.
-    seconds, shown = [*[1.0] * 3, 3.0, *[1.0] * 3, 2.5], []
-    monkeypatch.setattr(run_module, "stopwatch", lambda _: lambda: seconds.pop(0))
+    shown = []
+    monkeypatch.setattr(run_module, "decided", lambda *_: Costs(3.0, 0.0, 0.9, 0.8))
     model = apply_patch(plain, Settings(min_tokens=0), shown.append)
     out = generate(model)
-    assert seconds == []
-    assert "your own attention is faster" in report(model).stopped
-    calls = report(model).calls
-    stream = [call for call in calls if call.stream == calls[0].stream]
-    assert [call.waits for call in stream] == [True, True, True, False] * 2
-    torch.testing.assert_close(out, generate(plain), rtol=1e-3, atol=1e-3)
-    assert any(line.startswith("step 1/4: 0% skipped") for line in shown)
-    assert "faster" in shown[-1]
+    assert report(model).stopped.startswith("your own attention is faster here")
+    assert [call.waits for call in report(model).calls] == [True] * 3 * 2
+    assert torch.equal(out, generate(plain))
+    assert shown[-1] == "switched off: ComfyUI's attention is faster here"
+
+
+def test_the_same_seed_gives_the_same_bits_from_the_first_run_on(plain, generate):
+    """With the settings as they are, and the clock of this machine."""
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
+    from comfyui_liteattention.never_slower.rehearsal import forget_decisions
+
+    forget_decisions()
+    model = apply_patch(plain, Settings(budget=0.1, min_tokens=0))
+    first, *others = (generate(model) for _ in range(3))
+    assert all(torch.equal(first, again) for again in others)
+
+
+def test_a_step_whose_result_is_not_finite_is_done_again_without_us(plain, generate, monkeypatch):
+    from comfyui_liteattention.backends.reference import ReferenceBackend
+    from comfyui_liteattention.integrations.comfy import session
+    from comfyui_liteattention.run import NOT_FINITE, NOT_FINITE_AGAIN
+
+    class Broken(ReferenceBackend):
+        def forward(self, *args, **kwargs):
+            done = super().forward(*args, **kwargs)
+            return done._replace(out=done.out * torch.nan)
+
+    monkeypatch.setattr(session, "_backend", lambda *_: Broken())
+    model = session.apply_patch(plain, SETTINGS)
+    assert torch.equal(generate(model), generate(plain))
+    assert report(model).stopped == NOT_FINITE_AGAIN
+    assert report(model).reasons[NOT_FINITE] >= 1
+
+
+def test_a_report_that_fails_costs_nobody_the_video(plain, generate, monkeypatch):
+    from comfyui_liteattention import run as run_module
+    from comfyui_liteattention.integrations.comfy import session
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    model = session.apply_patch(plain, SETTINGS)
+    expected = generate(model)
+    monkeypatch.setattr(run_module.Run, "report", full)
+    monkeypatch.setattr(session, "node_line", full)
+    assert torch.equal(generate(model), expected)
+    assert "no room" in report(model).notes[0]
 
 
 def test_the_line_on_the_node(plain, generate):

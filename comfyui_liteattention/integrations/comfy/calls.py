@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...backends.base import Inputs
 from ...eligibility import CROSS_ATTENTION, dense_reason
-from ...run import Run
+from ...run import Part, Run
 from ...schedule import Progress
 from .families import Form, FormOrReason, at_the_call
 from .layers import LayerCalls
@@ -225,23 +225,22 @@ def _attend_kept(
     dense: User,
     bare: User,
 ) -> Tensor | None:
-    """Attention to the tokens that count: of all streams at once where these are the same ones for
-    all. ``bare`` is the user's attention without a mask."""
-    groups: list[tuple[Any, ...]] = [(streams, kept[0], *qkv, dense)]
-    if len(kept) > 1:
-        chunks = (t.chunk(len(kept)) for t in qkv)
-        parts = zip(streams, kept, *chunks, strict=True)
-        groups = [([stream], *rest, None) for stream, *rest in parts]
-    outs = []
-    for of, one, qs, ks, vs, timed in groups:
-        hidden = qs[:, :, one.hidden]
-        qs, ks, vs = (t[:, :, one.tokens] for t in (qs, ks, vs))
-        progress = forward.progress
-        inputs = Inputs(qs, ks, vs, scale)
-        out = forward.run.attend(layer, of, progress, inputs, one.video, timed)
-        if out is None:
-            return None
-        if hidden.shape[2]:  # no token that counts ever sees what these get
-            out = one.join(out, bare(hidden, ks, vs))
-        outs.append(out)
-    return torch.cat(outs)
+    """Attention to the tokens that count, of each stream or the same ones of all. ``bare`` is the
+    user's attention without a mask."""
+    count = len(streams)
+    each = kept * count if len(kept) == 1 else kept
+    parts, rests = [], []
+    for stream, one, q, k, v in zip(streams, each, *(t.chunk(count) for t in qkv), strict=True):
+        inputs = Inputs(*(t[:, :, one.tokens] for t in (q, k, v)), scale)
+        parts.append(Part(stream, inputs, one.video))
+        rests.append(q[:, :, one.hidden])
+    outs = forward.run.attend_parts(layer, forward.progress, parts, dense)
+    if outs is None:
+        return None
+    return torch.cat(
+        [
+            # No token that counts ever sees what the others get.
+            one.join(out, bare(rest, part.inputs.k, part.inputs.v)) if rest.shape[2] else out
+            for one, out, rest, part in zip(each, outs, rests, parts, strict=True)
+        ]
+    )

@@ -45,3 +45,8 @@ def _blocks(model: Any) -> list[ModuleList]:
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     found = (getattr(model, name, None) for name in BLOCKS)
     return [blocks for blocks in found if isinstance(blocks, ModuleList)]
+
+
+def in_comfyui(text: str) -> str:
+    """A line for the node, where nobody has attention of their own."""
+    return text.replace("your own attention", "ComfyUI's attention")

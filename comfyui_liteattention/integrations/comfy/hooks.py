@@ -8,6 +8,7 @@ is the same object in every run, so that one graph serves them all.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,15 @@ def install(options: dict[str, Any]) -> User | None:
         ours.container_function = partial(override_containers, previous)
     options[OVERRIDE] = ours
     return previous
+
+
+def attention_in_use(options: Mapping[str, Any]) -> str:
+    """The name of what attends where we don't."""
+    user = options.get(OVERRIDE) or comfy_attention.optimized_attention
+    while isinstance(user, partial):
+        user = user.func
+    named = user if hasattr(user, "__qualname__") else type(user)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def is_ours(found: Any) -> bool:

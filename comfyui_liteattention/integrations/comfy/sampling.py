@@ -14,7 +14,7 @@ from ...report.statistics import RunReport
 from ...run import Run
 from .calls import Forward, User
 from .families import Form, ModelCall, describe_call
-from .first_words import before_a_step
+from .first_words import before_a_step, in_comfyui
 from .hooks import install
 from .layers import LayerCalls, Names
 from .streams import Streams
@@ -80,13 +80,14 @@ class Sampling:
         streams = self._streams.of_call(options, args[0].device)
         layers = LayerCalls(self._names, model)
         started = time.perf_counter()
-        try:
-            with Forward(run, progress, streams, form, layers, self._previous).entered():
-                return executor(*args, **kwargs)
-        finally:
-            run.time_step(progress.step, time.perf_counter() - started)
-            if self._show is not None:
-                self._show(run.progress_text(progress.step))
+        run.begin_call(progress.step)
+        with Forward(run, progress, streams, form, layers, self._previous).entered():
+            out = executor(*args, **kwargs)
+        if not run.end_call(progress.step, time.perf_counter() - started):
+            out = executor(*args, **kwargs)  # not entered: nothing of it comes to us
+        if self._show is not None:
+            self._show(in_comfyui(run.progress_text(progress.step)))
+        return out
 
 
 def _model_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelCall:

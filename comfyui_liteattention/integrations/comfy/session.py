@@ -20,8 +20,9 @@ from ...backends.base import Provider
 from ...report.statistics import RunReport, node_line, status_line
 from ...run import Run
 from ...settings import Settings, describe
-from .first_words import while_loading
-from .hooks import OVERRIDE, is_ours
+from .compiler import paused
+from .first_words import in_comfyui, while_loading
+from .hooks import OVERRIDE, attention_in_use, is_ours
 from .sampler_nodes import sampling_node
 from .sampling import KEY, Sampling
 
@@ -61,7 +62,9 @@ class Patch:
             self._end(_inactive(self.settings, reason, len(sigmas) - 1))
             return executor(*args, **kwargs)
         self._say(while_loading(len(sigmas) - 1))
-        sampling = Sampling(Run(self.settings, backend, sigmas.tolist()), self.show)
+        kind = type(guider.model_patcher.model.diffusion_model).__name__, attention_in_use(options)
+        run = Run(self.settings, backend, sigmas.tolist(), kind, paused)
+        sampling = Sampling(run, self.show)
         sampling.install(options)
         try:
             return executor(*args, **kwargs)
@@ -74,8 +77,11 @@ class Patch:
         self.reports[node] = report
         for old in list(self.reports)[:-KEPT]:
             del self.reports[old]
-        log.info(status_line(report))
-        self._say(node_line(report))
+        try:
+            log.info(status_line(report))
+            self._say(in_comfyui(node_line(report)))
+        except Exception as error:  # the video is finished, and nobody waits for a line
+            log.warning("LiteAttention: the report can't be shown: %s", error)
 
     def _say(self, text: str) -> None:
         if self.show is not None:

@@ -102,10 +102,10 @@ class TransformerCall:
         if self._run.decline(reason) and reason != CROSS_ATTENTION:
             log.info("LiteAttention: calls stay dense: %s", reason)
 
-    def end(self, seconds: float) -> None:
-        """The transformer returned."""
+    def end(self, seconds: float) -> bool:
+        """The transformer returned; see :meth:`.Run.end_call`."""
         self._end()
-        self._run.time_step(self._place.progress.step, seconds)
+        return self._run.end_call(self._place.progress.step, seconds)
 
     def _attend(
         self,

@@ -107,7 +107,8 @@ class TransformerHook:
             undo.callback(AttentionForward(root.get_submodule(layer), layer, self).take_off)
         before = root.register_forward_pre_hook(Callback(self._before), with_kwargs=True)
         undo.callback(before.remove)
-        undo.callback(root.register_forward_hook(Callback(self._after)).remove)
+        after = root.register_forward_hook(Callback(self._after), with_kwargs=True)
+        undo.callback(after.remove)
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -134,10 +135,11 @@ class TransformerHook:
         self._mine.call = self._begin(arguments, self.contexts.told())
         self._mine.started = time.perf_counter()
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call, self._mine.call = self._mine.call, None
-        if call is not None:
-            call.end(time.perf_counter() - self._mine.started)
+        if call is None or call.end(time.perf_counter() - self._mine.started):
+            return output
+        return module.forward(*args, **kwargs)  # without these hooks, and so without us
 
 
 class _OfThread(threading.local):
@@ -190,12 +192,12 @@ class AttentionForward:
 class Callback:
     """A function of ours that someone else's module holds; in a copy of that it does nothing."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
     @_outside_graphs("LiteAttention follows the steps of a run")
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.function(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
 
     def __reduce__(self) -> Any:
         return Callback, (_nothing,)

@@ -69,8 +69,8 @@ class Call(Protocol):
         """Count an attention call that stays dense."""
         ...
 
-    def end(self, seconds: float) -> None:
-        """The transformer returned."""
+    def end(self, seconds: float) -> bool:
+        """The transformer returned; False: its result is not to be used, see Run.end_call."""
         ...
 
 
@@ -85,6 +85,14 @@ def routed(
     if own and hasattr(module.processor, "_attention_backend"):
         return _dispatched(module, forward, call, layer)
     return _intercepted(forward, call, layer)
+
+
+def attention_in_use(root: nn.Module) -> str:
+    """The name of what attends where we don't."""
+    processors = (getattr(module, "processor", None) for module in root.modules())
+    chosen = (getattr(processor, "_attention_backend", None) for processor in processors)
+    backend = next((one for one in chosen if one is not None), None)
+    return str(backend or _AttentionBackendRegistry.get_active_backend()[0])
 
 
 class _Site(NamedTuple):

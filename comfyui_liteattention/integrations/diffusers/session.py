@@ -29,6 +29,7 @@ from .families import (
     video_tokens,
 )
 from .hooks import Context, TransformerHook, register_backend, unregister_backend
+from .routes import attention_in_use
 from .trajectory import Moment, Trajectory, name_stream, noise_levels, sketch
 
 log = logging.getLogger(__name__)
@@ -205,7 +206,10 @@ class Session:
         run = trajectory.runs.get(name)
         if run is None:
             settings = _pin(self.settings, given_tokens(family, arguments, config, grid))
-            run = trajectory.runs[name] = Run(settings, backend, trajectory.countdown())
+            root = self.transformers()[name]
+            kind = type(root).__name__, attention_in_use(root)
+            run = trajectory.runs[name] = Run(settings, backend, trajectory.countdown(), kind)
+        run.begin_call(progress.step)
         mine.calling = True
         prefix = f"{name}." if len(self._roots) > 1 else ""
         place = Place(progress, stream, device, prefix)

@@ -1,0 +1,84 @@
+"""Which calls of a run are ours, and which the user's own attention does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+from .account import Account
+from .costs import Costs, first_step
+
+#: Calls at the start of a run that are left to the user's own attention, to be timed.
+TIMED_CALLS = 3
+#: A run that doesn't say how many steps it has is taken for one of so many.
+UNKNOWN_STEPS = 8
+
+LOST = (
+    "too little could be skipped: LiteAttention takes longer than it saves; switched off for the "
+    "rest of this run"
+)
+
+
+class Timed(NamedTuple):
+    """A call of so many tiles that the user's own attention did; ``seconds`` asks for its time."""
+
+    step: int
+    tiles: int
+    seconds: Callable[[], float]
+
+
+class Pace:
+    """Which calls of one run, on one device, are ours. The run has ``steps`` steps, 0 if that isn't
+    known; before the step ``first`` nothing can be marked.
+
+    ``timed``: the calls at the start that were left to the user's own attention. ``reason`` is set
+    once no call is ours any more; ``note`` says what was decided.
+    """
+
+    def __init__(self, steps: int, first: int = 0) -> None:
+        self.timed: list[Timed] = []
+        self.reason: str | None = None
+        self.note: str | None = None
+        self._steps = steps or UNKNOWN_STEPS
+        self._first = first
+        self._start = first
+        self._account: Account | None = None
+
+    @property
+    def times(self) -> bool:
+        """Whether the next call is left to the user's own attention to be timed."""
+        return len(self.timed) < TIMED_CALLS
+
+    def decide(self, costs: Costs) -> None:
+        """Begin at the step that pays best, or not at all."""
+        start = first_step(costs, self._steps, self._first)
+        if start is None:
+            self.reason = (
+                "your own attention is faster here: a full call of LiteAttention takes "
+                f"{costs.full:.2f} times as long; switched off"
+            )
+            return
+        self._start = start
+        self._account = Account(costs, self._steps)
+        for call in self.timed:
+            self._account.see(call.step, call.tiles)
+        self.note = (
+            f"a full call of LiteAttention takes {costs.full:.2f} times as long as one of your own "
+            f"attention: it begins at step {start + 1} (decided once, from calls timed in the "
+            "first run)"
+        )
+
+    def takes_part(self, who: Hashable, step: int, tiles: int) -> bool:
+        """Whether a call of so many ``tiles`` is ours; ``who``: which layer and streams."""
+        if self._account is None:
+            return False
+        self._account.see(step, tiles)
+        return step >= self._start and self._account.covers(who, tiles)
+
+    def settle(self, who: Hashable, tiles: int, computed: int) -> None:
+        """What a call of ours came to; gives up where too much may be lost."""
+        if self._account is None:
+            return
+        self._account.settle(who, tiles, computed)
+        if self._account.left < 0:
+            self.reason = LOST
