@@ -48,6 +48,15 @@ class Part(NamedTuple):
     video: VideoTokens | None = None
 
 
+def split(streams: Sequence[Stream], call: Inputs, video: VideoTokens | None) -> list[Part]:
+    """The equal parts of a batch, of a stream each."""
+    tensors = (t.chunk(len(streams)) for t in call[:3])
+    return [
+        Part(stream, call._replace(q=q, k=k, v=v), video)
+        for stream, q, k, v in zip(streams, *tensors, strict=True)
+    ]
+
+
 class _Key(NamedTuple):
     layer: str
     stream: Stream
@@ -132,12 +141,7 @@ class Run:
     ) -> Tensor | None:
         """:meth:`attend_parts` of a batch that holds ``len(streams)`` equal parts,
         ``[B, H, L, D]``."""
-        tensors = zip(*(t.chunk(len(streams)) for t in call[:3]), strict=True)
-        parts = [
-            Part(stream, call._replace(q=q, k=k, v=v), video)
-            for stream, (q, k, v) in zip(streams, tensors, strict=True)
-        ]
-        outs = self.attend_parts(layer, progress, parts, dense)
+        outs = self.attend_parts(layer, progress, split(streams, call, video), dense)
         if outs is None or len(outs) == 1:
             return None if outs is None else outs[0]
         try:

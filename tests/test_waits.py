@@ -38,7 +38,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("settings", [{"budget": 0.1}, {"threshold": -3.0}])
+@pytest.mark.parametrize("settings", [{"budget": 0.1}, {"threshold": -0.5}])
 def test_an_attention_call_waits_for_nothing(settings):
     run = Run(
         Settings(min_tokens=0, audit=4, **settings), ReferenceBackend(TileShape(16, 16)), SIGMAS
@@ -47,7 +47,7 @@ def test_an_attention_call_waits_for_nothing(settings):
     for step, sigma in enumerate(SIGMAS[:-1]):
         run.begin_call(step)
         with Waits() as waits:
-            for layer in range(5):
+            for layer in range(3):
                 run.attend(str(layer), ["u", "c"], run.locate(sigma), Inputs(q, k, v, 0.2))
         assert waits.count == 0
         assert run.end_call(step, 1.0)
@@ -62,7 +62,7 @@ def test_all_figures_of_a_model_call_come_in_one_copy(monkeypatch):
     run = Run(Settings(threshold=-3.0, min_tokens=0), ReferenceBackend(TileShape(16, 16)), SIGMAS)
     q, k, v = torch.randn(3, 2, 2, 200, 32, generator=torch.Generator().manual_seed(0))
     for step, sigma in enumerate(SIGMAS[:-1]):
-        for layer in range(5):
+        for layer in range(3):
             run.attend(str(layer), ["u", "c"], run.locate(sigma), Inputs(q, k, v, 0.2))
         del copies[:]
         with Waits() as waits:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...backends.base import Inputs
 from ...eligibility import CROSS_ATTENTION, dense_reason
-from ...run import Part, Run
+from ...run import Part, Run, split
 from ...schedule import Progress
 from .families import Form, FormOrReason, at_the_call
 from .layers import LayerCalls
@@ -227,20 +227,23 @@ def _attend_kept(
 ) -> Tensor | None:
     """Attention to the tokens that count, of each stream or the same ones of all. ``bare`` is the
     user's attention without a mask."""
-    count = len(streams)
-    each = kept * count if len(kept) == 1 else kept
-    parts, rests = [], []
-    for stream, one, q, k, v in zip(streams, each, *(t.chunk(count) for t in qkv), strict=True):
-        inputs = Inputs(*(t[:, :, one.tokens] for t in (q, k, v)), scale)
-        parts.append(Part(stream, inputs, one.video))
-        rests.append(q[:, :, one.hidden])
-    outs = forward.run.attend_parts(layer, forward.progress, parts, dense)
-    if outs is None:
+    shares = [streams] if len(kept) == 1 else [[stream] for stream in streams]
+    parts: list[Part] = []
+    groups = []
+    chunks = (t.chunk(len(kept)) for t in qkv)
+    for share, one, q, k, v in zip(shares, kept, *chunks, strict=True):
+        q_seen, k_seen, v_seen = (t[:, :, one.tokens] for t in (q, k, v))
+        seen = Inputs(q_seen, k_seen, v_seen, scale)
+        groups.append((len(share), one, q[:, :, one.hidden], seen))
+        parts += split(share, seen, one.video)
+    found = forward.run.attend_parts(layer, forward.progress, parts, dense)
+    if found is None:
         return None
-    return torch.cat(
-        [
-            # No token that counts ever sees what the others get.
-            one.join(out, bare(rest, part.inputs.k, part.inputs.v)) if rest.shape[2] else out
-            for one, out, rest, part in zip(each, outs, rests, parts, strict=True)
-        ]
-    )
+    outs = iter(found)
+    joined = []
+    for count, one, hidden, seen in groups:
+        out = torch.cat([next(outs) for _ in range(count)])
+        if hidden.shape[2]:  # no token that counts ever sees what these get
+            out = one.join(out, bare(hidden, seen.k, seen.v))
+        joined.append(out)
+    return torch.cat(joined)
