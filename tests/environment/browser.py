@@ -2,25 +2,24 @@
 
     pip install playwright; apt install chromium
     .dev/venv/bin/python tests/environment/browser.py OUT [--chromium /usr/bin/chromium]
+        [--front-end FOLDER] [--only-open]
 
-Searches the node by "faster video", opens every workflow, runs the demo's two, prints what the
-nodes say and checks that the report's animation moves, with "Nodes 2.0" as well. Not among the
-tests: it needs a browser. Writes into OUT ``search.png`` and, of the demo's workflows, the canvas
-after a run and the thumbnail.
+Searches the node by "faster video", opens every workflow and checks that all of it can be read in a
+window of a usual size, with "Nodes 2.0" as well; runs the demo's two, prints what the nodes say and
+checks that the report's animation moves. Not among the tests: it needs a browser. ``--front-end``:
+the ``static`` folder of another comfyui-frontend-package. Writes into OUT ``search.png``, every
+workflow as it opens, and the canvas of the demo's after a run.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -36,12 +35,10 @@ WORKFLOWS = {
 DEMO, AB = "liteattention_demo", "liteattention_demo_ab"
 SIZE = {"width": 1760, "height": 900}
 FREE = (SIZE["width"] / 2, SIZE["height"] - 60)  # of nodes, where a view shows the whole
-THUMBNAIL = (400, 300)
-CLIP = {"x": 400, "y": 110, "width": 1000, "height": 750}  # beside the menus
+USUAL = {"width": 1440, "height": 900}
+SMALLEST = 0.6  # of a workflow, at fit view: below that its texts can't be read
 RESULTS = "[role=listbox], [role=dialog]"
-#: What the thumbnail of a workflow shows. In this order: the second finds results of the first, and
-#: what is not run again says nothing on its node.
-SHOWN = {DEMO: ("LiteAttentionReport", "SaveAnimatedWEBP"), AB: ("LiteAttentionCompare",)}
+RUN = (DEMO, AB)  # in this order: the second finds results of the first
 ANIMATION = "img[src*=liteattention_maps]"
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking".split()
 
@@ -51,32 +48,49 @@ def main() -> None:
 
     options = _parse()
     options.out.mkdir(parents=True, exist_ok=True)
+    extra = ("--front-end-root", str(options.front_end)) if options.front_end else ()
     with (
         tempfile.TemporaryDirectory() as scratch,
-        ComfyServer(_plain(make_base(Path(scratch))), options.out / "comfyui.log") as server,
+        ComfyServer(_plain(make_base(Path(scratch))), options.out / "comfyui.log", extra) as server,
         sync_playwright() as playwright,
     ):
         browser = playwright.chromium.launch(executable_path=options.chromium, args=FLAGS)
-        page = fresh_page(browser, server)
-        for name in WORKFLOWS:
-            missing = open_workflow(page, name)
-            print(f"{name}: {'all nodes known' if not missing else f'missing: {missing}'}")
-        search(page, options.out / "search.png")
-        for name, kinds in SHOWN.items():
-            page = fresh_page(browser, server)
-            open_workflow(page, name)
-            run(page, server)
-            page.screenshot(path=options.out / f"{name}.png")
-            print(*says(page), sep="\n")
-            check_animation(page)
-            thumbnail(page, options.out / f"{name}.jpg", kinds)
-        page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
-        page = fresh_page(browser, server)
-        open_workflow(page, DEMO)
-        run(page, server)
-        page.screenshot(path=options.out / f"{DEMO}_nodes2.png")
-        check_animation(page)
+        small = []
+        for nodes2 in (False, True):
+            page = fresh_page(browser, server, nodes2, USUAL)
+            for name in WORKFLOWS:
+                small += check_workflow(page, name, options.out, nodes2)
+        if small:
+            raise SystemExit("\n".join(small))
+        if not options.only_open:
+            use(browser, server, options.out)
         browser.close()
+
+
+def use(browser: Any, server: ComfyServer, out: Path) -> None:
+    """Search the node, run the demo's workflows."""
+    search(fresh_page(browser, server), out / "search.png")
+    for name, nodes2 in ((DEMO, False), (AB, False), (DEMO, True)):
+        page = fresh_page(browser, server, nodes2)
+        open_workflow(page, name)
+        run(page, server)
+        page.screenshot(path=out / f"{name}{'_nodes2' * nodes2}.png")
+        print(*says(page), sep="\n")
+        check_animation(page)
+
+
+def check_workflow(page: Any, name: str, out: Path, nodes2: bool) -> list[str]:
+    """Open it; what is wrong with what one sees then."""
+    missing = open_workflow(page, name)
+    scale = page.evaluate("app.canvas.ds.scale")
+    page.screenshot(path=out / f"{name}_opened{'_nodes2' * nodes2}.png")
+    print(f"{name}: {scale:.0%}" + (f", missing: {missing}" if missing else ""))
+    wrong = [] if scale >= SMALLEST else [f"{name}: only {scale:.0%} at fit view"]
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll(".comfy-markdown, .markdown, .lg-node-markdown")]
+            .some(e => e.offsetParent && e.scrollHeight > e.clientHeight + 40)"""
+    )
+    return [*wrong, *([f"{name}: its note is cut"] if cut else [])]
 
 
 def _plain(base: Path) -> Path:
@@ -87,11 +101,19 @@ def _plain(base: Path) -> Path:
     return base
 
 
-def fresh_page(browser: Any, server: ComfyServer) -> Any:
-    page = browser.new_page(viewport=SIZE)
-    page.goto(f"http://{server.address}")
-    page.wait_for_function("window.app?.graph && window.LiteGraph", timeout=120_000)
-    page.wait_for_timeout(4000)
+def fresh_page(
+    browser: Any, server: ComfyServer, nodes2: bool = False, size: dict[str, int] = SIZE
+) -> Any:
+    page = browser.new_page(viewport=size)
+    for again in (False, True):  # settings count from the next start on
+        page.goto(f"http://{server.address}")
+        page.wait_for_function("window.app?.graph && window.LiteGraph", timeout=120_000)
+        page.wait_for_timeout(4000)
+        if again:
+            break
+        choice = "true" if nodes2 else "false"
+        page.evaluate(f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {choice})")
+        page.wait_for_timeout(1000)
     return page
 
 
@@ -168,33 +190,12 @@ def check_animation(page: Any) -> None:
     print(f"the animation moves: {len(seen)} different pictures of 5")
 
 
-def thumbnail(page: Any, path: Path, kinds: tuple[str, ...]) -> None:
-    """A picture of the nodes of these kinds."""
-    left, top, width, height = CLIP.values()
-    page.evaluate(
-        """([kinds, left, top, width, height]) => {
-            const shown = app.graph.nodes.filter(n => kinds.includes(n.type));
-            const boxes = shown.map(n => n.boundingRect);
-            const x0 = Math.min(...boxes.map(b => b[0])), y0 = Math.min(...boxes.map(b => b[1]));
-            const x1 = Math.max(...boxes.map(b => b[0] + b[2]));
-            const y1 = Math.max(...boxes.map(b => b[1] + b[3]));
-            const view = app.canvas.ds;
-            view.scale = Math.min(width / (x1 - x0), height / (y1 - y0));
-            view.offset[0] = (left + width / 2) / view.scale - (x0 + x1) / 2;
-            view.offset[1] = (top + height / 2) / view.scale - (y0 + y1) / 2;
-            app.canvas.setDirty(true, true);
-        }""",
-        [list(kinds), left, top, width, height],
-    )
-    page.wait_for_timeout(1500)
-    picture = Image.open(io.BytesIO(page.screenshot(clip=CLIP))).convert("RGB")
-    picture.resize(THUMBNAIL, Image.Resampling.LANCZOS).save(path, quality=85)
-
-
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--chromium", default="/usr/bin/chromium")
+    parser.add_argument("--front-end", type=Path, help="static folder of another front end")
+    parser.add_argument("--only-open", action="store_true", help="run nothing")
     return parser.parse_args()
 
 

@@ -123,7 +123,8 @@ def set_widget_value(node: Node, name: str, value: Any) -> None:
 def _index(node: Node, name: str) -> int:
     """Place of a widget's value: in the order of the names, where seeds bring a second one."""
     listed = [entry["widget"]["name"] for entry in node["inputs"] if "widget" in entry]
-    names = list(node.get("widgets_values_named") or WIDGETS.get(node["type"], listed))
+    named: dict[str, Any] = node.get("widgets_values_named") or {}
+    names = list(named) or list(WIDGETS.get(node["type"], listed))
     values, place = node["widgets_values"], 0
     for one in names:
         if one == name:
