@@ -30,8 +30,12 @@ class Container:
     def __init__(self, tensor):
         self.tensor = tensor
 
+    def peek(self):
+        assert self.tensor is not None, "already taken"
+        return self.tensor
+
     def take(self):
-        tensor, self.tensor = self.tensor, None
+        tensor, self.tensor = self.peek(), None
         return tensor
 
 
@@ -44,8 +48,10 @@ def call_positional(override, func, q, k, v, **kwargs):
 
 
 def call_containers(override, func, q, k, v, **kwargs):
-    assert not hasattr(override, "container_function"), "it would be called without func"
-    q, k, v = (Container(t).take() for t in (q, k, v))
+    containers = [Container(t) for t in (q, k, v)]
+    if hasattr(override, "container_function"):
+        return override.container_function(*containers, heads=HEADS, **kwargs)
+    q, k, v = (container.take() for container in containers)
     return call_plain(override, func, q, k, v, low_precision_attention=True, **kwargs)
 
 
@@ -200,3 +206,155 @@ def test_a_call_from_outside_a_model_call_goes_through(setup):
     assert outside.run(*args) == "dense"
     assert outside.run(lambda: call_plain(*args[1:], transformer_options={})) == "dense"
     assert not run.finish().calls
+
+
+@pytest.fixture
+def usual(comfy, monkeypatch):
+    """ComfyUI's own attention where calls come in containers: as in 0.33 and newer."""
+    import comfy.ldm.modules.attention as host
+
+    got = []
+
+    def unwrapped(q, k, v, heads, **kwargs):
+        got.append(("tensors", q, kwargs))
+        return "dense"
+
+    def wrapper(q, k, v, heads, mask=None, **kwargs):
+        got.append(("containers", q, kwargs))
+        return "dense"
+
+    wrapper.__wrapped__ = unwrapped
+    monkeypatch.setattr(host, "AttentionTensorContainer", Container, raising=False)
+    monkeypatch.setattr(host, "optimized_attention", wrapper)
+    return got
+
+
+def installed(**options):
+    from comfyui_liteattention.integrations.comfy.hooks import OVERRIDE, install
+
+    install(options)
+    return options[OVERRIDE]
+
+
+def test_what_is_declined_goes_on_in_its_containers(setup, usual):
+    """So that whoever takes them owns them alone, and may free them as it goes."""
+    q, k, v = torch.randn(3, 1, 199, HEADS * SIZE)
+    containers = [Container(t) for t in (q, k, v)]
+    out = installed().container_function(*containers, HEADS, None, _inside_attn_wrapper=True)
+    assert out == "dense"
+    [(kind, given, kwargs)] = usual
+    assert kind == "containers"
+    assert given is containers[0]
+    assert given.peek() is q
+    assert kwargs == {"_inside_attn_wrapper": True}
+
+
+def test_what_is_ours_empties_the_containers(setup, usual):
+    run, _ = setup
+    q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
+    containers = [Container(t) for t in (q, k, v)]
+    out = installed().container_function(*containers, HEADS, transformer_options={})
+    torch.testing.assert_close(out, expected(q, k, v).transpose(1, 2).flatten(2))
+    assert all(container.tensor is None for container in containers)
+    assert not usual
+    assert len(run.finish().calls) == 1
+
+
+@pytest.mark.parametrize("contained", [True, False])
+def test_the_override_before_ours_gets_what_it_understands(setup, usual, contained):
+    got = []
+
+    def before(func, q, k, v, heads, **kwargs):
+        got.append(("tensors", func, q))
+        return "dense"
+
+    def containers_before(q, k, v, heads, **kwargs):
+        got.append(("containers", None, q))
+        return "dense"
+
+    if contained:
+        before.container_function = containers_before
+    ours = installed(optimized_attention_override=before)
+    containers = [Container(t) for t in torch.randn(3, 1, 199, HEADS * SIZE)]
+    assert ours.container_function(*containers, heads=HEADS) == "dense"
+    [(kind, func, q)] = got
+    assert kind == ("containers" if contained else "tensors")
+    assert contained or (func is not None and torch.is_tensor(q))
+
+
+def test_unknown_arguments_are_declined_untouched(setup):
+    run, override = setup
+    q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
+    got = []
+
+    def func(*args, **kwargs):
+        got.append((args, kwargs))
+        return "dense"
+
+    assert override(func, q, k, v, HEADS, None, is_causal=True) == "dense"
+    assert override(func, q, k, v, HEADS, None, None, False, False, "what") == "dense"
+    assert got[0][1] == {"is_causal": True}
+    assert got[1][0][3:] == (HEADS, None, None, False, False, "what")
+    assert [r for r in run.finish().reasons if "does not know" in r]
+
+
+def test_mixed_dtypes_are_declined(setup):
+    run, override = setup
+    q, k, v = torch.randn(3, 1, 200, HEADS * SIZE)
+    out = call_plain(override, lambda *a, **k: "dense", q, k.bfloat16(), v.bfloat16())
+    assert out == "dense"
+    assert not run.finish().calls
+
+
+def test_the_attention_that_a_checkpoint_asks_for_is_kept(comfy):
+    """Newer versions drop it where there is an override, as long as it is ours alone."""
+    from comfyui_liteattention.backends import backend_for
+    from comfyui_liteattention.integrations.comfy.calls import Forward
+    from comfyui_liteattention.integrations.comfy.hooks import override
+    from comfyui_liteattention.run import Run
+    from comfyui_liteattention.settings import Settings
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.comfy_attention = torch.nn.Module()
+            self.comfy_attention.function = lambda *args, **kwargs: "the checkpoint's"
+
+        def forward(self, x):
+            return override(None, never, x, x, x, HEADS)
+
+    model = torch.nn.Module()
+    model.layer = Layer()
+    run = Run(Settings(), backend_for(torch.device("cpu")), [1.0, 0.0])
+    layers = LayerCalls(Names(), model)
+    with Forward(run, run.locate(1.0), [COND], "unsupported", layers).entered():
+        assert model.layer(torch.randn(1, 200, HEADS * SIZE)) == "the checkpoint's"
+
+
+def test_the_layout_of_minimax_h3(comfy):
+    """As ComfyUI 0.33 passes it on, and as newer versions show it with each call."""
+    from types import SimpleNamespace
+
+    from comfyui_liteattention.integrations.comfy.families import (
+        ModelCall,
+        at_the_call,
+        describe_call,
+    )
+    from comfyui_liteattention.integrations.comfy.families.minimax import NO_LAYOUT
+
+    kinds = [("text", 12), ("cond", 24), ("cond_audio", 10), ("audio", 74), ("video", 168)]
+    starts = [sum(n for _, n in kinds[:i]) for i in range(len(kinds))]
+    segments = [(a, a + n, kind) for a, (kind, n) in zip(starts, kinds, strict=True)]
+    layout = SimpleNamespace(segments=segments, seq_len=288, signature=(12, 7, 8, 12, 37))
+    model = type("MiniMaxH3Model", (), {"__module__": "comfy.ldm.minimax.model"})()
+    latent = (1, 24, 7, 8, 11)  # rounded up to whole tokens
+    form = describe_call(model, ModelCall(latent, 12, {"minimax_payload": {"layout": layout}}))
+    assert form.lengths == {288}
+    assert (form.video.grid, form.video.start, form.video.stop) == ((7, 4, 6), 120, 288)
+    assert at_the_call({"minimax_h3_layout": layout}) == form
+    assert at_the_call({}) is None
+    for conds, shape in (
+        ({}, latent),
+        ({"minimax_payload": {"layout": layout}}, (1, 24, 2, 8, 12)),
+    ):
+        assert describe_call(model, ModelCall(shape, 12, conds)) == NO_LAYOUT

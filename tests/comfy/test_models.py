@@ -274,11 +274,15 @@ def test_conditionings_in_one_call_and_in_two_agree(build, name):
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [("ar_model", "CausalWanModel"), ("model_animate2", "WanAnimate2Model")]
+    ("module", "name", "why"),
+    [
+        ("ar_model", "CausalWanModel", "a cache of its own"),
+        ("model_animate2", "WanAnimate2Model", "one frame at a time"),
+    ],
 )
-def test_models_with_a_cache_of_their_own_stay_dense(module, name):
+def test_models_with_an_attention_of_their_own_stay_dense(module, name, why):
     model = type(name, (), {"__module__": f"comfy.ldm.wan.{module}", "patch_size": (1, 2, 2)})()
-    assert "a cache of its own" in describe_call(model, ModelCall((1, 16, 3, 8, 16), 12, {}))
+    assert why in describe_call(model, ModelCall((1, 16, 3, 8, 16), 12, {}))
 
 
 def test_a_model_that_changed_stays_dense():

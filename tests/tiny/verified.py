@@ -25,11 +25,12 @@ NOTHING = "-"
 
 #: The families of README.md, by how the names of their models begin; the longest beginning counts.
 FAMILIES = {
+    "MiniMax H3": "MiniMax H3",
     "Wan": "Wan 2.1, 2.2",
     "HunyuanVideo": "HunyuanVideo",
     "HunyuanVideo 1.5": "HunyuanVideo 1.5",
     "LTX-Video": "LTX-Video",
-    "LTX-2": "LTX-2",
+    "LTX-2": "LTX-2, 2.3, 2.5",
     "CogVideoX": "CogVideoX",
     "Mochi": "Mochi",
     "Cosmos": "Cosmos",

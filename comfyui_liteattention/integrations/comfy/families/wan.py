@@ -60,7 +60,7 @@ FAMILY: Family = {
     (_WAN + "model", "SCAILWanModel"): _scail,
     (_WAN + "model", "SCAIL2WanModel"): _scail,
     (_WAN + "model_animate2", "WanAnimate2Model"): unsupported(
-        "Wan Animate 2 attends in windows with a cache of its own"
+        "Wan Animate 2 asks for one frame at a time, to which a frame of the pose is added"
     ),
     (_WAN + "ar_model", "CausalWanModel"): unsupported(
         "autoregressive Wan attends with a cache of its own"
