@@ -30,7 +30,7 @@ def asked_first(options: Mapping[str, Any]) -> str | None:
 def taker(model_patcher: Any, options: Mapping[str, Any], first: str | None) -> str | None:
     """Why LiteAttention was never asked about the video, as far as one can see; ``first``: see
     :func:`asked_first`."""
-    for path, patch in model_patcher.object_patches.items():
+    for path, patch in getattr(model_patcher, "object_patches", {}).items():
         if re.search(r"\d", path) and path.endswith(".forward"):
             return f"{name_of(patch)} has put its own attention into this model"
     for patch in options.get("patches_replace", {}).get("dit", {}).values():
