@@ -123,6 +123,12 @@ class Run:
         """
         with self._lock:
             self._record.time_step(step, seconds)
+        return self.sound()
+
+    def sound(self) -> bool:
+        """Whether the results since this was last asked in this thread are finite; waits for the
+        device. For models whose calls can't be repeated: the layer is done densely at once."""
+        with self._lock:
             outcomes = self._open.pop(threading.get_ident(), [])
         try:
             return self._note(look(outcomes))

@@ -28,6 +28,8 @@ from comfyui_liteattention.integrations.diffusers.families import (
 from comfyui_liteattention.integrations.diffusers.masks import Padding, tail_padding
 from comfyui_liteattention.integrations.diffusers.routes import ELSEWHERE
 from comfyui_liteattention.integrations.diffusers.trajectory import Moment, Trajectory, noise_levels
+from comfyui_liteattention.never_slower.rehearsal import forget_decisions
+from comfyui_liteattention.run import NOT_FINITE, NOT_FINITE_AGAIN
 from comfyui_liteattention.tiles import TileShape
 from comfyui_liteattention.token_order import VideoTokens
 
@@ -158,7 +160,9 @@ def test_its_own_pipeline_samples_it_with_cfg(made, recorder):
 
 
 def test_a_second_run_gives_the_same_bits(made, recorder):
-    session = lite.enable(made.target, **BOLD)
+    """As shipped: with what the first run finds out by the clock."""
+    forget_decisions()
+    session = lite.enable(made.target, **BOLD | {"never_slower": True})
     first = made.sample()
     assert session._session._mine.trajectory is None  # the run's state went with it
     assert torch.equal(made.sample(), first)
@@ -187,6 +191,39 @@ def call_hunyuan(model, kept, seed=0, t=500.0):
         guidance=torch.full((len(kept),), 6000.0),
         return_dict=False,
     )[0]
+
+
+class Broken(ReferenceBackend):
+    """No result is finite."""
+
+    def forward(self, call, lists=None, criterion=None):
+        result = super().forward(call, lists, criterion)
+        return result._replace(out=result.out * torch.nan)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_result_that_is_not_finite_is_never_passed_on(monkeypatch, cached):
+    """The transformer is called again; one with a cache, which would remember, never sees it."""
+    monkeypatch.setattr(diffusers_session, "backend_for", lambda *_: Broken())
+    model = make_hunyuan()
+    plain = [call_hunyuan(model, (20,), t=t) for t in (900.0, 600.0, 300.0)]
+    monkeypatch.setattr(type(model), "is_cache_enabled", cached)
+    session = lite.enable(model, **BOLD)
+    found = [call_hunyuan(model, (20,), t=t) for t in (900.0, 600.0, 300.0)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+    assert {NOT_FINITE, NOT_FINITE_AGAIN} <= session.report().reasons.keys()
+    assert session.report().stopped == NOT_FINITE_AGAIN
+
+
+def test_a_loop_of_ones_own_with_the_settings_as_they_ship(recorder):
+    """Nothing says how many steps there will be."""
+    forget_decisions()
+    model = make_hunyuan()
+    session = lite.enable(model, min_tokens=0)
+    for t in (900.0, 700.0, 500.0, 300.0):
+        assert torch.isfinite(call_hunyuan(model, (20, 9), t=t)).all()
+    # Rows with padding of their own are timed, too.
+    assert any(call.waits for call in session.report().calls)
 
 
 def test_prompts_of_different_lengths_in_one_batch(recorder):

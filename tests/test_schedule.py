@@ -30,3 +30,11 @@ def test_positions_rise_with_falling_sigma():
     positions = [locate(s / 100, SIGMAS).position for s in range(100, -1, -1)]
     assert positions == sorted(positions)
     assert 0 < positions[0] <= positions[-1] <= 1
+
+
+@pytest.mark.parametrize(
+    ("sigma", "step", "position"), [(0, 0, 0.25), (0.727, 1, 0.5), (0.96, 3, 1), (0.9245, 2, 0.875)]
+)
+def test_rising_sigmas(sigma, step, position):
+    """What FlipSigmas makes of a schedule."""
+    assert locate(sigma, SIGMAS[::-1]) == (step, pytest.approx(position))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...backends.base import Inputs
 from ...eligibility import CROSS_ATTENTION, dense_reason
-from ...run import Run
+from ...run import Part, Run
 from ...schedule import Progress
 from ...token_order import VideoTokens, arrange_part, put, take
 
@@ -30,12 +30,14 @@ PINNED = "ring attention with tokens that are never skipped (use Ulysses)"
 
 
 class Place(NamedTuple):
-    """Where a call happens: step and position, conditioning, device, and which transformer."""
+    """Where a call happens: step and position, conditioning, device, and which transformer.
+    ``cached``: it keeps results of its own from call to call, so that none can be repeated."""
 
     progress: Progress
     stream: str
     device: torch.device
     prefix: str
+    cached: bool = False
 
 
 class TransformerCall:
@@ -62,7 +64,8 @@ class TransformerCall:
         """See :class:`.routes.Call`."""
         # What is kept for the next call could not be written to outside of inference mode then.
         with torch.inference_mode(False), torch.no_grad():
-            return self._attend_if_eligible(layer, q, k, v, scale, extra)
+            out = self._attend_if_eligible(layer, q, k, v, scale, extra)
+            return None if out is None or (self._place.cached and not self._run.sound()) else out
 
     def _attend_if_eligible(
         self, layer: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, extra: Extra
@@ -85,17 +88,7 @@ class TransformerCall:
             return self._across(name, stream, q, k, v, scale, extra)
         if padding is None:
             return self._attend(name, stream, q, k, v, scale, extra.dense)
-        if len(set(padding.kept)) == 1:
-            kept, blind = padding.kept[0], padding.blind
-            return self._padded(name, stream, q, k, v, scale, kept, blind, extra.dense)
-        rows = []
-        for i, kept in enumerate(padding.kept):
-            qs, ks, vs = (t[i : i + 1] for t in (q, k, v))
-            out = self._padded(name, f"{stream} row {i}", qs, ks, vs, scale, kept, padding.blind)
-            if out is None:
-                return None
-            rows.append(out)
-        return torch.cat(rows)
+        return self._padded(name, stream, Inputs(q, k, v, scale), padding, extra.dense)
 
     def decline(self, reason: str) -> None:
         """Count a call that stays dense."""
@@ -116,12 +109,11 @@ class TransformerCall:
         v: Tensor,
         scale: float,
         dense: Callable[[], Tensor] | None = None,
-        reason_if_short: str | None = None,
     ) -> Tensor | None:
         """Attention of all tokens to all tokens; ``dense`` does the same as without us."""
         video = self._video(q.shape[2])
         if isinstance(video, str):
-            self.decline(reason_if_short or video)
+            self.decline(video)
             return None
         streams, progress = [_stream(stream, q.shape[0])], self._place.progress
         return self._run.attend(name, streams, progress, Inputs(q, k, v, scale), video, dense)
@@ -157,24 +149,32 @@ class TransformerCall:
         self,
         name: str,
         stream: str,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        kept: int,
-        blind: bool,
-        dense: Callable[[], Tensor] | None = None,
+        call: Inputs,
+        padding: Padding,
+        dense: Callable[[], Tensor] | None,
     ) -> Tensor | None:
-        """Attention to the first ``kept`` tokens."""
-        rest, q, k, v = q[:, :, kept:], *(t[:, :, :kept] for t in (q, k, v))
-        out = self._attend(name, stream, q, k, v, scale, dense, reason_if_short=MASK)
-        if out is None or not rest.shape[2]:
-            return out
-        # No kept token ever sees what the padding gets here; it gets what it would have got.
-        if blind:
-            return torch.cat([out, torch.zeros_like(rest)], dim=2)
-        padded = F.scaled_dot_product_attention(rest, k, v, scale=scale)
-        return torch.cat([out, padded], dim=2)
+        """Attention to the first tokens, of each row as many as count; rows in which as many do are
+        one part."""
+        batch = call.q.shape[0]
+        alike = len(set(padding.kept)) == 1
+        rows = [slice(0, batch)] if alike else [slice(i, i + 1) for i in range(batch)]
+        parts = []
+        for row, kept in zip(rows, padding.kept, strict=False):
+            video = self._video(kept)
+            if isinstance(video, str):
+                self.decline(MASK)
+                return None
+            own = _stream(stream, batch) if alike else f"{stream} row {row.start}"
+            q, k, v = (t[row, :, :kept] for t in call[:3])
+            parts.append(Part(own, Inputs(q, k, v, call.scale), video))
+        outs = self._run.attend_parts(name, self._place.progress, parts, dense)
+        if outs is None:
+            return None
+        filled = [
+            _fill(out, call.q[row, :, kept:], part.inputs, padding.blind)
+            for row, kept, part, out in zip(rows, padding.kept, parts, outs, strict=False)
+        ]
+        return torch.cat(filled)
 
     def _ineligible(self, q: Tensor) -> str | None:
         if self._training:
@@ -187,6 +187,17 @@ class TransformerCall:
 def _stream(name: str, batch: int) -> str:
     """A pipeline may stop guiding in the middle of a run: the batch halves, and starts afresh."""
     return name if batch == 1 else f"{name} x{batch}"
+
+
+def _fill(out: Tensor, rest: Tensor, seen: Inputs, blind: bool) -> Tensor:
+    """``out`` and, behind it, what the queries ``rest`` of the padding would have got: no token
+    that counts ever sees it."""
+    if not rest.shape[2]:
+        return out
+    if blind:
+        return torch.cat([out, torch.zeros_like(rest)], dim=2)
+    padded = F.scaled_dot_product_attention(rest, seen.k, seen.v, scale=seen.scale)
+    return torch.cat([out, padded], dim=2)
 
 
 def _padding(mask: object, q: Tensor) -> Padding | None:

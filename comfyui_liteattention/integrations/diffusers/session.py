@@ -203,16 +203,16 @@ class Session:
         progress, stream = trajectory.advance(name, now)
         if trajectory.over:
             return None
-        run = trajectory.runs.get(name)
+        root, run = self.transformers()[name], trajectory.runs.get(name)
         if run is None:
             settings = _pin(self.settings, given_tokens(family, arguments, config, grid))
-            root = self.transformers()[name]
             kind = type(root).__name__, attention_in_use(root)
             run = trajectory.runs[name] = Run(settings, backend, trajectory.countdown(), kind)
         run.begin_call(progress.step)
         mine.calling = True
         prefix = f"{name}." if len(self._roots) > 1 else ""
-        place = Place(progress, stream, device, prefix)
+        cached = getattr(root, "is_cache_enabled", False)
+        place = Place(progress, stream, device, prefix, cached)
         video = partial(video_tokens, family, arguments, grid)
         return TransformerCall(run, place, video, self._returned)
 
