@@ -3,7 +3,9 @@
 // "..." stands for whatever is there.
 import { app } from "../../scripts/app.js";
 
-let patterns = []; // [regular expression, translation], longer ones first
+let patterns = []; // [regular expression, translation], those with the longest beginning first
+
+const ONE = "((?:(?!, |; ).)+?)";
 
 export function isChinese() {
   const setting = app.extensionManager?.setting ?? app.ui.settings;
@@ -23,7 +25,8 @@ async function load() {
   const reply = await fetch(new URL("./zh.json", import.meta.url));
   if (!reply.ok) return;
   const words = Object.entries(await reply.json());
-  words.sort(([a], [b]) => b.length - a.length);
+  const beginning = (english) => english.split("...")[0].length;
+  words.sort(([a], [b]) => beginning(b) - beginning(a) || b.length - a.length);
   patterns = words.map(([english, chinese]) => [pattern(english), chinese]);
 }
 
@@ -35,6 +38,8 @@ export function say(text) {
 
 function pattern(english) {
   const parts = english.split("...").map((part) => part.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+  // What begins with anything is one part of a list, not several.
+  if (parts[0] === "" && parts.length > 1) return new RegExp(`^${ONE}${parts.slice(1).join("(.+?)")}$`);
   return new RegExp(`^${parts.join("(.+?)")}$`);
 }
 
