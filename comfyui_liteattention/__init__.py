@@ -1,7 +1,7 @@
 """LiteAttention: video diffusion that skips the attention tiles that don't matter.
 
 arXiv 2511.11062, rebuilt for ComfyUI and diffusers. Importing this package is cheap and touches
-neither a GPU nor a host application; diffusers is imported when one of its four functions is used.
+neither torch, a GPU nor a host application; each name is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -9,30 +9,51 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .settings import SAFEST, Settings
-
 if TYPE_CHECKING:
+    from .integrations.diffusers import logging
     from .integrations.diffusers.api import disable, enable, enabled, summary
+    from .integrations.diffusers.families import Family, register_family
     from .integrations.diffusers.handle import Handle
-    from .report.statistics import RunReport
+    from .report.takeaway import Report as RunReport
+    from .settings import SAFEST, Settings
 
-__all__ = ["SAFEST", "Handle", "RunReport", "Settings", "disable", "enable", "enabled", "summary"]
+__all__ = [
+    "SAFEST",
+    "Family",
+    "Handle",
+    "RunReport",
+    "Settings",
+    "disable",
+    "enable",
+    "enabled",
+    "logging",
+    "register_family",
+    "summary",
+]
 __version__ = "0.1.0"
 
-_ELSEWHERE = {
-    "Handle": "integrations.diffusers.handle",
-    "RunReport": "report.statistics",
-    "disable": "integrations.diffusers.api",
-    "enable": "integrations.diffusers.api",
-    "enabled": "integrations.diffusers.api",
-    "summary": "integrations.diffusers.api",
+#: Where each of these is: room, and name there.
+_PLACES = {
+    "SAFEST": ("settings", "SAFEST"),
+    "Family": ("integrations.diffusers.families", "Family"),
+    "Handle": ("integrations.diffusers.handle", "Handle"),
+    "RunReport": ("report.takeaway", "Report"),
+    "Settings": ("settings", "Settings"),
+    "disable": ("integrations.diffusers.api", "disable"),
+    "enable": ("integrations.diffusers.api", "enable"),
+    "enabled": ("integrations.diffusers.api", "enabled"),
+    "register_family": ("integrations.diffusers.families", "register_family"),
+    "summary": ("integrations.diffusers.api", "summary"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ELSEWHERE:
+    if name == "logging":
+        return import_module(".integrations.diffusers.logging", __name__)
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_ELSEWHERE[name]}", __name__), name)
+    room, there = _PLACES[name]
+    return getattr(import_module(f".{room}", __name__), there)
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,12 @@ def examine() -> dict[str, Any]:
         "comfyui": _comfyui_version(),
         "devices": [_examine_device(device) for device in _devices()],
     }
+
+
+def report(as_json: bool = False) -> str:
+    """What was found, as text for people or as JSON."""
+    findings = examine()
+    return json.dumps(findings, indent=2) if as_json else render(findings)
 
 
 def render(findings: dict[str, Any]) -> str:

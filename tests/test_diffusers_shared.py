@@ -200,7 +200,7 @@ def test_state_is_gone_before_the_video_is_decoded():
     # One more call belongs to nothing; it is dense, and changes no report.
     lite.enable(make_wan())
     call(pipe.transformer, texts()[0], float(t))
-    assert handle.report() is report
+    assert len(handle.report().calls) == 16
 
 
 def test_another_pass_of_a_step_has_tiles_of_its_own():

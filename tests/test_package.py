@@ -1,6 +1,7 @@
 """What is installed: nothing heavy, and all that is needed."""
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "comfyui_liteattention"
+PACKAGES = ("comfyui_liteattention", "liteattention")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     tracked = subprocess.run(
-        ["git", "ls-files", "comfyui_liteattention", "pyproject.toml", "README.md", "LICENSE"],
+        ["git", "ls-files", *PACKAGES, "pyproject.toml", "README.md", "LICENSE"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -37,11 +39,57 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_the_wheel_holds_the_code_and_the_kernels(wheel):
     names = set(wheel.namelist())
     for path in PACKAGE.rglob("*"):
-        if path.suffix in (".py", ".zip", ".json") and "__pycache__" not in path.parts:
+        if path.suffix in (".py", ".zip", ".json", ".typed") and "__pycache__" not in path.parts:
             assert path.relative_to(ROOT).as_posix() in names
     assert any(name.startswith("comfyui_liteattention/backends/gpu/archives/sm_") for name in names)
     assert not any(name.startswith(("tests", "demo", "benchmarks", "kernels")) for name in names)
     assert sum(info.compress_size for info in wheel.infolist()) < 12 << 20
+
+
+def test_the_distribution_can_be_imported_by_its_name():
+    code = "import liteattention as a, comfyui_liteattention as b; assert a.enable is b.enable"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "liteattention", "--version"]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert said.startswith("LiteAttention ")
+
+
+LIBRARIES = ("torch", "diffusers", "numpy", "PIL", "tqdm")
+SCRIPT = """
+from diffusers import WanPipeline
+
+import liteattention as lite
+from comfyui_liteattention import Settings
+
+pipe: WanPipeline
+handle: lite.Handle = lite.enable(pipe, preset="fast", dense_layers=(0,), audit=32)
+with lite.enabled(pipe, budget=0.1) as other:
+    report: lite.RunReport | None = other.report()
+    if report is not None:
+        share: float = report.computed_fraction
+        data: dict[str, object] = report.to_dict()
+lite.logging.set_verbosity_info()
+settings: Settings = handle.settings
+print(handle.status, lite.summary(pipe))
+lite.enable(pipe, preset="Bold")  # type: ignore[arg-type]
+lite.enable(pipe, audits=3)  # type: ignore[call-arg]
+lite.disable(pipe)
+"""
+
+
+def test_a_script_of_a_user_is_typed(tmp_path):
+    pytest.importorskip("mypy")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    # Other libraries are left out: it would take minutes to read them.
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nstrict = True\nignore_missing_imports = True\nfollow_imports = silent\n"
+        + "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in LIBRARIES)
+    )
+    command = [sys.executable, "-m", "mypy", str(script)]
+    paths = {**os.environ, "MYPYPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=paths)
+    assert done.returncode == 0, done.stdout
 
 
 def test_installing_touches_nothing_else():

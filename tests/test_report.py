@@ -31,8 +31,8 @@ from comfyui_liteattention.report.statistics import (
     percent,
     saving,
     status_line,
-    text_table,
 )
+from comfyui_liteattention.report.table import text_table
 
 WIDTH, HEIGHT = SIZE
 STREAMS = ("positive", "negative")

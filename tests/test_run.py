@@ -15,7 +15,8 @@ from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.never_slower.costs import Costs
 from comfyui_liteattention.never_slower.rehearsal import forget_decisions
 from comfyui_liteattention.report.outcome import extremes
-from comfyui_liteattention.report.statistics import status_line, text_table
+from comfyui_liteattention.report.statistics import status_line
+from comfyui_liteattention.report.table import text_table
 from comfyui_liteattention.run import (
     DENSE_LAYER,
     NOT_FINITE,

@@ -14,7 +14,8 @@ from ..integrations.comfy.session import Patch, patch_of
 from ..report.animation import animation
 from ..report.canvas import THEMES
 from ..report.pictures import pictures
-from ..report.statistics import RunReport, figures, text_table
+from ..report.statistics import RunReport, figures
+from ..report.table import text_table
 from .schema import CATEGORY, after_sampling, latent_output, schema
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 NOTHING = Interval(0.0, 0.0, 0.0)
-LAYER, STEP = 12, 5  # widths of the first column: with the steps' others it fits on the node
 
 
 class CallStats(NamedTuple):
@@ -74,7 +73,8 @@ class RunReport:
 
     @property
     def active(self) -> bool:
-        return any(call.computed < call.total for call in self.calls)
+        """Whether any tile was skipped."""
+        return not all(map(_dense, self.calls))
 
     @property
     def tokens(self) -> int:
@@ -129,7 +129,8 @@ class RunReport:
 
     @property
     def lost_mass_mean(self) -> float | None:
-        """Mean measured lost mass over all audited calls; dense calls lose nothing."""
+        """Mean lost mass, from what was audited; dense calls lose nothing. None where it was not
+        measured."""
         return mean_lost(self.calls)
 
 
@@ -152,14 +153,21 @@ def loss_intervals(report: RunReport) -> dict[tuple[str, int], Interval]:
 
 
 def fraction(calls: Iterable[CallStats]) -> float:
+    """Tiles computed over all tiles, 0..1. What audits compute again is no more than all."""
     computed, total = tiles(calls)
-    return computed / total if total else 1.0
+    return min(computed / total, 1.0) if total else 1.0
 
 
 def mean_lost(calls: Iterable[CallStats]) -> float | None:
-    """Calls that computed every tile lose nothing; calls that were not audited don't count."""
-    lost = [0.0 if c.lost is None else c.lost for c in calls if c.lost is not None or _dense(c)]
-    return sum(lost) / len(lost) if lost else None
+    """Mean lost mass of these calls. Those that computed every tile lose nothing; those that
+    skipped and were not audited lose what the audited ones do, on average. None where calls
+    skipped and none of them was audited: then it isn't known."""
+    calls = tuple(calls)
+    skipping = [call for call in calls if not _dense(call)]
+    audited = [call.lost for call in skipping if call.lost is not None]
+    if (skipping and not audited) or not calls:
+        return None
+    return sum(audited) / len(audited) * len(skipping) / len(calls) if audited else 0.0
 
 
 def by(calls: Iterable[CallStats], field: str) -> dict:
@@ -180,7 +188,7 @@ def status_line(report: RunReport) -> str:
     begin = f"switched off: {report.stopped}; until then" if report.stopped else "active:"
     return (
         f"LiteAttention {begin} {1 - report.computed_fraction:.0%} of the tiles skipped, "
-        f"lost mass {_measured(report)}, {_speedup(report)}{report.seconds:.1f} s in all "
+        f"lost {_in_percent(report)}, {_speedup(report)}{report.seconds:.1f} s in all "
         f"({report.backend} backend)"
     )
 
@@ -219,16 +227,8 @@ def _speedup(report: RunReport) -> str:
     return f"attention about {speedup:.2f}x as fast, {saving(saved)} (estimated), "
 
 
-def _measured(report: RunReport) -> str:
-    lost = report.lost_mass_mean
-    if lost is None:
-        return "not measured"
-    allowed = report.lost_mass_allowed
-    return f"{lost:.2%}" if allowed is None else f"{lost:.2%} of {percent(allowed)}% allowed"
-
-
 def _in_percent(report: RunReport) -> str:
-    """The same in as few digits as say something: ``2.1 of 3 %``."""
+    """What was lost of what is allowed, in as few digits as say something: ``2.1 of 3 %``."""
     lost = report.lost_mass_mean
     if lost is None:
         return "not measured"
@@ -257,42 +257,6 @@ def short_names(names: Sequence[str]) -> list[str]:
 def layer_labels(names: Sequence[str]) -> list[str]:
     """``layer 12``, or the whole name where no number tells the layers apart."""
     return [f"layer {n}" if n.isdecimal() else n for n in short_names(names)]
-
-
-def text_table(report: RunReport) -> str:
-    """The report as plain text: a summary, a line per layer, a line per step, the reasons."""
-    lines = [
-        status_line(report),
-        f"settings: {report.settings}",
-        f"{report.tokens} tokens, {report.steps} steps"
-        if report.calls
-        else f"{report.steps} steps",
-        *report.notes,
-    ]
-    if report.calls:
-        cells = loss_intervals(report)
-        layers, steps = of_layers(cells), of_steps(cells)
-        heading = f"{'computed':>9} {'lost mass':>10}" + (f" {'95 %':>15}" if cells else "")
-        groups = by(report.calls, "layer")
-        labels = layer_labels(list(groups))
-        width = max(LAYER, *map(len, labels))
-        lines += ["", f"{'layer':<{width}} {heading}"]
-        lines += [
-            _row(f"{label:<{width}}", calls, layers.get(name), bool(cells))
-            for label, (name, calls) in zip(labels, groups.items(), strict=True)
-        ]
-        dense = report.dense_seconds
-        columns = f"{'step':<{STEP}} {heading} {'seconds':>8}"
-        lines += ["", columns + (f" {'dense, est.':>12}" if dense else "")]
-        for step, calls in sorted(by(report.calls, "step").items()):
-            row = _row(f"{step + 1:<{STEP}}", calls, steps.get(step), bool(cells))
-            for seconds, width in ((report.step_seconds.get(step), 8), (dense.get(step), 12)):
-                row += "" if seconds is None else f" {seconds:{width}.2f}"
-            lines.append(row)
-    if report.reasons:
-        lines += ["", "calls that stayed dense:"]
-        lines += [f"  {count:>6} x {reason}" for reason, count in report.reasons.items()]
-    return "\n".join(lines)
 
 
 def figures(report: RunReport) -> dict[str, Any]:
@@ -324,21 +288,20 @@ def figures(report: RunReport) -> dict[str, Any]:
     }
 
 
+def lost_in(calls: Iterable[CallStats], interval: Interval | None) -> float | None:
+    """What calls lost: the interval's own estimate where there is one, which it holds."""
+    return mean_lost(calls) if interval is None else interval.lost
+
+
 def _pair(calls: list[CallStats], interval: Interval | None) -> dict[str, Any]:
     return {
         "computed_fraction": fraction(calls),
-        "lost_mass": mean_lost(calls),
+        "lost_mass": lost_in(calls, interval),
         "lost_mass_95": None if interval is None else [interval.low, interval.high],
     }
 
 
-def _row(label: str, calls: list[CallStats], found: Interval | None, bounds: bool) -> str:
-    lost = mean_lost(calls)
-    row = f"{label} {fraction(calls):>9.1%} {'-' if lost is None else f'{lost:.3%}':>10}"
-    if bounds:
-        row += f" {'-' if found is None else f'{found.low:.2%} - {found.high:.2%}':>15}"
-    return row
-
-
 def _dense(call: CallStats) -> bool:
-    return call.computed >= call.total
+    """Whether a call skipped nothing. (With its audit one that skipped may have computed as many
+    tiles as there are; it lost something.)"""
+    return call.computed >= call.total and not call.lost

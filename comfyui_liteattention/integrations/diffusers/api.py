@@ -14,7 +14,7 @@ from torch import nn
 
 from ... import presets
 from ...settings import Settings
-from .handle import Handle
+from .handle import NOT_ENABLED, Handle
 from .session import Session, session_on
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["Handle", "disable", "enable", "enabled", "summary"]
 
 log = logging.getLogger(__name__)
-
-NOT_ENABLED = "LiteAttention is not enabled"
 
 
 class UnknownSettingError(TypeError, ValueError):

@@ -194,11 +194,45 @@ FAMILIES = {
 }
 
 
+#: Families of classes that users told us about.
+_registered: dict[type, Family] = {}
+
+
+def register_family(cls: type, like: type | str | Family) -> None:
+    """Let ``enable`` take transformers of the class ``cls`` as those of another class, or as a
+    :class:`Family` says.
+
+    ``lite.register_family(MyTransformer, like="WanTransformer3DModel")``: its self-attention, the
+    processors of that, the arguments of ``forward`` and the places of video tokens are as there. A
+    subclass of a known class that leaves ``forward`` alone needs no registration. ValueError names
+    the classes that there are.
+    """
+    if isinstance(like, Family):
+        _registered[cls] = like
+        return
+    name = like if isinstance(like, str) else like.__name__
+    if name not in FAMILIES:
+        raise ValueError(
+            f"LiteAttention: no family {name!r}; like is a Family or one of {', '.join(FAMILIES)}."
+        )
+    _registered[cls] = FAMILIES[name]
+
+
 def family_of(transformer: nn.Module) -> Family | str:
     """What is known of a transformer, or why it stays dense."""
-    cls = type(transformer)
-    if cls.__module__.startswith("diffusers.") and cls.__name__ in FAMILIES:
-        return FAMILIES[cls.__name__]
+    cls: Any = type(transformer)
+    for base in cls.__mro__:
+        family = _registered.get(base)
+        if family is None and base.__module__.startswith("diffusers."):
+            family = FAMILIES.get(base.__name__)
+        if family is None:
+            continue
+        if base is cls or cls.forward is base.forward:
+            return family
+        return (
+            f"{cls.__name__} has a forward of its own: if its self-attention is that of "
+            f"{base.__name__}, lite.register_family({cls.__name__}, like={base.__name__!r}) says so"
+        )
     return f"{cls.__name__} is not supported yet"
 
 

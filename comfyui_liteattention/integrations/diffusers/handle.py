@@ -7,10 +7,14 @@ from html import escape
 from types import TracebackType
 from typing import Any
 
-from ...report.statistics import RunReport, in_short, saving, status_line, text_table
+from ...report.statistics import RunReport, in_short, saving, status_line
+from ...report.table import text_table
+from ...report.takeaway import Report
 from ...settings import Settings, describe
 from . import progress_bar
 from .session import Session
+
+NOT_ENABLED = "LiteAttention is not enabled"
 
 
 class Handle:
@@ -38,22 +42,24 @@ class Handle:
         report = self.report()
         if report is not None:
             return status_line(report)
+        if self._session.idle:
+            dense = (f"{name} stays dense: {why}" for name, why in self.declined.items())
+            return "; ".join(("LiteAttention does nothing here", *dense))
         if not self._session.attached:
-            return "LiteAttention is not enabled" + "".join(
-                f"; {name}: {reason}" for name, reason in self.declined.items()
-            )
+            return NOT_ENABLED
         return f"LiteAttention enabled, no run yet; {describe(self.settings)}"
 
-    def report(self) -> RunReport | None:
+    def report(self) -> Report | None:
         """Figures of the run that is going on, or of the last one; None before the first."""
-        return self._session.report()
+        report = self._session.report()
+        return None if report is None else Report.of(report)
 
     def summary(self, everything: bool = False) -> str:
         """The report as text, and why transformers stay dense. Of many layers and steps those that
         lose most and least are listed, and groups; or ``everything``."""
         report = self.report()
-        lines = [self.status if report is None else text_table(report)]
-        if self._session.attached or report is not None:
+        lines = [self.status if report is None else text_table(report, everything)]
+        if not self._session.idle:
             lines += [f"{name} stays dense: {why}" for name, why in self.declined.items()]
         return "\n".join(lines)
 

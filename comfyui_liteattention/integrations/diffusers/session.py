@@ -65,6 +65,11 @@ class Session:
         self._trajectories: weakref.WeakSet[Trajectory] = weakref.WeakSet()
         self._warned: set[str] = set()
 
+    @property
+    def idle(self) -> bool:
+        """Whether no transformer is one that is understood."""
+        return len(self.declined) >= max(len(self._roots), 1)
+
     def transformers(self) -> dict[str, nn.Module]:
         """Those that are still there, by their names in the pipeline."""
         found = {name: root() for name, root in self._roots.items()}
