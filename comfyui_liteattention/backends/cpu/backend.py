@@ -104,20 +104,14 @@ class CpuBackend:
         if isinstance(kernels, str):
             raise RuntimeError(kernels)
         k, v = calls[0][0][1:3]
-        b, h, lk, d = k.shape
-        tk = -(-lk // self.tile.k)
-        d_padded = kernels.padded(d)
-        bytes_per_head = 4 * tk * kernels.TILE * (d + d_padded)
-        heads_at_once = min(b * h, max(1, WORKSPACE_BYTES // bytes_per_head))
-        panels = _panels(kernels, heads_at_once, tk, d)
-        packing = _packing(kernels, k, v, panels)
-        results, tasks = zip(*(_call(kernels, call, panels) for call in calls), strict=True)
-        with ThreadPoolExecutor(
-            torch.get_num_threads()
-        ) as pool:  # per call: safe after fork and in any thread
-            for first in range(0, b * h, heads_at_once):
-                heads = range(first, min(first + heads_at_once, b * h))
-                _run_all(pool, heads, packing)
+        packed = _pack(kernels, k, v, WORKSPACE_BYTES)
+        every, at_once = k.shape[0] * k.shape[1], len(packed.keys)
+        results, tasks = zip(*(_call(kernels, call, packed) for call in calls), strict=True)
+        # A pool per call is safe after a fork and in any thread.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for first in range(0, every, at_once):
+                heads = range(first, min(first + at_once, every))
+                _run_all(pool, heads, packed.task)
                 _run_all(pool, heads, *tasks)
         return list(results)
 
@@ -126,10 +120,8 @@ class CpuBackend:
         kernels = _load_kernels()
         q, pooled, scale, live, order = skipped
         b, h, _, d = q.shape
-        chunks = -(-pooled.keys.shape[2] // kernels.TILE)
-        panels = keys, values = _panels(kernels, b * h, chunks, d)
+        keys, values, packing = _pack(kernels, pooled.keys, pooled.values)
         q_array, out_array = _arrays(q, kept.out)
-        packing = _packing(kernels, pooled.keys, pooled.values, panels)
         lse, bits = kept.lse.numpy(), live.numpy()
         log_count = (pooled.log_count * LOG2E).numpy()
         gains = factor.tolist()
@@ -206,12 +198,32 @@ def _floats(*shape: int) -> Any:
     return torch.empty(shape, dtype=torch.float32, device="cpu").numpy()
 
 
-def _panels(kernels: Any, heads: int, tk: int, d: int) -> tuple[Any, Any]:
-    """Memory for the packed keys and values of so many heads: see ``kernels.pack``."""
-    groups = kernels.padded(d) // kernels.LANES
-    keys = torch.empty(heads, tk, kernels.TILE, d, dtype=torch.float32, device="cpu")
-    shape = (heads, tk, groups, kernels.TILE, kernels.LANES)
-    return keys.numpy(), torch.empty(shape, dtype=torch.float32, device="cpu").numpy()
+class Packed(NamedTuple):
+    """Memory for the packed keys and values of some heads at once, and the task that fills it from
+    tensors: see ``kernels.pack``."""
+
+    keys: Any
+    values: Any
+    task: Task
+
+
+def _pack(kernels: Any, k: Tensor, v: Tensor, most_bytes: int | None = None) -> Packed:
+    """``k, v [B, H, L, D]``: all heads at once, or as many as fit in so many bytes."""
+    b, h, length, d = k.shape
+    tk, d_padded = -(-length // kernels.TILE), kernels.padded(d)
+    heads = b * h
+    if most_bytes is not None:
+        heads = min(heads, max(1, most_bytes // (4 * tk * kernels.TILE * (d + d_padded))))
+    keys = torch.empty(heads, tk, kernels.TILE, d, dtype=torch.float32, device="cpu").numpy()
+    groups = (heads, tk, d_padded // kernels.LANES, kernels.TILE, kernels.LANES)
+    values = torch.empty(groups, dtype=torch.float32, device="cpu").numpy()
+    k_array, v_array = _arrays(k, v)
+
+    def pack(slot: int, head: int, start: int, stop: int) -> None:
+        at = divmod(head, h)
+        kernels.pack(k_array[at], v_array[at], start, stop, keys[slot], values[slot])
+
+    return Packed(keys, values, Task(pack, tk))
 
 
 def _workspace(kernels: Any, d: int, visits: int) -> tuple[Any, ...]:
@@ -224,11 +236,11 @@ def _workspace(kernels: Any, d: int, visits: int) -> tuple[Any, ...]:
 def _call(
     kernels: Any,
     made: tuple[Inputs, TileLists | None, Criterion | None],
-    panels: tuple[Any, Any],
+    packed: Packed,
 ) -> tuple[Attended, Task]:
     """A result, and the task that fills it from packed keys and values: ``kernels.attend``."""
     (q, k, _, scale, order), lists, criterion = made
-    keys, values = panels
+    keys, values, _ = packed
     b, h, lq, d = q.shape
     tq, tk = -(-lq // kernels.TILE), keys.shape[1]
     counts, index = _list_arrays(lists, (b, h, tq, tk))
@@ -263,18 +275,6 @@ def _call(
         )
 
     return Attended(out, lse, score if criterion else None), Task(attend, tq)
-
-
-def _packing(kernels: Any, k: Tensor, v: Tensor, panels: tuple[Any, Any]) -> Task:
-    """The task that packs ``k, v [B, H, L, D]`` into memory: see ``kernels.pack``."""
-    k_array, v_array = _arrays(k, v)
-    keys, values = panels
-
-    def pack(slot: int, head: int, start: int, stop: int) -> None:
-        at = divmod(head, k.shape[1])
-        kernels.pack(k_array[at], v_array[at], start, stop, keys[slot], values[slot])
-
-    return Task(pack, keys.shape[1])
 
 
 def _arrays(one: Tensor, other: Tensor) -> tuple[Any, Any]:

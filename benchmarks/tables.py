@@ -1,0 +1,168 @@
+"""Write the tables of docs/measured.md from benchmarks/results: ``python -m benchmarks.tables``.
+
+Each table stands between two comments that name it, so that no figure in the page is typed by hand,
+and none outlives the run that found it; a test compares the page with the results.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "measured.md"
+
+METHODS = {
+    "ours": "LiteAttention, budget",
+    "upstream": "upstream's semantics (gap to the running maximum, fixed threshold)",
+    "sol_attn": "Sol-Attn, chosen anew at every step",
+    "sol_attn, 20 % dense start": "Sol-Attn with 20 % dense steps first",
+}
+CHANGES = {
+    "ours": "as it is",
+    "ours, no tail": "skipped tiles contribute nothing",
+    "ours, raster order": "raster order in place of compact tiles",
+    "ours, ramp 1": "ramp 1 in place of 2",
+    "ours, no ramp": "no ramp",
+    "ours, audit 16": "one tile in 16 audited",
+    "ours, 20 % dense start": "20 % dense steps first",
+}
+ORDERS = {
+    "compact": "compact (ours)",
+    "Hilbert": "Hilbert curve",
+    "blocks 4 x 4 x 4": "blocks of 4 x 4 x 4",
+    "blocks 1 x 8 x 8": "blocks of 1 x 8 x 8",
+    "raster": "raster, as models list them",
+}
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def filled(page: str) -> str:
+    """The page with every table made anew."""
+    for name, make in TABLES.items():
+        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        page, found = re.subn(pattern, lambda m, t=make(): m[1] + t + "\n" + m[2], page, flags=re.S)  # type: ignore[misc]
+        if not found:
+            raise SystemExit(f"{PAGE.name} has no place for the table {name!r}")
+    return page
+
+
+def head_to_head() -> str:
+    """Tiles to compute for a video of 35 and 40 dB, by seed."""
+    found = _load("quality_cpu.json")["computed_fraction_at_goal_per_seed"]
+    rows = [
+        [title, *(" and ".join(map(_share, found[method][goal])) for goal in ("35.0", "40.0"))]
+        for method, title in METHODS.items()
+    ]
+    return _table(["method", "35 dB", "40 dB"], rows)
+
+
+def changes() -> str:
+    """What each part of ours is worth, at budgets of 3 and 10 %."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    with (RESULTS / "quality_cpu.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = row["method"], row["setting"]
+            found[key].append((float(row["computed_fraction"]), float(row["psnr_db"])))
+    rows = []
+    for method, title in CHANGES.items():
+        means = [
+            tuple(map(mean, zip(*found[method, f"budget {budget}"], strict=True)))
+            for budget in ("3.0%", "10.0%")
+        ]
+        tiles = ", ".join(f"{computed:.1%}" for computed, _ in means)
+        rows.append([title, tiles, ", ".join(f"{db:.1f}" for _, db in means) + " dB"])
+    return _table(["", "tiles computed", "PSNR"], rows)
+
+
+def budget() -> str:
+    """True loss over the budget, lowest and highest of the runs."""
+    groups: dict[float, list[dict[str, Any]]] = defaultdict(list)
+    for row in _load("budget_cpu.json")["rows"]:
+        groups[row["budget"]].append(row)
+    rows = []
+    for allowed, runs in sorted(groups.items()):
+        ratios = [
+            _range(run[key] / allowed for run in runs)
+            for key in ("true_lost", "audited_lost", "worst_layer_lost")
+        ]
+        within = mean(run["cells_within_interval"] for run in runs)
+        rows.append([f"{allowed:.1%}".replace(".0%", "%"), *ratios, f"{within:.0%}"])
+    heads = ["budget", "true lost mass", "what the audit said", "the worst layer"]
+    return _table([*heads, "truth within its 95 % interval"], rows)
+
+
+def orders() -> str:
+    """Token orders on a grid whose sides are no powers of two."""
+    found = _load("orders_cpu.json")
+    radius = found["radius"]["Wan 480p, 81 frames"]
+    rows = []
+    for order, title in ORDERS.items():
+        means = [
+            [
+                mean(row[key] for row in found["rows"] if (row["order"], row["budget"]) == at)
+                for key in ("computed_fraction", "psnr_db")
+            ]
+            for at in ((order, 0.03), (order, 0.1))
+        ]
+        tiles = ", ".join(f"{computed:.1%}" for computed, _ in means)
+        closeness = ", ".join(f"{db:.1f}" for _, db in means) + " dB"
+        rows.append([title, f"{radius[order]:.1f}", tiles, closeness])
+    return _table(["order", "radius", "tiles computed", "PSNR"], rows)
+
+
+def speed() -> str:
+    """Our time over SDPA's by share of skipped tiles."""
+    cases: dict[tuple[Any, ...], dict[tuple[str, float], float]] = defaultdict(dict)
+    for row in _load("speed_cpu.json")["cpu"]:
+        case = f"{row['tokens']:,}", str(row["head_dim"]), row["dtype"]
+        cases[case][row["pattern"], row["skipped"]] = row["ratio"]["median"]
+    shares = (0.0, 0.25, 0.5, 0.75, 0.9)
+    rows = [
+        [*case, *(f"{found['random', s]:.2f}" for s in shares), f"{found['band', 0.75]:.2f}"]
+        for case, found in cases.items()
+    ]
+    heads = ["tokens", "head_dim", "dtype", *(f"{share:.0%}" for share in shares)]
+    return _table([*heads, "band, 75 %"], rows)
+
+
+#: Names of the places in the page, and what fills them.
+TABLES: dict[str, Callable[[], str]] = {
+    "head to head": head_to_head,
+    "changes": changes,
+    "budget": budget,
+    "orders": orders,
+    "speed": speed,
+}
+
+
+def _load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _range(values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    return f"{ordered[0]:.2f} to {ordered[-1]:.2f}"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
