@@ -25,7 +25,7 @@ PER_LOG2 = 4
 BINS = 160
 #: No layer takes more than this many times what they may lose on average.
 LARGEST_SHARE = 1.6
-#: Losing this many times what may be lost won't do.
+#: A layer whose loss exceeds its allowance this many times starts over with all its tiles.
 TOO_MUCH = 1.5
 
 
@@ -115,9 +115,9 @@ def threshold(own: Tensor, others: Tensor, aim: float) -> Tensor:
 
 
 def overspent(own: Tensor, others: Tensor, aim: float) -> Tensor:
-    """Whether so much more is lost that waiting won't do, ``[]`` bool: what was negligible when it
-    was dropped has become important since. By this layer alone, or by all where it is one of those
-    that lose more than the mean."""
+    """Whether the layer has to start over with all its tiles, ``[]`` bool: what was negligible when
+    it was dropped has become important since, and tiles that are gone can't be judged again. By
+    this layer alone, or by all where it is one of those that lose more than the mean."""
     spent = own[0]
     mean = (spent + others[:, 0].sum()) / (len(others) + 1)
     together = (mean > TOO_MUCH * aim) & (spent >= mean)

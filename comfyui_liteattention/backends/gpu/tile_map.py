@@ -60,7 +60,7 @@ class TileMapKernels:
         share = allocation.LARGEST_SHARE
         arguments = (
             *(counts, allocation.mass_of_bins(ledger.device)),
-            # Where there is none, memory of the same type that isn't looked at.
+            # The kernel wants a pointer in any case; where nothing was audited it doesn't read it.
             *(ledger, limit if lost is None else lost.float()),
             *(torch.stack([*others]) if others else ledger, limit, after),
             *(query_tiles, int(lost is not None), len(others)),

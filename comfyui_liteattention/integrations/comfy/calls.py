@@ -142,7 +142,7 @@ class Forward:
         once."""
         if self._mask is None or self._mask[0] is not mask:
             settings, kept = self.run.settings, None
-            # What settings say about places in the sequence would be said about other places.
+            # These count tokens of the whole sequence, not of what is kept.
             if form.video is not None and not settings.dense_keys and not settings.dense_queries:
                 kept = kept_tokens(mask, batch, length, form.video, len(self.streams))
             self._mask = mask, kept
