@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -129,16 +131,23 @@ def describe(settings: Settings) -> str:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """``"0, 1, 38-39"`` -> ``(0, 1, 38, 39)``; ValueError says what is wrong with the text."""
+    """``"0, 1, 38-39"`` -> ``(0, 1, 38, 39)``; ValueError says what is wrong with the text.
+
+    Chinese commas and long dashes do as well.
+    """
+    text = unicodedata.normalize("NFKC", text)  # full-width signs become usual ones
     layers: set[int] = set()
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        ends = [end.strip() for end in part.split("-")]
+    for part in filter(None, (p.strip() for p in re.split("[,\u3001]", text))):
+        ends = [end.strip() for end in re.split("[-~\u2013\u2014]", part)]
         if len(ends) > 2 or not all(end.isdecimal() and int(end) <= MAX_LAYER for end in ends):
             raise ValueError(
                 f"dense_layers: {part!r} is neither a layer from 0 to {MAX_LAYER} nor a range of "
                 "them. Write, for example: 0, 1, 38-39"
             )
-        layers.update(range(int(ends[0]), int(ends[-1]) + 1))
+        first, last = int(ends[0]), int(ends[-1])
+        if first > last:
+            raise ValueError(f"dense_layers: {part!r} runs backwards. Write: {last}-{first}")
+        layers.update(range(first, last + 1))
     return tuple(sorted(layers))
 
 

@@ -115,6 +115,9 @@ def test_a_wrong_setting_says_what_to_do(wrong, says):
 def test_layers_as_text():
     assert parse_layers("") == ()
     assert parse_layers(" 3, 0-1 ,38 - 39,") == (0, 1, 3, 38, 39)
+    assert parse_layers("0\uff0c1\u30013\u20135") == (0, 1, 3, 4, 5)  # as Chinese keyboards write
     for wrong in ("a", "1-2-3", "-1", "1-", "99999999", "1;2"):
         with pytest.raises(ValueError, match="0, 1, 38-39"):
             parse_layers(wrong)
+    with pytest.raises(ValueError, match="Write: 3-9"):
+        parse_layers("1, 9-3")

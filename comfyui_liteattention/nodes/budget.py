@@ -45,7 +45,7 @@ class LiteAttentionBudget(io.ComfyNode):
                         "travel furthest. 0: the same at every step.",
                     )
                 ),
-                *where_inputs(),
+                *where_inputs(least_audit=1),  # what is lost has to be measured
             ],
             outputs=[control_output()],
         )

@@ -57,5 +57,12 @@ class LiteAttentionPatch(io.ComfyNode):
     def execute(
         cls, model: io.Model.Type, preset: str, control: Settings | None = None
     ) -> io.NodeOutput:
+        if not hasattr(model, "clone"):
+            raise ValueError("LiteAttention: connect 'model' to a node that loads a model.")
+        if not isinstance(control, Settings | None):
+            raise ValueError(
+                "LiteAttention: connect 'control' to a LiteAttention Budget or Threshold node, or "
+                "leave it open."
+            )
         show = status_of(cls.hidden.unique_id)
         return io.NodeOutput(apply_patch(model, control or settings_of(preset), show))

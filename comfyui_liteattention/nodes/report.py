@@ -58,6 +58,8 @@ class LiteAttentionReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, latent: dict, theme: str = "dark") -> io.NodeOutput:
+        if theme not in THEMES:  # ComfyUI 0.3.75 does not look at what an API graph says
+            theme = next(iter(THEMES))
         patch = patch_of(model)
         report = _report_of(patch, cls.hidden.dynprompt, cls.hidden.unique_id) if patch else None
         if patch is None:

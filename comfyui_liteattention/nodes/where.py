@@ -14,7 +14,7 @@ from .schema import advanced
 DEFAULTS = Settings()
 
 
-def where_inputs() -> list[io.Input]:
+def where_inputs(least_audit: int = 0) -> list[io.Input]:
     """Their order is that of the widgets on the node: new ones go to the end, and are optional, so
     that saved graphs still run."""
     return advanced(
@@ -36,7 +36,7 @@ def where_inputs() -> list[io.Input]:
         io.Int.Input(
             "audit",
             default=DEFAULTS.audit,
-            min=0,
+            min=least_audit,
             max=1024,
             tooltip="One in this many query tiles is also computed in full, to measure what is "
             "lost. 64 costs 1.6 %. 0: nothing is measured (a budget needs it).",

@@ -178,12 +178,19 @@ def by(calls: Iterable[CallStats], field: str) -> dict:
     return dict(groups)
 
 
+def _nothing_skipped(report: RunReport) -> str:
+    """The reason why no tile was skipped, where all went well."""
+    if report.steps <= 1:
+        return "a single step: the first one always computes everything"
+    return "no tile was small enough to be skipped with these settings"
+
+
 def status_line(report: RunReport) -> str:
     """One line for the log: active or not, and the reason for that."""
     if not report.active:
         # Cross-attention always stays dense: it explains nothing.
         reasons = [reason for reason in report.reasons if reason != CROSS_ATTENTION]
-        why = "; ".join(reasons) or "nothing was negligible at this threshold"
+        why = "; ".join(reasons) or _nothing_skipped(report)
         return f"LiteAttention inactive: {why}"
     begin = f"switched off: {report.stopped}; until then" if report.stopped else "active:"
     return (

@@ -358,3 +358,17 @@ def test_the_layout_of_minimax_h3(comfy):
         ({"minimax_payload": {"layout": layout}}, (1, 24, 2, 8, 12)),
     ):
         assert describe_call(model, ModelCall(shape, 12, conds)) == NO_LAYOUT
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("model", "text"), ("control", "text")])
+def test_text_instead_of_a_connection_is_a_clear_error(comfy, name, wrong):
+    from types import SimpleNamespace
+
+    from comfyui_liteattention.nodes.patch import LiteAttentionPatch
+
+    class Node(LiteAttentionPatch):
+        hidden = SimpleNamespace(unique_id=None)
+
+    inputs = {"model": SimpleNamespace(clone=None), "preset": "balanced", name: wrong}
+    with pytest.raises(ValueError, match=f"connect '{name}'"):
+        Node.execute(**inputs)

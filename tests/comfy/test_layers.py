@@ -82,3 +82,10 @@ def test_a_compiled_block_has_the_name_of_the_block():
     compiled = torch.compile(model.transformer_blocks[0], backend="eager", disable=False)
     calls = LayerCalls(Names(), model)
     assert calls._names.paths(model)[id(compiled._orig_mod)] == "transformer_blocks.0"
+
+
+def test_numbers_without_a_layer_are_found():
+    model, found = Model(), Names()
+    assert found.beyond([7]) == []  # before any layer has a name
+    names(model, model.double_blocks, found)
+    assert found.beyond([0, 3, 4, 9]) == [4, 9]

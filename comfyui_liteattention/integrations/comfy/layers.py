@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -43,6 +43,11 @@ class Names:
             paths = {id(module): path for path, module in model.named_modules() if path}
             self._paths[id(model)] = paths
         return paths
+
+    def beyond(self, numbers: Iterable[int]) -> list[int]:
+        """Those numbers of layers that this run has none for; none where layers have no names."""
+        count = len(self._names)
+        return [number for number in numbers if count and number >= count]
 
     def of(self, path: str) -> str:
         """``3``, ``double-3``, ``3.attn2``."""

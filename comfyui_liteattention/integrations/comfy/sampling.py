@@ -55,6 +55,9 @@ class Sampling:
             reasons = explained(reasons, taker(model_patcher, options, self._first))
         elif self._first is not None:
             notes.append(f"{self._first} is asked first: LiteAttention gets what it leaves")
+        if missing := self._names.beyond(self._run.settings.dense_layers):
+            numbers = ", ".join(map(str, missing))
+            notes.append(f"dense_layers: there is no layer {numbers}; layers count from 0")
         return replace(report, notes=(*notes, *report.notes), reasons=reasons)
 
     def _predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
