@@ -45,7 +45,10 @@ function show(id, text) {
 function badge(node, text) {
   const mark = () => new window.LGraphBadge({ text, fgColor: "#fff", bgColor: "#653" });
   mark.liteattention = true;
-  node.badges = [...(node.badges ?? []).filter((one) => !one.liteattention), mark];
+  node.badges ??= [];
+  const place = node.badges.findIndex((one) => one.liteattention);
+  // In place: front ends watch the list that is there.
+  node.badges.splice(place < 0 ? node.badges.length : place, place < 0 ? 0 : 1, mark);
 }
 
 // Calls visit(execution id, node, whether it or what is around it is off) for all nodes.

@@ -30,9 +30,10 @@ async function load() {
   patterns = words.map(([english, chinese]) => [pattern(english), chinese]);
 }
 
-// Every line of a text, each in Chinese as far as it is known.
+// Every line of a text, each in Chinese as far as it is known. What is "your own" to a Python program
+// is ComfyUI's to who looks at a node.
 export function say(text) {
-  if (!isChinese()) return text;
+  if (!isChinese()) return text.replaceAll("your own attention", "ComfyUI's attention");
   return text.split("\n").map(translated).join("\n");
 }
 
