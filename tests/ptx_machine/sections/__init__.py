@@ -1,0 +1,1 @@
+"""Cases by subject: each section takes a card and yields its cases."""

@@ -1,0 +1,117 @@
+"""Every attention kernel, and the shapes and layouts that models bring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from comfyui_liteattention.backends.base import Criterion, Inputs
+from comfyui_liteattention.backends.gpu.kernel_table import HEAD_DIMS, KERNELS, Variant
+from comfyui_liteattention.tiles import TileLists, make_lists
+
+from ..card import MODES, Card
+from ..cases import Case
+from ..problems import DTYPES, LAYOUTS, problem, random_mask, shuffled, with_sink
+from ..truth import problems_with
+
+
+def attend(
+    card: Card,
+    mode: str,
+    call: Inputs,
+    lists: TileLists | None = None,
+    criterion: Criterion | None = None,
+    clean: TileLists | None = None,
+) -> list[str]:
+    """What is wrong with one call. ``clean``: the lists for the reference, where it can't take
+    those of the kernel."""
+    backend = card.backends[mode]
+    before = [x.clone() for x in call[:3]]
+    got = backend.forward(call, lists, criterion)
+    problems = problems_with(got, call, clean or lists, criterion, mode)
+    if not all(torch.equal(x, old) for x, old in zip(call[:3], before, strict=True)):
+        problems.append("an input was changed")
+    return problems
+
+
+def listed(mask: Tensor | None, alternate: bool = False) -> TileLists | None:
+    """The lists of a mask, if there is one."""
+    return None if mask is None else make_lists(mask, alternate)
+
+
+def attention(card: Card) -> Iterator[Case]:
+    """Each kernel: ragged lengths, several batches and heads, in an order and without."""
+    variants = [kernel for kernel in KERNELS if isinstance(kernel, Variant)]
+    for n, variant in enumerate(variants):
+        d, dtype, mode = variant.head_dim, DTYPES[variant.dtype], variant.qk
+        criterion = variant.criterion
+        call = problem((2, 2), (300, 470), d, dtype, LAYOUTS[n % 2], n)
+        mask = random_mask(call, 0.5, n) if variant.lists else None
+        if mask is not None:
+            mask[1, 0, 1] = False  # an empty row
+        if criterion and mode == "native":
+            call = with_sink(call)
+        elif n % 5 == 0:  # peaks: scores of some thousands
+            call = call._replace(q=call.q * 16)
+        if n % 4 < 2:
+            call = call._replace(order=shuffled(300, n))
+        rest = (listed(mask, n % 3 == 0), criterion)
+        yield Case(variant.name, partial(attend, card, mode, call, *rest))
+        for lengths in ((1, 1), (129, 65)):
+            small = problem((1, 1), lengths, d, dtype, "heads first", n)
+            mask = random_mask(small, 0.7, n) if variant.lists else None
+            run = partial(attend, card, mode, small, listed(mask), criterion)
+            yield Case(f"{variant.name} {lengths}", run)
+
+
+def shapes(card: Card) -> Iterator[Case]:
+    """Lengths around the tile sides, each layout, q, k and v of one memory."""
+    lengths = ((1, 64), (127, 1), (128, 64), (5, 129), (128, 191), (257, 192), (2, 193), (130, 321))
+    for n, (pair, mode) in enumerate(product(lengths, MODES)):
+        d, dtype = HEAD_DIMS[n % 3], list(DTYPES.values())[n // 3 % 2]
+        call = problem((1, 2), pair, d, dtype, LAYOUTS[n % 2], n)
+        lists = listed(random_mask(call, 0.6, n) if n % 2 else None)
+        yield Case(f"{mode} d{d} {pair}", partial(attend, card, mode, call, lists, "mass"))
+    for n, (layout, mode, d) in enumerate(product(LAYOUTS, MODES, HEAD_DIMS)):
+        call = problem((2, 2), (150, 150), d, list(DTYPES.values())[n % 2], layout, n)
+        lists = listed(random_mask(call, 0.6, n) if n % 3 else None)
+        call = call._replace(order=shuffled(150) if n % 2 else None)
+        yield Case(f"{mode} d{d} {layout}", partial(attend, card, mode, call, lists, "mass"))
+    for d, mode in product(HEAD_DIMS, MODES):
+        random = torch.Generator().manual_seed(d)
+        fused = torch.randn(2, 170, 3, 2, d, generator=random).bfloat16()
+        call = Inputs(*(fused[:, :, n].transpose(1, 2) for n in range(3)), d**-0.5)
+        yield Case(f"{mode} d{d} of one memory", partial(attend, card, mode, call, None, "mass"))
+
+
+def many_heads(card: Card) -> Iterator[Case]:
+    """The last of 65535 heads; blocks at the ends of the grid only."""
+    for d, mode in product(HEAD_DIMS, MODES):
+        yield Case(f"{mode} d{d}", partial(_ends_of_grid, card, d, mode))
+
+
+def _ends_of_grid(card: Card, d: int, mode: str) -> list[str]:
+    heads, random = 65535, torch.Generator().manual_seed(d)
+    q, k, v = (torch.randn(1, heads, 1, d, generator=random).bfloat16() for _ in range(3))
+    some = [0, 40000, heads - 1]
+    card.library.only_blocks = [(0, head) for head in some]
+    got = card.backends[mode].forward(Inputs(q, k, v, d**-0.5))
+    card.library.only_blocks = None
+    off = (got.out[:, some].double() - v[:, some].double()).abs().max().item()
+    return [] if off < 0.02 else [f"off by {off}"]
+
+
+def bases(card: Card) -> Iterator[Case]:
+    """Shared memory that starts at a multiple of 16 bytes only, as its declaration says."""
+    other = Card(card.capability, shared_base=16)
+    for d, dtype, mode in product(HEAD_DIMS, DTYPES.values(), MODES):
+        call = problem((1, 1), (130, 200), d, dtype, "tokens first", d)
+
+        def run(mode: str = mode, call: Inputs = call) -> list[str]:
+            return attend(other, mode, call, None, "mass") + other.take_findings()
+
+        yield Case(f"{mode} d{d} {dtype}", run)

@@ -1,0 +1,120 @@
+"""What a mode's kernels have to come to, in float64, and how far rounding may take them from it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from comfyui_liteattention.backends.base import Attended, Backend, Criterion, Inputs
+from comfyui_liteattention.backends.gpu import qk_int8
+from comfyui_liteattention.backends.gpu.kernel_table import TILE
+from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.tiles import TileLists, make_lists
+from tests.kernels.running_scores import running_scores
+
+LOG2E = math.log2(math.e)
+#: Unit of rounding: half the distance between neighbours at 1.
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+class Multiplied(NamedTuple):
+    """Queries and keys as a mode multiplies them, in their order; scores are ``q k^T scale``."""
+
+    q: Tensor
+    k: Tensor
+    scale: float
+
+
+def reference(mode: str) -> Backend:
+    """The truth of a mode."""
+    return qk_int8.Int8Reference(TILE) if mode == "int8" else ReferenceBackend(TILE)
+
+
+def wide(call: Inputs, mode: str) -> Inputs:
+    """In float64. 8-bit queries and keys have to be the same numbers, hence those of the model's
+    dtype."""
+    q, k = (call.q, call.k) if mode == "int8" else (call.q.double(), call.k.double())
+    return call._replace(q=q, k=k, v=call.v.double())
+
+
+def multiplied(call: Inputs, mode: str) -> Multiplied:
+    """What the scores are made of."""
+    if mode != "int8":
+        left, right, scale = call.q, call.k, call.scale
+    else:
+        mean = qk_int8.mean_key(call.k)
+        queries = qk_int8.quantise_queries(call.q, mean, call.scale)
+        keys = qk_int8.quantise_keys(call.k, mean, TILE.k)
+        unit = keys.unit.repeat_interleave(TILE.k, -1)[..., : call.k.shape[2]]
+        left = queries.values.double() * queries.unit.double().unsqueeze(-1)
+        right, scale = keys.values.double() * unit.double().unsqueeze(-1), math.log(2)
+    return Multiplied(left if call.order is None else left[:, :, call.order], right, scale)
+
+
+def problems_with(
+    got: Attended, call: Inputs, lists: TileLists | None, criterion: Criterion | None, mode: str
+) -> list[str]:
+    """What of a result is off by more than rounding allows."""
+    if got.out.dtype != call.q.dtype or got.out.shape != call.q.shape:
+        return [f"out {got.out.dtype} {tuple(got.out.shape)}"]
+    want = reference(mode).forward(wide(call, mode), lists, criterion)
+    problems = _problems_with_out(got, want, call, lists, mode)
+    empty = want.lse == -torch.inf  # rows without any tile
+    if not torch.equal(got.lse == -torch.inf, empty):
+        problems.append("lse: other rows are empty")
+    off = (got.lse.double() - want.lse.double()).abs()[~empty]
+    if not (off <= 1e-5 + 3e-6 * want.lse[~empty].abs()).all():
+        problems.append(f"lse off by {off.max():.1e}")
+    if criterion is None:
+        return problems if got.score is None else [*problems, "a score"]
+    if got.score is None:
+        return [*problems, "no score"]
+    return problems + _problems_with_score(got.score.double(), call, lists, criterion, mode)
+
+
+def _problems_with_out(
+    got: Attended, want: Attended, call: Inputs, lists: TileLists | None, mode: str
+) -> list[str]:
+    dtype = call.q.dtype
+    sizes = wide(call, mode)._replace(v=call.v.abs().double())
+    size = reference(mode).forward(sizes, lists).out.double()
+    # Shares are rounded before they are multiplied, the result when it is stored.
+    twice = 2 if mode == "int8" else 1
+    allowed = UNIT[dtype] * (size + twice * want.out.double().abs()) * 1.05 + 1e-5
+    if dtype == torch.float16:  # shares below 2^-14 lose more than their last bit
+        allowed = allowed + 2.0**-25 * call.v.double().abs().sum(2, keepdim=True)
+    empty = want.lse == -torch.inf
+    problems = []
+    if not (got.out[empty] == 0).all():
+        problems.append("rows without a tile aren't 0")
+    error = (got.out.double() - want.out.double()).abs()[~empty] / allowed[~empty]
+    if not (error <= 1).all():
+        problems.append(f"out: {error.max():.2f} times what rounding allows")
+    return problems
+
+
+def _problems_with_score(
+    score: Tensor, call: Inputs, lists: TileLists | None, criterion: Criterion, mode: str
+) -> list[str]:
+    q, k, scale = multiplied(call, mode)
+    tq, tk = TILE.grid(call.q.shape[2], call.k.shape[2])
+    every = make_lists(torch.ones(*call.q.shape[:2], tq, tk, dtype=torch.bool))
+    twin = running_scores(q, k, scale, lists or every, TILE, criterion)
+    visited, problems = twin > -torch.inf, []
+    if not (score[~visited] == -torch.inf).all():
+        problems.append("a score for a tile that wasn't visited")
+    tiny = visited & (twin < -120)  # shares below 2^-126 are 0, whose log2 is minus infinity
+    if not (score[tiny] < -119).all():
+        problems.append("a tiny score isn't tiny")
+    near = visited & ~tiny
+    off = (score - twin).abs()[near]
+    if not (off <= 2e-5 + 3e-6 * twin[near].abs()).all():
+        problems.append(f"score off by {off.max():.1e} log2")
+    # The gap is an fma of a number with the same number rounded: up to half of its last bit.
+    largest = (q.double() @ k.double().mT).abs().max().item() * scale * LOG2E
+    if not (score <= (largest * 2.0**-24 if criterion == "gap" else 0)).all():
+        problems.append(f"a score of {score.amax():.1e}, above 0")
+    return problems
