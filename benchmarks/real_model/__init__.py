@@ -1,0 +1,1 @@
+"""Closeness against speed on real weights: ``python -m benchmarks.real_model``."""
