@@ -229,6 +229,55 @@ def test_another_pass_of_a_step_has_tiles_of_its_own():
     }
 
 
+def test_a_guider_of_a_modular_pipeline():
+    """Skipped layers are a third pass of all steps but the first: one run, a map for each."""
+    from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
+
+    blocks = WanBlocks()
+    for name in ("text_encoder", "decode"):
+        blocks.sub_blocks.pop(name, None)
+    pipe = blocks.init_pipeline()
+    skip = d.hooks.LayerSkipConfig(indices=[1], fqn="blocks")
+    pipe.update_components(
+        transformer=make_wan(channels=16),
+        scheduler=d.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        guider=d.SkipLayerGuidance(
+            guidance_scale=3.0,
+            skip_layer_config=[skip],
+            skip_layer_guidance_start=0.0,
+            skip_layer_guidance_stop=1.0,
+        ),
+    )
+
+    def sample():
+        generator = torch.Generator().manual_seed(0)
+        text, negative = torch.randn(2, 1, 6, 16, generator=generator)
+        return pipe(
+            prompt_embeds=text,
+            negative_prompt_embeds=negative,
+            height=128,
+            width=128,
+            num_frames=17,
+            num_inference_steps=4,
+            generator=generator,
+            output="latents",
+        ).clone()
+
+    plain = sample()
+    handle = lite.enable(pipe, **BOLD)
+    first = sample()
+    report = handle.report()
+    assert report.active and report.steps == 4 and len(report.calls) == 4 * (2 + 2) + 3
+    assert all(c.computed == c.total for c in report.calls if c.step == 0)
+    assert {c.stream.partition(" ")[2] for c in report.calls} == {"", "pass 2"}
+    assert handle._session._mine.trajectory.runs == {}  # gone with the last step
+    assert torch.equal(sample(), first) and not torch.equal(first, plain)
+    lite.disable(pipe)
+    assert torch.equal(sample(), plain)
+
+
 def test_attention_that_is_perturbed_stays_as_it_is():
     """Guidance by perturbed attention puts values in place of PyTorch's attention, for one pass."""
     model, (text,) = make_wan(), texts(1)

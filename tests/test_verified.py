@@ -14,7 +14,12 @@ each_host = pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
 def known(host, version=None):
     """The models that have tests: in one version, or in any."""
     if host is DIFFUSERS:
-        return set(tiny_families.MODELS)
+        since = tiny_families.SINCE
+        return {
+            name
+            for name in tiny_families.MODELS
+            if version is None or parse(since.get(name, "0")) <= parse(version)
+        }
     cases = tiny_comfy.CASES
     return {c.name for c in cases if version is None or parse(c.since) <= parse(version)}
 

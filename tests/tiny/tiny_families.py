@@ -648,6 +648,62 @@ def consis_id():
     return Made(transformer, transformer, sample, 10, {"text"}, {VIDEO + 10})
 
 
+def minimax_h3():
+    """One packed sequence: text, a given frame, sound, and then the video."""
+    transformer = d.MiniMaxH3Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        hidden_size=48,
+        num_layers=2,
+        num_refiner_layers=1,
+        ffn_dim=64,
+        in_channels=4,
+        audio_in_channels=4,
+        patch_size=(1, 1, 1),
+        text_dim=16,
+        freq_dim=16,
+        time_embed_hidden_dim=32,
+        time_embed_dim=16,
+        rope_freq_dim=4,
+    )
+    (text, _), (sound, frame) = texts(1, 10, 16), texts(1, 64, 4)
+    sound = sound[:, :12]
+    before = 10 + 64 + 12
+    picture = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
+    places = torch.zeros(before + VIDEO, 3)
+    places[:10, 0] = torch.arange(10.0)
+    places[10:74, 1:] = picture
+    places[74:before, 0] = torch.arange(12.0)
+    places[before:, 0] = torch.arange(4.0).repeat_interleave(64)
+    places[before:, 1:] = picture.repeat(4, 1)
+    tags = torch.tensor([1] * 10 + [0] * 64 + [2] * 12 + [0] * VIDEO)
+    clean = torch.tensor([0] * 10 + [1] * 64 + [0] * (12 + VIDEO))
+    videos = torch.cat([torch.arange(10, 74), torch.arange(before, before + VIDEO)])
+
+    def step(x, t):
+        # Its time goes from noise, 0, to the video, 1, and its velocity is the other way round.
+        answer = transformer(
+            torch.cat([frame, x], 1),
+            sound,
+            text,
+            timestep=torch.cat([1 - t / 1000, torch.ones(1)]),
+            timestep_indices=clean,
+            token_tags=tags,
+            position_ids=places,
+            video_indices=videos,
+            audio_indices=torch.arange(74, before),
+            text_indices=torch.arange(10),
+            return_dict=False,
+        )[0]
+        return -answer[:, 64:]
+
+    sample = loop(sharpen(transformer), tokens(), step)
+    dense = {"text"}
+    return Made(
+        transformer, transformer, sample, before, dense, {before + VIDEO}, given=slice(before)
+    )
+
+
 def easy_animate():
     transformer = d.EasyAnimateTransformer3DModel(
         num_attention_heads=2,
@@ -700,5 +756,9 @@ LOOPED = {
     "Helios": helios,
     "EasyAnimate": easy_animate,
 }
+#: diffusers has it from this version on.
+SINCE = {"MiniMax H3": "0.42"}
+if hasattr(d, "MiniMaxH3Transformer3DModel"):
+    LOOPED["MiniMax H3"] = minimax_h3
 
 MODELS = SAMPLED | LOOPED

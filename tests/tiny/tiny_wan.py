@@ -27,14 +27,14 @@ def sharpen(model, channels=slice(None), gain=4.0, bias=2.0):
 LOCAL = [2, 3, 14, 15, 24, 25]
 
 
-def make_wan(seed=0, heads=2, gain=12.0):
+def make_wan(seed=0, heads=2, gain=12.0, channels=4):
     torch.manual_seed(seed)
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=heads,
         attention_head_dim=32,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=16,
         freq_dim=16,
         ffn_dim=32,

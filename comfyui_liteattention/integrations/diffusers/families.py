@@ -20,7 +20,6 @@ from ...token_order import Grid, TokenRanges, VideoTokens
 Arguments = dict[str, Any]
 
 #: The last timestep of models whose timesteps rise.
-RISING_END = 1000.0
 
 NOT_FOUND = "where the video lies in the sequence could not be told"
 
@@ -47,6 +46,30 @@ def told_grid(arguments: Arguments, config: Any) -> Grid | None:
     if frames is None or rows is None or columns is None:
         return None
     return frames, rows, columns
+
+
+def packed_grid(arguments: Arguments, config: Any) -> Grid | None:
+    """Of MiniMax H3, whose sequence is packed: text, given frames and sound come before the video,
+    and each token is told its place in time and picture, ``position_ids [L, 3]``."""
+    first = int(arguments["audio_indices"].max()) + 1 if len(arguments["audio_indices"]) else 0
+    places = arguments["position_ids"][first:]
+    if not len(places):
+        return None
+    frame = int((places[:, 0] == places[0, 0]).sum())
+    row = int((places[:frame, 1] == places[0, 1]).sum())
+    grid = len(places) // frame, frame // row, row
+    return grid if grid[0] * grid[1] * grid[2] == len(places) else None
+
+
+def packed_timestep(arguments: Arguments) -> Tensor:
+    """Of the last token, which is video: ``timestep [N]`` lists what there is, ``timestep_indices
+    [L]`` which of these is each token's."""
+    return arguments["timestep"][arguments["timestep_indices"][-1:]]
+
+
+def told_timestep(arguments: Arguments) -> Any:
+    """There is no other than the video's."""
+    return arguments["timestep"]
 
 
 def video_first(arguments: Arguments, others: int) -> int:
@@ -112,7 +135,8 @@ class Family(NamedTuple):
     are known to do plain attention there. ``grid``: from the arguments of ``forward`` and the
     config, or None if it isn't told. ``start``: how many of so many other tokens of the sequence
     come before the video. ``given``: how many frames, from the first, the model is shown rather
-    than asked for. ``rising``: its timestep goes from 0 to ``RISING_END``.
+    than asked for. ``rising``: its timestep goes from 0 to this; 0: it falls, as most do.
+    ``noise``: the timestep of the video, of all that the model is told of.
     """
 
     layers: tuple[str, ...]
@@ -120,7 +144,8 @@ class Family(NamedTuple):
     grid: Callable[[Arguments, Any], Grid | None] = latent_grid
     start: Callable[[Arguments, int], int] = video_first
     given: Callable[[Arguments, Any], int] = no_given_frames
-    rising: bool = False
+    rising: float = 0.0
+    noise: Callable[[Arguments], Any] = told_timestep
 
 
 FAMILIES = {
@@ -155,7 +180,7 @@ FAMILIES = {
         video_last,
     ),
     "MochiTransformer3DModel": Family(
-        ("transformer_blocks.*.attn1",), ("MochiAttnProcessor2_0",), rising=True
+        ("transformer_blocks.*.attn1",), ("MochiAttnProcessor2_0",), rising=1000.0
     ),
     "CosmosTransformer3DModel": Family(
         ("transformer_blocks.*.attn1",), ("CosmosAttnProcessor2_0",), given=conditioned_frames
@@ -187,6 +212,14 @@ FAMILIES = {
     ),
     "EasyAnimateTransformer3DModel": Family(
         ("transformer_blocks.*.attn1",), ("EasyAnimateAttnProcessor2_0",), start=video_last
+    ),
+    "MiniMaxH3Transformer3DModel": Family(
+        ("transformer_blocks.*.attn",),
+        ("MiniMaxH3AttnProcessor",),
+        packed_grid,
+        video_last,
+        rising=1.0,
+        noise=packed_timestep,
     ),
     "AllegroTransformer3DModel": Family(
         ("transformer_blocks.*.attn1",), ("AllegroAttnProcessor2_0",)

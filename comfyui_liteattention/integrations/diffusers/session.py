@@ -20,7 +20,6 @@ from ...settings import Settings, describe
 from ...token_order import TokenRanges
 from .calls import Place, TransformerCall
 from .families import (
-    RISING_END,
     Arguments,
     Family,
     family_of,
@@ -242,7 +241,7 @@ class Session:
         """What this call tells about where it is."""
         stream = context.name if context else name_stream(arguments.get("encoder_hidden_states"))
         step, steps = (context.step_index, context.num_inference_steps) if context else (None, None)
-        timestep = torch.as_tensor(arguments["timestep"])
+        timestep = torch.as_tensor(family.noise(arguments))
         level = float(timestep.max())
         mean = float(timestep.double().mean()) if timestep.dim() > 1 else level
         scheduler = getattr(self._pipeline(), "scheduler", None)
@@ -250,8 +249,8 @@ class Session:
         # A new list of timesteps is a new run, in whatever form the model is told of them.
         schedule = getattr(scheduler, "timesteps", None) if levels else None
         if family.rising:
-            level, mean = RISING_END - level, RISING_END - mean
-            levels = tuple(RISING_END - x for x in levels)
+            level, mean = family.rising - level, family.rising - mean
+            levels = tuple(family.rising - x for x in levels)
         latent = sketch(arguments["hidden_states"])
         form = form, _asked(arguments)
         return Moment(stream, step, steps, level, schedule, levels, mean, form, latent)
