@@ -41,7 +41,8 @@ def test_all_of_it(tmp_path, capsys, monkeypatch):
     assert "FlashAttention 3" in found["speed"]["left_out"]
     again, *presets = found["demo"]["rows"]
     assert again["preset"] is None and again["psnr_db"] == demo_runs.EQUAL
-    assert all(row["psnr_db"] > 5 and row["computed"] <= 1 for row in presets)  # of two steps
+    # Two steps are too few to skip much, and audits count.
+    assert all(row["psnr_db"] > 20 and 0.5 < row["computed"] < 1.1 for row in presets)
     errors = [row["error"] for row in found["accuracy"]["rows"]]
     assert all(0 < error["native"] < 0.02 for error in errors)
 
