@@ -93,10 +93,15 @@ def recorded(monkeypatch, name, settings=None, active=True):
         compiler.watch(block)
     if settings is not None:
         model = apply_patch(model, settings)
+    latent = None
+    if "latent_shapes" in case.conds:  # picture and sound
+        from comfy.nested_tensor import NestedTensor
+
+        latent = NestedTensor([torch.zeros(shape) for shape in case.conds["latent_shapes"]])
     with compiler:
-        sample(model, case, steps=4)
+        sample(model, case, steps=4, cfg=1.0, latent=latent)
     if settings is not None and active:
-        assert patch_of(model).last_report.active
+        assert any(one.live.min() < 1 for one in patch_of(model).last_report.maps)
     return compiler
 
 
@@ -108,9 +113,18 @@ def test_nothing_of_ours_outlives_a_block_or_changes_from_step_to_step(monkeypat
     assert patched.kept == 0
     assert patched.pauses > 0
     assert len(patched.blocks) == len(plain.blocks)
-    layers = len(patched.blocks) // 4
-    first, *others = (patched.blocks[i : i + layers] for i in range(0, 4 * layers, layers))
-    assert all(other == first for other in others)
+    # A model may do that on its own; we add nothing to it.
+    assert changes(patched.blocks, 4) <= changes(plain.blocks, 4)
+
+
+def changes(blocks, steps):
+    """Allocations that have another size, or place in the order, than at the first step."""
+    layers = len(blocks) // steps
+    pairs = zip(blocks[layers:], blocks[:layers] * (steps - 1), strict=True)
+    return sum(
+        abs(len(now) - len(first)) + sum(a != b for a, b in zip(now, first, strict=False))
+        for now, first in pairs
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
