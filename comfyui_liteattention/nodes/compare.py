@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import comfy.utils
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..report.compare import compare, figures, side_by_side, text_table
 from ..report.perceptual import lpips_distance
@@ -48,7 +49,7 @@ class LiteAttentionCompare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, reference, candidate, amplify: float) -> io.NodeOutput:
+    def execute(cls, reference: Tensor, candidate: Tensor, amplify: float) -> io.NodeOutput:
         progress = comfy.utils.ProgressBar(len(reference))
         closeness = compare(
             reference, candidate, on_frame=lambda: progress.update(1), lpips=lpips_distance()

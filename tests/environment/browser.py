@@ -40,7 +40,7 @@ SMALLEST = 0.6  # of a workflow, at fit view: below that its texts can't be read
 RESULTS = "[role=listbox], [role=dialog]"
 RUN = (DEMO, AB)  # in this order: the second finds results of the first
 ANIMATION = "img[src*=liteattention_maps]"
-FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking".split()
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPOSITORY))
 from demo.comfy_server import ComfyServer, comfyui_path, comfyui_version  # noqa: E402
 
 ADDRESS = "https://github.com/liteattention/ComfyUI-LiteAttention"
-NEEDS = "GitPython PyGithub typer rich toml chardet packaging nh3 uv".split()
+NEEDS = ["GitPython", "PyGithub", "typer", "rich", "toml", "chardet", "packaging", "nh3", "uv"]
 
 
 def main() -> int:

@@ -306,7 +306,7 @@ def test_little_shared_memory_needs_no_hint(library):
     assert library.attributes == [(8, 512)]
 
 
-@pytest.mark.parametrize("platform, name", [("win32", "nvcuda.dll"), ("linux", "libcuda.so.1")])
+@pytest.mark.parametrize(("platform", "name"), [("win32", "nvcuda.dll"), ("linux", "libcuda.so.1")])
 def test_a_machine_without_driver_gets_a_reason(folder, library, monkeypatch, platform, name):
     def absent(asked):
         assert asked == name
@@ -332,7 +332,7 @@ def test_only_cards_that_have_code_are_taken(folder, library, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "capability, archive", [(86, "sm_86"), (75, None), (80, None), (87, "ptx"), (130, "ptx")]
+    ("capability", "archive"), [(86, "sm_86"), (75, None), (80, None), (87, "ptx"), (130, "ptx")]
 )
 def test_choice_of_the_archive(folder, capability, archive):
     assert Prebuilt(folder).archive(capability) == archive

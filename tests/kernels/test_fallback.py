@@ -96,7 +96,7 @@ def test_what_the_kernel_cannot_take_is_not_tested():
 
 
 @pytest.mark.parametrize(
-    "qk, missing, names",
+    ("qk", "missing", "names"),
     [
         ("native", (), ["cuda", "triton"]),
         ("native", ("cuda",), ["triton"]),

@@ -41,7 +41,7 @@ def raising(result):
 
 
 @pytest.mark.parametrize(
-    "spoil, reason",
+    ("spoil", "reason"),
     [
         (spoilt("out", lambda x: x * 1.1), "relative error"),
         (spoilt("out", lambda x: x * torch.nan), "relative error nan"),
@@ -80,7 +80,7 @@ class BrokenMeans(ReferenceBackend):
 
 
 @pytest.mark.parametrize(
-    "broken, reason",
+    ("broken", "reason"),
     [
         ("order", "a tile list, None: relative error"),
         ("order of all tiles", "all tiles, mass: a score"),

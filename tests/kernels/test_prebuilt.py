@@ -78,7 +78,7 @@ def test_no_trace_of_the_building_machine():
 
 @has_triton
 @pytest.mark.parametrize(
-    "arch, name",
+    ("arch", "name"),
     [
         (86, "d64_bf16_lists_mass"),
         (120, "d64_bf16_int8_lists_mass"),  # by the other assembler

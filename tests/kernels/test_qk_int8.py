@@ -109,7 +109,7 @@ def test_attention_matches_its_twin(d, dtype, skips):
 
 
 @interpreted
-@pytest.mark.parametrize("lq, lk", [(1, 1), (127, 63), (129, 65), (64, 321)])
+@pytest.mark.parametrize(("lq", "lk"), [(1, 1), (127, 63), (129, 65), (64, 321)])
 def test_ragged_ends(lq, lk):
     check(*draw(h=1, lq=lq, lk=lk))
 

@@ -40,7 +40,7 @@ def test_reasons(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "architecture, tile",
+    ("architecture", "tile"),
     [("gfx942:sramecc+", TILE), ("gfx1100", TileShape(64, 32)), ("gfx1201", TileShape(64, 32))],
 )
 def test_amd_cards_have_their_own_tiles(amd, architecture, tile):
@@ -49,7 +49,7 @@ def test_amd_cards_have_their_own_tiles(amd, architecture, tile):
 
 
 @pytest.mark.parametrize(
-    "capability, qk, expected",
+    ("capability", "qk", "expected"),
     [
         ((9, 0), "native", CONFIGS["native"][90][128]),
         ((7, 5), "native", CONFIGS["native"][80][128]),
@@ -63,7 +63,7 @@ def test_nvidia_cards_use_the_table(monkeypatch, capability, qk, expected):
 
 
 @pytest.mark.parametrize(
-    "capability, missing", [((8, 9), False), ((10, 3), True), ((13, 0), False)]
+    ("capability", "missing"), [((8, 9), False), ((10, 3), True), ((13, 0), False)]
 )
 def test_int8_is_left_out_where_the_table_says_so(monkeypatch, capability, missing):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -80,7 +80,9 @@ def test_another_size_is_compiled_already(monkeypatch):
     assert unspecialised == ["heads", "lq", "lk", "tk", "ordered"]
 
 
-@pytest.mark.parametrize("qk, reference", [("native", ReferenceBackend), ("int8", Int8Reference)])
+@pytest.mark.parametrize(
+    ("qk", "reference"), [("native", ReferenceBackend), ("int8", Int8Reference)]
+)
 def test_the_launch_is_right(monkeypatch, qk, reference):
     """With the tiles of another card than the prebuilt kernels'."""
     pytest.importorskip("triton", reason="triton isn't installed, so there is nothing to launch")

@@ -116,7 +116,7 @@ def test_both_criteria(criterion):
 
 
 @pytest.mark.parametrize(
-    "lq, lk", [(1, 1), (1, 200), (127, 63), (128, 64), (129, 65), (257, 1), (64, 321)]
+    ("lq", "lk"), [(1, 1), (1, 200), (127, 63), (128, 64), (129, 65), (257, 1), (64, 321)]
 )
 def test_ragged_ends(lq, lk):
     check(*draw(h=1, lq=lq, lk=lk, seed=lq))

@@ -294,9 +294,10 @@ def _dressed(node: Node, i: int, canvas: Canvas, recipe: Recipe) -> Node:
         )
         node |= {"title": "Negative prompt" if negative else "Prompt"}
         node |= colours(RED if negative else GREEN)
-    elif node["type"].startswith("Empty") or "ImageToVideo" in node["type"]:
-        if not any(canvas.into(i, "width")):
-            node["title"] = "Video size"
+    elif (node["type"].startswith("Empty") or "ImageToVideo" in node["type"]) and not any(
+        canvas.into(i, "width")
+    ):
+        node["title"] = "Video size"
     values = list(node.get("widgets_values") or [])
     for k, value in enumerate(values):
         if value == "randomize":

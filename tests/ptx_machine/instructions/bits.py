@@ -80,7 +80,7 @@ def bfe(o: Operands) -> Operation:
     if not (isinstance(o[2], str) and o[2].isdigit() and o[3].isdigit()):
         raise o.unknown()
     place, length = int(o[2]), int(o[3])
-    if not (0 < length and place + length <= width):
+    if not (length > 0 and place + length <= width):
         raise o.unknown()
     d, a = o.target(o[0], kind), o.source(o[1], kind)
     up, down = type_.type(width - length - place), type_.type(width - length)
