@@ -1,9 +1,14 @@
 """Where in which run a call happens, told from the calls alone."""
 
+from dataclasses import replace
+
 import torch
 
 from comfyui_liteattention.integrations.diffusers.families import less_noisy
 from comfyui_liteattention.integrations.diffusers.trajectory import Moment, Trajectory, name_stream
+from comfyui_liteattention.report.experts import merged
+from comfyui_liteattention.report.map_history import StepMap
+from comfyui_liteattention.report.statistics import CallStats, RunReport
 
 
 def follow(moments):
@@ -59,3 +64,32 @@ def test_less_noisy_tokens():
 def test_texts_name_streams():
     a, b = torch.randn(2, 1, 6, 16, generator=torch.Generator().manual_seed(5))
     assert name_stream(a) == name_stream(a.clone()) != name_stream(b)
+
+
+def test_frames_that_lag_behind_stay_in_one_run():
+    """Asynchronous diffusion forcing: the noisiest frame waits while the first ones lose noise."""
+    schedule = torch.tensor([1000.0, 600, 200])
+    levels = tuple(schedule.tolist())
+    frames = [(1000, 1000), (600, 1000), (200, 1000), (0, 600), (0, 200)]
+    moments = [
+        Moment("cond", None, None, float(max(f)), schedule, levels, sum(f) / 2, (), torch.tensor(f))
+        for f in frames
+    ]
+    starts, progress = follow(moments)
+    assert starts == [0] and [p.step for p in progress] == [0, 0, 0, 1, 2]
+    again = moments[0]._replace(latent=torch.tensor([7.0, 7.0]))
+    assert follow([*moments[:3], again])[0] == [0, 3]
+
+
+def test_a_report_of_two_experts_holds_what_both_did():
+    calls = [CallStats(step, "a", "cond", 9, 1, 2, None, seconds=1.0) for step in range(4)]
+    allowed = (0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.7, 0.8)
+    first = RunReport("", "cpu", 4, 9.0, {0: 1.0}, (*calls[:2],), {"x": 1}, (), allowed[0])
+    second = RunReport("", "cpu", 4, 5.0, {2: 1.0}, (*calls[2:],), {"x": 2}, (), allowed[1])
+    first = replace(first, dense_rate=1.0)
+    second = replace(second, stopped="it was slower", dense_rate=3.0)
+    second = replace(second, history=(StepMap(2, "a", torch.zeros(1, 1)),))
+    both = merged([first, second])
+    assert both.stopped == "it was slower" and both.allowed == (0.1, 0.2, 0.7, 0.8)
+    assert both.calls == tuple(calls) and both.reasons == {"x": 3} and len(both.history) == 1
+    assert both.saved_seconds == first.saved_seconds + second.saved_seconds
