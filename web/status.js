@@ -41,7 +41,7 @@ function show(id, text) {
   app.canvas?.setDirty(true, true);
 }
 
-// A line above a subgraph.
+// A line above a subgraph. Nodes 2.0 doesn't show it: there the status is inside alone.
 function badge(node, text) {
   const mark = () => new window.LGraphBadge({ text, fgColor: "#fff", bgColor: "#653" });
   mark.liteattention = true;
