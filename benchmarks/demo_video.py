@@ -18,6 +18,7 @@ from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.integrations.diffusers.hooks import TransformerHook
 from comfyui_liteattention.integrations.diffusers.routes import register_backend, unregister_backend
 from comfyui_liteattention.policy import audited_tiles, lost_mass
+from comfyui_liteattention.report.statistics import RunReport
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import make_lists
 from demo.latents import decode
@@ -66,12 +67,13 @@ Attend = Callable[[Moment, Tensor, Tensor, Tensor, float], Tensor]
 
 class Sampled(NamedTuple):
     """``video [F, H, W, 3]`` in 0..1; the other fields are over the whole run: tiles computed over
-    all tiles, mean measured lost mass, seconds."""
+    all tiles, mean measured lost mass, seconds; the report is LiteAttention's."""
 
     video: Tensor
     computed: float
     lost: float
     seconds: float
+    report: RunReport | None = None
 
 
 class DemoVideos:
@@ -94,7 +96,7 @@ class DemoVideos:
             video, seconds = self._sample(case)
             report = handle.report()
         assert report is not None and report.lost_mass_mean is not None
-        return Sampled(video, report.computed_fraction, report.lost_mass_mean, seconds)
+        return Sampled(video, report.computed_fraction, report.lost_mass_mean, seconds, report)
 
     def rival(self, case: Case, rival: Rival) -> Sampled:
         tally: list[tuple[float, float]] = []
@@ -177,9 +179,10 @@ def _audit(call: int, q: Tensor, k: Tensor, v: Tensor, scale: float, live: Tenso
 def _choices(settings: Settings) -> dict[str, Any]:
     """The arguments of ``enable`` that give these settings. Figures are of skipping to the end,
     however busy the machine is."""
-    ignored = "threshold" if settings.budget is not None else "budget"
-    chosen = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != ignored}
-    return chosen | {"never_slower": False}
+    chosen = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    goals = {name: chosen.pop(name) for name in ("closeness", "budget", "threshold")}
+    goal = next(name for name, value in goals.items() if value is not None)
+    return chosen | {goal: goals[goal], "never_slower": False}
 
 
 def _nothing() -> None: ...

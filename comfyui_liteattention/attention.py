@@ -11,7 +11,7 @@ from . import policy, tail
 from .backends import tile_map as torch_tile_map
 from .backends.base import Agreement, Attended, Backend, Inputs, Skipped, TileMap, rows_of
 from .backends.pooled import pool
-from .budget.ledger import PRIOR, enter_audit, open_ledger, target
+from .budget.ledger import PRIOR, enter_audit, open_ledger
 from .settings import Settings
 from .tiles import TileShape
 from .token_order import VideoTokens, arrange, take
@@ -59,12 +59,14 @@ def attend(
     settings: Settings,
     position: float,
     video: VideoTokens | None = None,
+    aim: float | None = None,
 ) -> tuple[Tensor, Tally]:
     """Attention over the live tiles, then mark the negligible ones for the next call.
 
     ``call``: the tokens as the model lists them -> ``out [B, H, Lq, D]``. ``position`` in (0, 1] is
     the part of the run done when this step ends (see :func:`policy.threshold_at`). ``video`` says
     which tokens are video, where queries and keys are the same tokens; only those are skipped.
+    ``aim``: lost mass to come to at the next call, measured and held; None: the threshold rules.
     """
     tile = backend.tile_shape(call.q.shape[3])
     order = _order(settings, video, call.q, tile)
@@ -109,7 +111,10 @@ def attend(
     if result.score is not None:
         if state.pinned is None:
             state.pinned = _pinned(settings, video, call, tile)
-        limit = _limit(state, tile_map, result.score, lost, settings, position)
+        if aim is None:
+            limit = policy.threshold_at(settings, position, result.score.shape[-1])
+        else:
+            limit = _limit(state, tile_map, result.score, lost, aim)
         kept = tile_map.next_live(live, result.score, limit, state.pinned)
         state.live = kept if live is None else live.copy_(kept)
     elif lost is not None and state.ledger is not None:
@@ -123,12 +128,10 @@ def _limit(
     tile_map: TileMap,
     score: Tensor,
     lost: Tensor | None,
-    settings: Settings,
-    position: float,
-) -> float | Tensor:
-    """The score up to which tiles go; ``lost []``: what the audit of this call measured."""
-    if settings.budget is None:
-        return policy.threshold_at(settings, position, score.shape[-1])
+    aim: float,
+) -> Tensor:
+    """The score up to which tiles go, so that ``aim`` is lost; ``lost []``: what the audit of this
+    call measured."""
     assert state.pinned is not None
     if state.ledger is None:
         state.ledger = open_ledger(score.device)
@@ -140,7 +143,7 @@ def _limit(
         lost,
         PRIOR,
         others,
-        target(settings.budget, settings.ramp, position),
+        aim,
     )
     return limit
 

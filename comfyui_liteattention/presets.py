@@ -9,9 +9,9 @@ from .settings import Settings
 PresetName = Literal["Safe", "Balanced", "Fast", "safe", "balanced", "fast"]
 
 PRESETS: dict[str, Settings] = {
-    "Safe": Settings(budget=0.01),
-    "Balanced": Settings(budget=0.03),
-    "Fast": Settings(budget=0.1),
+    "Safe": Settings(closeness=50.0),
+    "Balanced": Settings(closeness=42.0),
+    "Fast": Settings(closeness=35.0),
 }
 DEFAULT = "Balanced"
 

@@ -16,6 +16,7 @@ from .attention import LayerState, Tally, attend
 from .backends.base import Backend, Inputs, Provider
 from .backends.clock import stopwatch
 from .backends.kernel_selftest import lacks_memory
+from .budget.plan import Plan
 from .never_slower.costs import Costs
 from .never_slower.pace import Pace, Timed
 from .never_slower.rehearsal import decided, rehearse
@@ -23,7 +24,7 @@ from .policy import marks
 from .report.outcome import Outcome, Seen, extremes, look
 from .report.record import Named, Record
 from .report.statistics import RunReport, in_short
-from .schedule import Progress, locate
+from .schedule import Progress, assumed_levels, locate
 from .settings import Settings
 from .token_order import VideoTokens
 
@@ -83,6 +84,7 @@ class Run:
         sigmas: Sequence[float],
         kind: Hashable = (),
         lasting: Callable[[], AbstractContextManager[object]] = nullcontext,
+        levels: Sequence[float] = (),
     ) -> None:
         self.settings = settings
         self.backend = backend
@@ -98,7 +100,8 @@ class Run:
         self._layers: dict[str, int] = {}
         self._paces: dict[torch.device, Pace] = {}
         self._open: defaultdict[int, list[Outcome]] = defaultdict(list)  # by thread
-        self._record = Record(settings, self.steps)
+        self._plan = Plan(settings, tuple(levels) or assumed_levels(self.steps), self.steps > 0)
+        self._record = Record(self._plan, self.steps)
         self._lock = threading.Lock()
 
     def locate(self, sigma: float) -> Progress:
@@ -187,7 +190,7 @@ class Run:
             stop = stopwatch(parts[0].inputs.q.device)
             with self._lasting():
                 done = [
-                    self._attend(self._state(layer, part), backend, part, progress.position)
+                    self._attend(self._state(layer, part), backend, part, progress)
                     for part in parts
                 ]
                 ends = [end for out, _ in done for end in extremes(out)]
@@ -229,9 +232,11 @@ class Run:
                 self._record.clear()
 
     def _attend(
-        self, state: LayerState, backend: Backend, part: Part, position: float
+        self, state: LayerState, backend: Backend, part: Part, progress: Progress
     ) -> tuple[Tensor, Tally]:
-        return attend(state, backend, part.inputs, self.settings, position, part.video)
+        aim = self._plan.aim(progress)
+        position = progress.position
+        return attend(state, backend, part.inputs, self.settings, position, part.video, aim)
 
     def _takes_part(
         self,
@@ -273,7 +278,8 @@ class Run:
 
         def ask(state: LayerState, position: float) -> Tally:
             with self._lasting():
-                return self._attend(state, backend, part, position)[1]
+                at = Progress(int(position * max(self.steps - 1, 0)), position)
+                return self._attend(state, backend, part, at)[1]
 
         def measure() -> Costs:
             dense = min(call.seconds() / call.tiles for call in reversed(pace.timed)) * tiles

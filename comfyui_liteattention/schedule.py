@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+#: Shift of the schedule that is assumed where a host doesn't tell its own, as video models have it.
+ASSUMED_SHIFT = 3.0
+#: Number of its steps where not even that is known.
+ASSUMED_STEPS = 20
+
 
 class Progress(NamedTuple):
     """``step`` counts from 0; ``position`` in (0, 1] is the part of the run done after it."""
@@ -31,3 +36,19 @@ def locate(sigma: float, sigmas: Sequence[float]) -> Progress:
     width = sigmas[step] - sigmas[step + 1]
     inside = (sigmas[step] - sigma) / width if width > 0 else 0.0
     return Progress(step, min(1.0, (step + 1 + min(max(inside, 0.0), 1.0)) / steps))
+
+
+def noise_fractions(sigmas: Sequence[float], flow: bool) -> tuple[float, ...]:
+    """Noise levels as the part of the latent that is noise, 0..1. Models of rectified ``flow`` tell
+    them so; others have a standard deviation sigma beside a signal of 1."""
+    return tuple(min(s, 1.0) if flow else s / (1 + s) for s in sigmas)
+
+
+def assumed_levels(steps: int) -> tuple[float, ...]:
+    """Noise levels of a run of which no more is known than the number of steps, or not even that (0
+    or less): from pure noise to none, high for long."""
+    count = steps if steps > 0 else ASSUMED_STEPS
+    removed = (step / count for step in range(count + 1))
+    return tuple(
+        ASSUMED_SHIFT * (1 - part) / (1 + (ASSUMED_SHIFT - 1) * (1 - part)) for part in removed
+    )

@@ -23,6 +23,7 @@ RAREST_AUDIT = 4096
 NOT_NEGATIVE = "must be negative (log2 units; more negative is safer, try -4)"
 NO_FRACTION = "is a fraction of the run and must lie between 0 and 1"
 EXAMPLES = {
+    "closeness": "42",
     "budget": "0.03",
     "threshold": "-4",
     "ramp": "2",
@@ -36,6 +37,11 @@ EXAMPLES = {
 class Settings:
     """How much may be skipped, and where never.
 
+    closeness
+        How close the video should come to the dense one of the same seed, at least, in dB of PSNR.
+        What each step may lose for that follows from the noise levels of the run
+        (budget/closeness.py; calibrated on the demo's model), is measured and held as a budget is;
+        ``threshold`` and ``ramp`` are ignored. None: no such goal.
     budget
         How much of the attention may be lost, 0..1: the lost mass, mean over the rows, layers and
         steps of a run, is measured while it runs and held at or below this. The threshold then
@@ -78,6 +84,7 @@ class Settings:
         and on the CPU, it is native all the same.
     """
 
+    closeness: float | None = None
     budget: float | None = None
     threshold: float = -0.3
     criterion: Criterion = "mass"
@@ -102,11 +109,17 @@ class Settings:
     @property
     def skips(self) -> bool:
         """Whether these settings can skip anything at all."""
-        return self.budget is not None or self.threshold > SAFEST
+        return self.measured or self.threshold > SAFEST
+
+    @property
+    def measured(self) -> bool:
+        """Whether the threshold follows from what is lost, as it is measured."""
+        return self.closeness is not None or self.budget is not None
 
 
 class Options(TypedDict, total=False):
-    """The fields of :class:`Settings` beside ``threshold`` and ``budget``, as keyword arguments."""
+    """The fields of :class:`Settings` that are no goals (``threshold``, ``budget``, ``closeness``), as
+    keyword arguments."""
 
     criterion: Criterion
     ramp: float
@@ -124,9 +137,9 @@ class Options(TypedDict, total=False):
 
 def describe(settings: Settings) -> str:
     """The settings that differ from the defaults, as ``name=value, ...``; for logs and reports."""
-    main = "threshold" if settings.budget is None else "budget"
     shown = [f.name for f in fields(settings) if getattr(settings, f.name) != f.default]
-    names = [main, *(name for name in shown if name not in ("threshold", "budget"))]
+    main = next((name for name in ("closeness", "budget") if name in shown), "threshold")
+    names = [main, *(name for name in shown if name not in ("closeness", "budget", "threshold"))]
     return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
 
 
@@ -156,6 +169,7 @@ def _problems(s: Settings) -> Iterator[tuple[str, str]]:
     wrong = dict(_of_other_types(s))
     yield from wrong.items()
     checks: dict[str, Callable[[Settings], str | None]] = {
+        "closeness": _closeness_problem,
         "budget": _budget_problem,
         "threshold": lambda s: None if s.threshold < 0 else NOT_NEGATIVE,
         "ramp": lambda s: None if 0 <= s.ramp <= 8 else "must lie between 0 (no ramp) and 8",
@@ -167,15 +181,16 @@ def _problems(s: Settings) -> Iterator[tuple[str, str]]:
         problem = None if name in wrong else check(s)
         if problem is not None:
             yield name, problem
-    if s.budget is not None and s.criterion != "mass":
-        yield "criterion", "a budget is lost mass and needs criterion='mass'"
+    if s.measured and s.criterion != "mass":
+        yield "criterion", "closeness and budget go by lost mass and need criterion='mass'"
 
 
 def _of_other_types(s: Settings) -> Iterator[tuple[str, str]]:
     """Fields that are not of the type that they have to be, and what to write instead."""
-    for name in ("budget", "threshold", "ramp", "warmup"):
+    for name in ("closeness", "budget", "threshold", "ramp", "warmup"):
         value = getattr(s, name)
-        if not _is_number(value) and not (name == "budget" and value is None):
+        missing = value is None and name in ("closeness", "budget")
+        if not missing and not _is_number(value):
             yield name, f"must be a number, for example {name}={EXAMPLES[name]}"
     for name in ("audit", "min_tokens"):
         value = getattr(s, name)
@@ -197,6 +212,14 @@ def _of_other_types(s: Settings) -> Iterator[tuple[str, str]]:
             yield name, f"must be token ranges with 0 <= start < end, for example {name}=((0, 64),)"
 
 
+def _closeness_problem(s: Settings) -> str | None:
+    if s.closeness is None:
+        return None
+    if s.budget is not None:
+        return "excludes a budget; give one of them"
+    return None if 20 <= s.closeness <= 80 else "is dB of PSNR to the dense video, 20 to 80; try 42"
+
+
 def _budget_problem(s: Settings) -> str | None:
     if s.budget is None or 0 < s.budget < 1:
         return None
@@ -206,8 +229,9 @@ def _budget_problem(s: Settings) -> str | None:
 def _audit_problem(s: Settings) -> str | None:
     if not 0 <= s.audit <= RAREST_AUDIT:
         return f"must be 0 (off) or the number of query tiles per audited one, up to {RAREST_AUDIT}"
-    if s.audit == 0 and s.budget is not None:
-        return "a budget needs the audit, which measures the loss; try 64"
+    if s.audit == 0 and s.measured:
+        goal = "closeness" if s.budget is None else "budget"
+        return f"a {goal} needs the audit, which measures the loss; try 64"
     return None
 
 

@@ -56,8 +56,8 @@ def compare(server: ComfyServer, options: argparse.Namespace) -> dict[str, Any]:
     sampler = lite[find(lite, SAMPLER)]["inputs"]
     sampler.update(seed=options.seed, steps=options.steps)
     budget = lite[find(lite, BUDGET)]["inputs"]
-    # Presets differ in nothing but the budget.
-    budget.update(budget=preset(options.preset).budget, never_slower=options.never_slower)
+    # Presets differ in nothing but the closeness.
+    budget.update(closeness=preset(options.preset).closeness, never_slower=options.never_slower)
     dense = without(without(lite, PATCH, "model"), REPORT, "latent")
 
     _warm_up(server, (dense, lite))

@@ -172,7 +172,7 @@ def test_every_audit_is_entered_once():
     backend = ReferenceBackend(TileShape(16, 16), torch.float32)
     audits = []
     for position in (0.5, 0.6, 0.3, 0.7):
-        attend(state, backend, Inputs(q, k, v, 0.2), settings, position)
+        attend(state, backend, Inputs(q, k, v, 0.2), settings, position, aim=0.05 * position)
         audits.append(float(state.ledger[3]))
     assert audits == pytest.approx([0, 1, 1.8, 2.44])
 

@@ -93,3 +93,28 @@ def test_a_report_of_two_experts_holds_what_both_did():
     assert both.stopped == "it was slower" and both.allowed == (0.1, 0.2, 0.7, 0.8)
     assert both.calls == tuple(calls) and both.reasons == {"x": 3} and len(both.history) == 1
     assert both.saved_seconds == first.saved_seconds + second.saved_seconds
+
+
+def test_a_run_that_begins_late_counts_its_own_steps():
+    """As video to video at a strength below 1, which asks about the last timesteps alone."""
+    timesteps = torch.tensor([1000.0, 900, 700, 400])
+    levels, noise = tuple(timesteps.tolist()), (1.0, 0.9, 0.7, 0.4)
+    moments = [
+        Moment("cond", None, None, t, timesteps, levels, fractions=noise) for t in levels[2:]
+    ]
+    trajectory = Trajectory(moments[0])
+    progress = [trajectory.advance("transformer", now).progress for now in moments]
+    assert progress == [(0, 0.5), (1, 1.0)]
+    assert trajectory.countdown() == range(2, -1, -1)
+    assert trajectory.levels() == (0.7, 0.4, 0.0)
+
+
+def test_a_noise_level_visited_twice_is_one_step():
+    heun = torch.tensor([1000.0, 700, 700, 300, 300])
+    levels, noise = tuple(heun.tolist()), (1.0, 0.7, 0.7, 0.3, 0.3)
+    moments = [Moment("cond", None, None, t, heun, levels, fractions=noise) for t in levels]
+    trajectory = Trajectory(moments[0])
+    steps = [trajectory.advance("transformer", now).progress.step for now in moments]
+    assert steps == [0, 1, 1, 2, 2]
+    assert trajectory.countdown() == range(3, -1, -1)
+    assert trajectory.levels() == (1.0, 0.7, 0.3, 0.0)

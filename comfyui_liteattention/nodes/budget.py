@@ -6,9 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..presets import DEFAULT, PRESETS
 from .schema import CATEGORY, advanced, control_output, schema
-from .where import make_settings, problem, where_inputs
+from .where import DEFAULTS, make_settings, problem, where_inputs
 
 
 class LiteAttentionBudget(io.ComfyNode):
@@ -26,18 +25,19 @@ class LiteAttentionBudget(io.ComfyNode):
             inputs=[
                 io.Float.Input(
                     "budget",
-                    default=PRESETS[DEFAULT].budget,
+                    default=0.03,
                     min=0.0005,
                     max=0.5,
                     step=0.0005,
                     round=0.0001,
                     tooltip="Fraction of the attention weight that may be lost, on average over "
-                    "the run. 0.01: closest to the original (Safe). 0.03: Balanced. 0.1: Fast.",
+                    "the run. 0.01: close to the original. 0.1: most skipped. Ignored where "
+                    "closeness is not 0.",
                 ),
                 *advanced(
                     io.Float.Input(
                         "ramp",
-                        default=PRESETS[DEFAULT].ramp,
+                        default=DEFAULTS.ramp,
                         min=0.0,
                         max=8.0,
                         step=0.1,
@@ -46,12 +46,25 @@ class LiteAttentionBudget(io.ComfyNode):
                     )
                 ),
                 *where_inputs(least_audit=1),  # what is lost has to be measured
+                io.Float.Input(
+                    "closeness",
+                    default=0.0,
+                    min=0.0,
+                    max=80.0,
+                    step=1.0,
+                    optional=True,
+                    tooltip="Other than 0: dB of PSNR to come to, in place of the budget, whatever "
+                    "the number of steps; budget and ramp are ignored. The presets are 50, 42 and "
+                    "35, as calibrated on the demo's model.",
+                ),
             ],
             outputs=[control_output()],
         )
 
     @classmethod
-    def execute(cls, **values: Any) -> io.NodeOutput:
+    def execute(cls, closeness: float = 0.0, **values: Any) -> io.NodeOutput:
+        if closeness:
+            values |= {"budget": None, "closeness": closeness}
         return io.NodeOutput(make_settings(**values))
 
     @classmethod

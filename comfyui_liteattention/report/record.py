@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..attention import LayerState
-from ..budget.ledger import allowance
-from ..settings import Settings, describe
+from ..budget.plan import Plan
+from ..settings import describe
 from .map_history import MapHistory, share_of_heads
 from .statistics import CallStats, MapStats, RunReport, fraction, mean_lost, saving
 
@@ -30,9 +30,9 @@ class Record:
     """Calls, seconds, reasons and maps of one run of ``steps`` steps. Not for several threads at
     once."""
 
-    def __init__(self, settings: Settings, steps: int) -> None:
+    def __init__(self, plan: Plan, steps: int) -> None:
         self.reasons: Counter[str] = Counter()
-        self._settings = settings
+        self._plan = plan
         self._steps = steps
         self._calls: list[CallStats] = []
         self._step_seconds: defaultdict[int, float] = defaultdict(float)
@@ -105,7 +105,7 @@ class Record:
     ) -> RunReport:
         """What the run did, on ``backend``; ``states``: what is left of it."""
         return RunReport(
-            settings=describe(self._settings),
+            settings=describe(self._plan.settings),
             backend=backend,
             steps=self._steps,
             seconds=time.perf_counter() - self._started,
@@ -114,7 +114,8 @@ class Record:
             reasons=dict(self.reasons),
             maps=_maps(states),
             history=self._history.maps(),
-            allowed=self._allowed(),
+            allowed=self._plan.allowed,
+            levels=self._plan.levels,
             stopped=stopped,
             notes=tuple(notes),
             dense_rate=self.dense_rate,
@@ -123,7 +124,7 @@ class Record:
     def remnant(self, backend: str, error: Exception) -> RunReport:
         """A report where none could be made."""
         return RunReport(
-            settings=describe(self._settings),
+            settings=describe(self._plan.settings),
             backend=backend,
             steps=self._steps,
             seconds=time.perf_counter() - self._started,
@@ -138,13 +139,6 @@ class Record:
         """Drop what takes room."""
         self._calls.clear()
         self._history = MapHistory()
-
-    def _allowed(self) -> tuple[float, ...]:
-        """Lost mass that the budget allows in the middle of each step."""
-        if self._settings.budget is None:
-            return ()
-        budget, ramp, steps = self._settings.budget, self._settings.ramp, self._steps
-        return tuple(allowance(budget, ramp, (step + 0.5) / steps) for step in range(steps))
 
 
 def _maps(states: Iterable[Named]) -> tuple[MapStats, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from ..budget.closeness import CALIBRATION, Expected, expected_closeness
 from ..eligibility import CROSS_ATTENTION
 from .confidence import Interval, Sample, intervals, of_layers, of_steps
 
@@ -53,8 +54,9 @@ class RunReport:
     ``dense_rate``: seconds that the user's own attention takes for a tile of a call, None if it
     wasn't timed.
     ``history``: small maps of a few layers at each step but the first, which is dense.
-    ``allowed``: lost mass that the budget allows at each step, empty without one. ``stopped``: why
-    the run went on densely from some point. ``notes``: what else people should know.
+    ``allowed``: lost mass that the budget or the closeness allows at each step, empty without one.
+    ``stopped``: why the run went on densely from some point. ``notes``: what else people should
+    know. ``levels``: noise at the beginning of each step and at the end, 0..1.
     """
 
     settings: str
@@ -70,6 +72,7 @@ class RunReport:
     notes: tuple[str, ...] = ()
     dense_rate: float | None = None
     history: tuple[StepMap, ...] = ()
+    levels: tuple[float, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -126,6 +129,16 @@ class RunReport:
     def lost_mass_allowed(self) -> float | None:
         """Mean lost mass that the budget allows over the run; None without a budget."""
         return sum(self.allowed) / len(self.allowed) if self.allowed else None
+
+    @property
+    def expected(self) -> Expected | None:
+        """Closeness to be expected from what was measured, None where that is not known: nothing
+        was lost, nothing measured, or the steps are not those of ``levels``."""
+        losses = {step: mean_lost(calls) for step, calls in by(self.calls, "step").items()}
+        steps = len(self.levels) - 1
+        if None in losses.values() or any(step >= steps for step in losses):
+            return None
+        return expected_closeness([losses.get(step) or 0.0 for step in range(steps)], self.levels)
 
     @property
     def lost_mass_mean(self) -> float | None:
@@ -206,6 +219,8 @@ def node_line(report: RunReport) -> str:
     if not report.active:
         return off or status_line(report).removeprefix("LiteAttention ")
     parts = [f"{1 - report.computed_fraction:.0%} skipped", f"lost {_in_percent(report)}"]
+    if report.expected is not None:
+        parts.append(f"about {report.expected.db:.0f} dB")
     if report.attention_speedup is not None:
         parts.append(f"attention {report.attention_speedup:.2f}x")
     if report.saved_seconds is not None:
@@ -241,6 +256,17 @@ def _in_percent(report: RunReport) -> str:
         return "not measured"
     allowed = report.lost_mass_allowed
     return f"{percent(lost)} %" if allowed is None else f"{percent(lost)} of {percent(allowed)} %"
+
+
+def _expectation(report: RunReport) -> list[str]:
+    """A line on the closeness, or none."""
+    expected = report.expected
+    if expected is None:
+        return []
+    return [
+        f"expected closeness to the dense video: {expected.db:.0f} dB "
+        f"({expected.low:.0f} to {expected.high:.0f}), {CALIBRATION}"
+    ]
 
 
 def percent(share: float) -> str:
@@ -284,6 +310,8 @@ def figures(report: RunReport) -> dict[str, Any]:
         "attention_speedup": report.attention_speedup,
         "saved_seconds": report.saved_seconds,
         "lost_mass_allowed": report.lost_mass_allowed,
+        "predicted_db": None if report.expected is None else report.expected.db,
+        "predicted_db_90": None if report.expected is None else list(report.expected[1:]),
         "per_layer": {k: _pair(v, layers.get(k)) for k, v in by(report.calls, "layer").items()},
         "per_step": [
             _pair(v, steps.get(k))

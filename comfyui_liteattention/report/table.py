@@ -9,6 +9,7 @@ from .statistics import (
     CallStats,
     RunReport,
     by,
+    expectation,
     fraction,
     layer_labels,
     loss_intervals,
@@ -31,6 +32,7 @@ def text_table(report: RunReport, everything: bool = True) -> str:
         f"{report.tokens} tokens, {report.steps} steps"
         if report.calls
         else f"{report.steps} steps",
+        *expectation(report),
         *report.notes,
     ]
     if report.calls:

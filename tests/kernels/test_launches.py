@@ -18,6 +18,7 @@ from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.gpu.kernel_table import TILE
 from comfyui_liteattention.backends.gpu.tile_map import TileMapKernels
 from comfyui_liteattention.backends.pooled import audit_skipped
+from comfyui_liteattention.budget.ledger import target
 from comfyui_liteattention.run import _finite
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.token_order import VideoTokens
@@ -86,8 +87,10 @@ def count(monkeypatch):
                 own.clear()
                 launches.counts.clear()
                 with launches:
+                    position = (step + 1) / 4
+                    aim = target(0.03, 2.0, position)
                     out, _ = attend(
-                        layer, backend, Inputs(*rows, 0.125), settings, (step + 1) / 4, video
+                        layer, backend, Inputs(*rows, 0.125), settings, position, video, aim
                     )
                     _finite(out)
         return own, launches.counts

@@ -346,8 +346,8 @@ A small video model (5 M parameters, trained for this demo) draws the same shape
 and with **LiteAttention**. {AB.format("budget")}
 
 1. Press **Run**.
-2. Change **budget**, how much of the attention may be lost: 0.01 is the preset *Safe*, 0.03 \
-*Balanced*, 0.1 *Fast*.
+2. Change **budget**, how much of the attention may be lost: 0.01 stays closest to the original, \
+0.1 skips most.
 
 **LiteAttention Budget** replaces the preset. Its *never_slower* is off, so that there is \
 something to see on any machine. In your own workflows leave it on, or take a preset: there it is \

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_sampling
 import comfy.patcher_extension
 import torch
 
@@ -19,6 +20,7 @@ from ...backends import backend_for
 from ...backends.base import Provider
 from ...report.statistics import RunReport, node_line, status_line
 from ...run import Run
+from ...schedule import noise_fractions
 from ...settings import Settings, describe
 from .compiler import paused
 from .first_words import in_comfyui, while_loading
@@ -63,7 +65,8 @@ class Patch:
             return executor(*args, **kwargs)
         self._say(while_loading(len(sigmas) - 1))
         kind = type(guider.model_patcher.model.diffusion_model).__name__, attention_in_use(options)
-        run = Run(self.settings, backend, sigmas.tolist(), kind, paused)
+        levels = noise_fractions(sigmas.tolist(), _is_flow(guider.model_patcher))
+        run = Run(self.settings, backend, sigmas.tolist(), kind, paused, levels)
         sampling = Sampling(run, self.show)
         sampling.install(options)
         try:
@@ -111,6 +114,12 @@ def patch_of(model: Any) -> Patch | None:
 def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:
     """The report of a run that never asked LiteAttention."""
     return RunReport(describe(settings), "none", steps, 0.0, {}, (), {reason: 1}, ())
+
+
+def _is_flow(model_patcher: Any) -> bool:
+    """Whether the model's sigmas are parts of the latent, as a rectified flow's."""
+    sampling = model_patcher.get_model_object("model_sampling")
+    return isinstance(sampling, comfy.model_sampling.CONST)
 
 
 def _backend(model_patcher: Any, settings: Settings) -> Provider | str:

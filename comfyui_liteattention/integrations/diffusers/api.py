@@ -38,20 +38,24 @@ def enable(
     preset: PresetName | None = None,
     threshold: float | None = None,
     budget: float | None = None,
+    closeness: float | None = None,
     **settings: Unpack[Options],
 ) -> Handle:
     """Let the self-attention of a pipeline, or of one transformer, skip negligible tiles.
 
     Give at most one of ``preset`` ("Safe", "Balanced", "Fast"; Balanced if there is nothing),
-    ``threshold`` (log2, negative) and ``budget``: the fraction of the attention, 0..1, that may be
-    lost; it is measured while the run goes on, and held. Other fields of :class:`Settings` by name.
+    ``closeness``: dB of PSNR to the dense video of the same seed, at least; ``budget``: the fraction
+    of the attention, 0..1, that may be lost; and ``threshold`` (log2, negative). What is lost is
+    measured while the run goes on, and held. Other fields of :class:`Settings` by name.
     What was enabled here before is replaced; after ``with enable(...):`` it is back.
 
     ValueError says which setting is wrong; TypeError, that ``target`` is neither a pipeline nor a
     transformer. Then all is as it was before.
     """
     transformers = _transformers(target)
-    chosen = _settings(preset, threshold, budget, dict(settings))
+    choices = {"preset": preset, "closeness": closeness, "budget": budget, "threshold": threshold}
+    given = {name: choice for name, choice in choices.items() if choice is not None}
+    chosen = _settings(given, dict(settings))
     session = Session(target, transformers, chosen)
     if not transformers:
         session.decline(f"{type(target).__name__} has no transformer", "the pipeline")
@@ -66,10 +70,12 @@ def enabled(
     preset: PresetName | None = None,
     threshold: float | None = None,
     budget: float | None = None,
+    closeness: float | None = None,
     **settings: Unpack[Options],
 ) -> Handle:
     """``with enabled(pipe, threshold=-4):`` is :func:`enable` until the end of the block."""
-    return enable(target, preset=preset, threshold=threshold, budget=budget, **settings)
+    goals: Any = {"threshold": threshold, "budget": budget, "closeness": closeness}
+    return enable(target, preset=preset, **goals, **settings)
 
 
 def disable(target: Any) -> None:
@@ -125,22 +131,16 @@ def _sessions(transformers: dict[str, nn.Module]) -> list[Session]:
     return list(dict.fromkeys(session for session in found if session is not None))
 
 
-def _settings(
-    name: str | None, threshold: float | None, budget: float | None, others: dict[str, Any]
-) -> Settings:
+def _settings(choices: dict[str, Any], others: dict[str, Any]) -> Settings:
     """The settings of one choice of how much to skip, with other fields replaced."""
-    choices = {"preset": name, "threshold": threshold, "budget": budget}
-    given = [choice for choice, value in choices.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"LiteAttention: {' and '.join(given)} exclude each other; give one.")
+    if len(choices) > 1:
+        raise ValueError(f"LiteAttention: {' and '.join(choices)} exclude each other; give one.")
     known = [field.name for field in fields(Settings)]
     unknown = [key for key in others if key not in known]
     if unknown:
         raise UnknownSettingError(
             f"LiteAttention: no setting {', '.join(unknown)}; there are preset, {', '.join(known)}."
         )
-    if budget is not None:
-        return Settings(budget=budget, **others)
-    if threshold is not None:
-        return Settings(threshold=threshold, **others)
-    return replace(presets.preset(name or presets.DEFAULT), **others)
+    if choices and "preset" not in choices:
+        return Settings(**choices, **others)
+    return replace(presets.preset(choices.get("preset", presets.DEFAULT)), **others)

@@ -29,7 +29,7 @@ from .families import (
 )
 from .hooks import Context, TransformerHook, register_backend, unregister_backend
 from .routes import attention_in_use
-from .trajectory import Moment, Trajectory, name_stream, noise_levels, sketch
+from .trajectory import Moment, Trajectory, fractions_of, name_stream, noise_levels, sketch
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,9 @@ class Session:
         if run is None:
             settings = _pin(self.settings, given_tokens(family, arguments, config, grid))
             kind = type(root).__name__, attention_in_use(root)
-            run = trajectory.runs[name] = Run(settings, backend, trajectory.countdown(), kind)
+            steps, noise = trajectory.countdown(), trajectory.levels()
+            run = Run(settings, backend, steps, kind, levels=noise)
+            trajectory.runs[name] = run
         run.begin_call(progress.step)
         mine.calling = True
         prefix = f"{name}." if len(self._roots) > 1 else ""
@@ -251,9 +253,10 @@ class Session:
         if family.rising:
             level, mean = family.rising - level, family.rising - mean
             levels = tuple(family.rising - x for x in levels)
+        fractions = fractions_of(scheduler) if levels else ()
         latent = sketch(arguments["hidden_states"])
         form = form, _asked(arguments)
-        return Moment(stream, step, steps, level, schedule, levels, mean, form, latent)
+        return Moment(stream, step, steps, level, schedule, levels, mean, form, latent, fractions)
 
     def __reduce__(self) -> Any:
         """A copy of a pipeline, or of a transformer, is not enabled."""

@@ -12,6 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from ...report.experts import merged
 from ...report.statistics import RunReport
 from ...run import Run
-from ...schedule import Progress
+from ...schedule import Progress, noise_fractions
 
 #: Position of a call before which no noise was removed, where only the noise level is known: the
 #: ramp is at its strictest then. (0 itself has no logarithm.)
@@ -41,7 +42,7 @@ class Moment(NamedTuple):
     list of timesteps, or None, and ``levels`` are the noise levels that follow from it. ``mean`` is
     the noise level's mean over the frames, where each has its own. ``form`` tells passes apart that
     differ in what is computed rather than in the text. ``latent`` is a :func:`sketch` of what the
-    model is given.
+    model is given. ``fractions`` are the levels as parts of the latent.
     """
 
     stream: str
@@ -53,6 +54,7 @@ class Moment(NamedTuple):
     mean: float | None = None
     form: Hashable = ()
     latent: Tensor | None = None
+    fractions: tuple[float, ...] = ()
 
 
 class Visit(NamedTuple):
@@ -85,7 +87,13 @@ class Trajectory:
         self.runs: dict[str, Run] = {}
         self.over = False
         self.started = time.perf_counter()
-        self._noise_levels = first.levels
+        # A run that begins late, as from a video, is asked about the last ones alone.
+        begin = first.levels.index(first.timestep) if first.timestep in first.levels else 0
+        self._noise_levels = first.levels[begin:]
+        listed = [] if first.schedule is None else first.schedule.tolist()[begin:]
+        #: The step of each timestep. Samplers that ask twice about a noise level list it twice.
+        self._steps = [*accumulate((a != b for a, b in pairwise(listed)), initial=0)]
+        self._fractions = first.fractions[begin:]
         self._first = self._last = first
         self._places: dict[Hashable, _Place] = {}
         self._forms: defaultdict[str, list[Hashable]] = defaultdict(list)
@@ -143,9 +151,16 @@ class Trajectory:
     def countdown(self) -> Sequence[int]:
         """The steps as a falling schedule for :class:`Run`, empty if their number is unknown."""
         steps = self._first.steps or 0
-        if not steps and self.schedule is not None:
-            steps = len(set(self.schedule.tolist()))
+        if not steps and self._noise_levels:
+            steps = self._steps[-1] + 1
         return range(steps, -1, -1) if steps else ()
+
+    def levels(self) -> tuple[float, ...]:
+        """The noise at the beginning of each step of :meth:`countdown`, and at the end; empty where
+        a scheduler doesn't tell."""
+        steps = len(self.countdown()) - 1
+        listed = [*dict.fromkeys(self._fractions)]
+        return (*listed[-steps:], 0.0) if 0 < steps <= len(listed) else ()
 
     def report(self) -> RunReport | None:
         """What all transformers did so far; None if none was asked."""
@@ -167,8 +182,8 @@ class Trajectory:
         if now.timestep in self._noise_levels:
             # Visited again: the next of equal levels in the list.
             visits = min(visits, self._noise_levels.count(now.timestep))
-            step = self._noise_levels.index(now.timestep) + visits - 1
-            return Progress(step, (step + 1) / len(self._noise_levels))
+            place = self._noise_levels.index(now.timestep) + visits - 1
+            return Progress(self._steps[place], (place + 1) / len(self._noise_levels))
         # Not ahead of the step count for evenly spaced noise levels, nor for those that video
         # models use, which stay high for longer.
         removed = 1 - now.timestep / self._first.timestep if self._first.timestep else 0.0
@@ -253,3 +268,19 @@ def _follows(latent: Tensor | None, before: Tensor | None) -> bool:
 
 def _less_noise(now: Moment, place: _Place) -> bool:
     return now.mean is not None and place.mean is not None and now.mean < place.mean
+
+
+def fractions_of(scheduler: Any) -> tuple[float, ...]:
+    """The part of the latent that is noise at each of the scheduler's timesteps, 0..1; empty where
+    it doesn't tell."""
+    timesteps, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
+    if not isinstance(timesteps, Tensor):
+        return ()
+    if isinstance(sigmas, Tensor):
+        listed = sigmas[: len(timesteps)].double()
+        return noise_fractions(listed.tolist(), flow=bool(listed.max() <= 1))
+    kept = getattr(scheduler, "alphas_cumprod", None)  # part of the signal's variance
+    if not isinstance(kept, Tensor):
+        return ()
+    signal = kept.double()[timesteps.long().cpu()].clamp(min=1e-12)
+    return noise_fractions(((1 - signal) / signal).sqrt().tolist(), flow=False)

@@ -1,0 +1,105 @@
+"""Closeness: what errors cost in the finished video, and how much each step may lose for it.
+
+What a step loses changes the latent in proportion to the step's length in noise level. From there
+the error travels through all later steps, in which the model makes more of it: early steps decide
+what a video shows, late ones its details. With ``lost_i`` the lost mass of step i, that begins at
+the noise level ``level_i`` (a fraction, 1: pure noise) and ends at the next one:
+
+    length_i  = level_i - level_i+1
+    weight_i  = length_i * product over the later steps j of (1 + GROWTH * length_j)
+    error     = sqrt(sum_i (weight_i * lost_i)^2)
+    closeness = AT_ONE - SLOPE * 20 log10(error)        [dB of PSNR to the dense video]
+
+The three numbers were fitted on the demo's model (docs/closeness.md says how and how well), over
+steps, budgets, ramps, prompts and seeds. Computed tiles fall with the logarithm of the loss, so the
+fewest are computed for an error where all steps contribute the same. Pure functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+GROWTH = 9.0
+AT_ONE = 32.5
+SLOPE = 0.73
+#: What people should know of it.
+CALIBRATION = "as it is on the demo's model; on another one, the Compare node measures it"
+#: dB around an expectation in which about nine of ten of the videos lay that it was fitted to.
+WITHIN = 3.0
+#: dB above what is asked for that are aimed at: videos differ by about as much.
+ABOVE = 2.0
+#: No step loses more: there is nothing left to gain.
+MOST_LOST = 0.6
+#: From this noise level on a run begins at pure noise; as far from 0, it ends without any.
+WHOLE = 0.98
+#: Share of the error that a run may make where another one goes before or after it.
+SHARE_OF_A_PART = 0.5
+
+
+class Expected(NamedTuple):
+    """Closeness to the dense video of the same seed in dB, and where it lies nine times of ten."""
+
+    db: float
+    low: float
+    high: float
+
+
+def weights(levels: Sequence[float]) -> tuple[float, ...]:
+    """What a loss costs at each step between the falling noise ``levels`` (one more than steps).
+
+    What noise the run leaves, as the first of two experts does, another one removes, in as many
+    steps."""
+    lengths = [max(before - after, 0.0) for before, after in pairwise(levels)]
+    grown = (1 + GROWTH * levels[-1] / len(lengths)) ** len(lengths)
+    found = []
+    for length in reversed(lengths):
+        found.append(length * grown)
+        grown *= 1 + GROWTH * length
+    return tuple(reversed(found))
+
+
+def allowed_losses(closeness: float, levels: Sequence[float]) -> tuple[float, ...]:
+    """Lost mass to aim at in each step, so that most videos come to ``closeness`` dB.
+
+    The first step of a run is dense. A run that does not begin at pure noise or does not end
+    without any has another one before or after it, which may make the other half of the error.
+    """
+    later = weights(levels)[1:]
+    if not later:
+        return (0.0,)
+    error = 10 ** ((AT_ONE - closeness - ABOVE) / (20 * SLOPE))
+    if levels[0] < WHOLE or levels[-1] > 1 - WHOLE:
+        error *= math.sqrt(SHARE_OF_A_PART)
+    each = _share_out(error, later)
+    return (0.0, *(_loss(each, weight) for weight in later))
+
+
+def expected_closeness(losses: Sequence[float], levels: Sequence[float]) -> Expected | None:
+    """What comes of the lost mass of each step; None where nothing was lost: it is the dense video,
+    but for rounding."""
+    terms = (weight * lost for weight, lost in zip(weights(levels), losses, strict=True))
+    error = math.hypot(*terms)
+    if error == 0:
+        return None
+    db = AT_ONE - SLOPE * 20 * math.log10(error)
+    return Expected(db, db - WITHIN, db + WITHIN)
+
+
+def _loss(each: float, weight: float) -> float:
+    return min(MOST_LOST, each / weight) if weight > 0 else MOST_LOST
+
+
+def _share_out(error: float, weights: Sequence[float]) -> float:
+    """What each step contributes so that all of them make ``error``: the same, but for steps that
+    can't, since no step loses more than ``MOST_LOST``."""
+    most = sorted(weight * MOST_LOST for weight in weights)
+    left = error**2
+    for index, largest in enumerate(most):
+        each = math.sqrt(left / (len(most) - index))
+        if each <= largest:
+            return each
+        left -= largest**2
+    return most[-1]
