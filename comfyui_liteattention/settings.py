@@ -118,8 +118,8 @@ class Settings:
 
 
 class Options(TypedDict, total=False):
-    """The fields of :class:`Settings` that are no goals (``threshold``, ``budget``, ``closeness``), as
-    keyword arguments."""
+    """The fields of :class:`Settings` that are no goals (``closeness``, ``budget``, ``threshold``),
+    as keyword arguments."""
 
     criterion: Criterion
     ramp: float

@@ -44,9 +44,9 @@ def enable(
     """Let the self-attention of a pipeline, or of one transformer, skip negligible tiles.
 
     Give at most one of ``preset`` ("Safe", "Balanced", "Fast"; Balanced if there is nothing),
-    ``closeness``: dB of PSNR to the dense video of the same seed, at least; ``budget``: the fraction
-    of the attention, 0..1, that may be lost; and ``threshold`` (log2, negative). What is lost is
-    measured while the run goes on, and held. Other fields of :class:`Settings` by name.
+    ``closeness``: dB of PSNR to the dense video of the same seed, at least; ``budget``: the
+    fraction of the attention, 0..1, that may be lost; and ``threshold`` (log2, negative). What is
+    lost is measured while the run goes on, and held. Other fields of :class:`Settings` by name.
     What was enabled here before is replaced; after ``with enable(...):`` it is back.
 
     ValueError says which setting is wrong; TypeError, that ``target`` is neither a pipeline nor a
