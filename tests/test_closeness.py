@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.budget.closeness import (
     ABOVE,
@@ -83,7 +84,7 @@ def test_a_run_holds_a_closeness_and_says_what_to_expect():
     base = torch.randn(1, 2, 256, 32, generator=random)
     for step in range(steps):
         q = 3 * (base + 0.1 * torch.randn(base.shape, generator=random))
-        run.attend("0", ["a"], run.locate(levels[step]), q, q, q, 0.17)
+        run.attend("0", ["a"], run.locate(levels[step]), Inputs(q, q, q, 0.17))
     report = run.finish()
     assert report.active and report.allowed == allowed_losses(42, levels)
     lost = {call.step: call.lost or 0.0 for call in report.calls}
