@@ -75,6 +75,7 @@ class Run:
     keyed by (layer, stream, shape of the queries). ``kind`` names the model and the attention that
     the user has beside ours: what is decided once in a process is decided for that. ``lasting``: a
     context in which our calls allocate what they need (see integrations/comfy/compiler.py).
+    ``levels``: ``sigmas`` as parts of the latent (schedule.noise_fractions), where they are known.
     """
 
     def __init__(

@@ -136,7 +136,7 @@ class RunReport:
         was lost, nothing measured, or the steps are not those of ``levels``."""
         losses = {step: mean_lost(calls) for step, calls in by(self.calls, "step").items()}
         steps = len(self.levels) - 1
-        if None in losses.values() or any(step >= steps for step in losses):
+        if steps < 1 or None in losses.values() or max(losses, default=0) >= steps:
             return None
         return expected_closeness([losses.get(step) or 0.0 for step in range(steps)], self.levels)
 
