@@ -18,7 +18,8 @@ from comfyui_liteattention.budget.closeness import (
 )
 from comfyui_liteattention.budget.plan import Plan
 from comfyui_liteattention.presets import PRESETS
-from comfyui_liteattention.report.statistics import figures, node_line, text_table
+from comfyui_liteattention.report.statistics import figures, node_line
+from comfyui_liteattention.report.table import text_table
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.schedule import Progress, assumed_levels, noise_fractions
 from comfyui_liteattention.settings import Settings

@@ -258,7 +258,7 @@ def _in_percent(report: RunReport) -> str:
     return f"{percent(lost)} %" if allowed is None else f"{percent(lost)} of {percent(allowed)} %"
 
 
-def _expectation(report: RunReport) -> list[str]:
+def expectation(report: RunReport) -> list[str]:
     """A line on the closeness, or none."""
     expected = report.expected
     if expected is None:
