@@ -160,7 +160,8 @@ class Trajectory:
         a scheduler doesn't tell."""
         steps = len(self.countdown()) - 1
         listed = [*dict.fromkeys(self._fractions)]
-        return (*listed[-steps:], 0.0) if 0 < steps <= len(listed) else ()
+        falls = all(before > after for before, after in pairwise(listed))
+        return (*listed[-steps:], 0.0) if falls and 0 < steps <= len(listed) else ()
 
     def report(self) -> RunReport | None:
         """What all transformers did so far; None if none was asked."""
