@@ -130,6 +130,7 @@ class Ordered:
         fresh = LayerState(name=at.layer, stocks=self._stocks[at.stream])
         state = self._states.setdefault((at.layer, at.stream), fresh)
         position = (at.step + 1) / self._steps
+        assert self._settings.budget is not None
         aim = target(self._settings.budget, self._settings.ramp, position)
         out, tally = attend(
             state, self._backend, Inputs(q, k, v, scale), self._settings, position, aim=aim

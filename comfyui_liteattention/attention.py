@@ -111,6 +111,7 @@ def attend(
     if result.score is not None:
         if state.pinned is None:
             state.pinned = _pinned(settings, video, call, tile)
+        limit: float | Tensor
         if aim is None:
             limit = policy.threshold_at(settings, position, result.score.shape[-1])
         else:
