@@ -19,7 +19,7 @@ from comfyui_liteattention.backends.gpu.kernel_table import TILE
 from comfyui_liteattention.backends.gpu.tile_map import TileMapKernels
 from comfyui_liteattention.backends.pooled import audit_skipped
 from comfyui_liteattention.budget.ledger import target
-from comfyui_liteattention.run import _finite
+from comfyui_liteattention.report.outcome import extremes
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.token_order import VideoTokens
 
@@ -92,7 +92,7 @@ def count(monkeypatch):
                     out, _ = attend(
                         layer, backend, Inputs(*rows, 0.125), settings, position, video, aim
                     )
-                    _finite(out)
+                    extremes(out)
         return own, launches.counts
 
     return last_call

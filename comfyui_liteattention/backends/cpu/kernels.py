@@ -472,7 +472,10 @@ def attend(
 @compiled
 def _all_live(live: Ints, first: int, n: int) -> bool:
     """Whether bits ``live [words]`` say so of the tiles ``first`` to ``first + n``."""
-    return all(live[tile >> 5] >> (tile & 31) & 1 for tile in range(first, first + n))
+    for tile in range(first, first + n):
+        if not live[tile >> 5] >> (tile & 31) & 1:
+            return False
+    return True
 
 
 @compiled
