@@ -1,7 +1,7 @@
-"""Write the tables of docs/measured.md from benchmarks/results: ``python -m benchmarks.tables``.
+"""Write the tables of the docs from benchmarks/results: ``python -m benchmarks.tables``.
 
-Each table stands between two comments that name it, so that no figure in the page is typed by hand,
-and none outlives the run that found it; a test compares the page with the results.
+Each table stands between two comments that name it, so that no figure in it is typed by hand, and
+none outlives the run that found it; a test compares the pages with the results.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from comfyui_liteattention.budget.closeness import WITHIN
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "measured.md"
+DOCS = ROOT / "docs"
 
 METHODS = {
     "ours": "LiteAttention, budget",
@@ -44,17 +46,19 @@ ORDERS = {
 
 
 def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page), encoding="utf-8")
 
 
-def filled(page: str) -> str:
-    """The page with every table made anew."""
-    for name, make in TABLES.items():
+def filled(page: Path) -> str:
+    """The text of a page with every table made anew."""
+    text = page.read_text(encoding="utf-8")
+    for name, make in PAGES[page].items():
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        page, found = re.subn(pattern, lambda m, t=make(): m[1] + t + "\n" + m[2], page, flags=re.S)  # type: ignore[misc]
+        text, found = re.subn(pattern, lambda m, t=make(): m[1] + t + "\n" + m[2], text, flags=re.S)  # type: ignore[misc]
         if not found:
-            raise SystemExit(f"{PAGE.name} has no place for the table {name!r}")
-    return page
+            raise SystemExit(f"{page.name} has no place for the table {name!r}")
+    return text
 
 
 def head_to_head() -> str:
@@ -136,13 +140,32 @@ def speed() -> str:
     return _table([*heads, "band, 75 %"], rows)
 
 
-#: Names of the places in the page, and what fills them.
-TABLES: dict[str, Callable[[], str]] = {
-    "head to head": head_to_head,
-    "changes": changes,
-    "budget": budget,
-    "orders": orders,
-    "speed": speed,
+def closeness() -> str:
+    """What the presets came to at each number of steps, and how often the report foresaw it."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in _load("closeness_cpu.json")["rows"]:
+        groups[row["preset"], row["steps"]].append(row)
+    rows = []
+    for (preset, steps), videos in sorted(groups.items()):
+        tiles = mean(video["computed_fraction"] for video in videos)
+        psnr = sorted(video["psnr_db"] for video in videos)
+        near = sum(abs(video["psnr_db"] - video["predicted_db"]) <= WITHIN for video in videos)
+        spread = f"{psnr[0]:.1f} to {psnr[-1]:.1f} dB"
+        rows.append([f"*{preset}*", str(steps), f"{tiles:.0%}", spread, f"{near} of {len(videos)}"])
+    heads = ["preset", "steps", "tiles computed", "PSNR"]
+    return _table([*heads, f"foreseen to {WITHIN:.0f} dB"], rows)
+
+
+#: The pages, the places in them by name, and what fills them.
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    DOCS / "measured.md": {
+        "head to head": head_to_head,
+        "changes": changes,
+        "budget": budget,
+        "orders": orders,
+        "speed": speed,
+    },
+    DOCS / "closeness.md": {"closeness": closeness},
 }
 
 
