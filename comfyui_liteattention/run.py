@@ -16,10 +16,10 @@ from .attention import LayerState, Tally, attend
 from .backends.base import Backend, Inputs, Provider
 from .backends.clock import stopwatch
 from .backends.kernel_selftest import lacks_memory
-from .budget.plan import Plan
 from .never_slower.costs import Costs
 from .never_slower.pace import Pace, Timed
 from .never_slower.rehearsal import decided, rehearse
+from .plan import Plan
 from .policy import marks
 from .report.outcome import Outcome, Seen, extremes, look
 from .report.record import Named, Record

@@ -26,7 +26,7 @@ FLOORS = (
     ("budget",),
     ("backends",),
     ("settings", "presets", "schedule"),
-    ("policy", "tail", "eligibility"),
+    ("policy", "plan", "tail", "eligibility"),
     ("attention",),
     ("never_slower",),
     ("report",),

@@ -16,7 +16,7 @@ from comfyui_liteattention.budget.closeness import (
     expected_closeness,
     weights,
 )
-from comfyui_liteattention.budget.plan import Plan
+from comfyui_liteattention.plan import Plan
 from comfyui_liteattention.presets import PRESETS
 from comfyui_liteattention.report.statistics import figures, node_line
 from comfyui_liteattention.report.table import text_table

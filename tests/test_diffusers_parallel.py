@@ -172,10 +172,10 @@ def one_dense(rank, mode):
     """The first process goes on densely from the third step; the other doesn't know."""
 
     class Slow(Run):
-        def _watch(self, step):
+        def begin_call(self, step):
+            super().begin_call(step)
             if rank == 0 and step == 2:
                 self._stop("too slow, just here")
-            return self._stopped is not None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("comfyui_liteattention.integrations.diffusers.session.Run", Slow)
@@ -449,5 +449,5 @@ def test_text_among_the_pieces_is_declined():
     with torch.no_grad():
         call = TransformerCall(run, place, lambda length: VideoTokens((3, 4, 4)), lambda: None)
         assert call.attend("blocks.0.attn", q, q, q, None, Extra(across=True)) is None
-        assert list(run.reasons) == [MIXED]
+        assert list(run.report().reasons) == [MIXED]
         assert call.attend("blocks.0.attn", q, q, q, None, Extra()) is not None

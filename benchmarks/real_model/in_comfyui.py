@@ -24,6 +24,7 @@ from demo.workflow import Graph, load_workflow, to_graph, without
 
 from .store import DENSE, Job, Made
 
+WARM_UP_SEED = 2**31
 PATCH, REPORT, SAVE = "LiteAttentionPatch", "LiteAttentionReport", "liteattention_frames"
 _POLL = 0.5  # seconds
 _SEEDS, _TEXTS = ("seed", "noise_seed"), ("text", "prompt")
@@ -46,12 +47,15 @@ class ComfyHost:
         return [self.graph[node]["inputs"][name]]
 
     def warm_up(self, variant: str, prompt: str) -> None:
-        """A whole run: the steps are set in too many ways to be shortened here."""
-        self.run(Job(variant, prompt, 0))
+        """A whole run: the steps are set in too many ways to be shortened here. Of a seed that no
+        video has, since ComfyUI would take that video from its cache."""
+        self.run(Job(variant, prompt, WARM_UP_SEED))
 
     def run(self, job: Job) -> Made:
         reply = self._post("/prompt", {"prompt": graph_of(self.graph, job)})
         history = self._wait(reply["prompt_id"])
+        if SAVE not in history["outputs"]:
+            raise RuntimeError(f"ComfyUI made no frames: {history['status']}")
         frames = [self._frame(image) for image in history["outputs"][SAVE]["images"]]
         return Made(torch.from_numpy(np.stack(frames)), {"seconds": seconds_of(history)})
 

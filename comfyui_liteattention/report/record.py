@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..attention import LayerState
-from ..budget.plan import Plan
+from ..plan import Plan
 from ..settings import describe
 from .map_history import MapHistory, share_of_heads
 from .statistics import CallStats, MapStats, RunReport, fraction, mean_lost, saving

@@ -28,7 +28,7 @@ def main():
     from comfy.ldm.modules import attention
 
     from comfyui_liteattention.integrations.comfy.session import apply_patch, patch_of
-    from comfyui_liteattention.run import WAITING
+    from comfyui_liteattention.run import TIMED
     from comfyui_liteattention.settings import Settings
 
     lengths = []
@@ -58,7 +58,7 @@ def main():
     seen["skipping_calls"] = list(lengths)
     seen["error"] = float((out - dense).norm() / dense.norm())
     report = patch_of(skipping).last_report
-    seen["computed"], seen["waiting"] = report.computed_fraction, report.reasons[WAITING]
+    seen["computed"], seen["waiting"] = report.computed_fraction, report.reasons[TIMED]
     print(json.dumps(seen))
 
 

@@ -88,8 +88,8 @@ def test_the_demo_skips_tiles_and_is_close_to_dense(server, tmp_path):
     assert figures["tokens"] == 4096
     assert figures["backend"] == "cpu"
     assert figures["computed_fraction"] < 0.95
-    assert 0 < figures["lost_mass_mean"] < 0.05
-    assert 35 <= figures["psnr_db"] < 100
+    assert 0 < figures["lost_mass_mean"] < 0.2
+    assert 38 <= figures["psnr_db"] < 100
     assert f"{figures['lost_mass_mean']:.2%}" in summary(figures, tmp_path)
     assert "not measured" in summary(figures | {"lost_mass_mean": None}, tmp_path)
 

@@ -238,4 +238,4 @@ def test_adversarial_scores(case, criterion):
 
 def test_scale_must_be_positive():
     with pytest.raises(ValueError, match="positive"):
-        KERNEL.forward(*draw(h=1), scale=0.0)
+        KERNEL.forward(Inputs(*draw(h=1), 0.0))

@@ -343,11 +343,11 @@ differ; the saved video shows both and the difference. The seed is the same. If 
 AB_NOTE = f"""## With and without, side by side
 
 A small video model (5 M parameters, trained for this demo) draws the same shapes twice: without \
-and with **LiteAttention**. {AB.format("budget")}
+and with **LiteAttention**. {AB.format("closeness")}
 
 1. Press **Run**.
-2. Change **budget**, how much of the attention may be lost: 0.01 stays closest to the original, \
-0.1 skips most.
+2. Change **closeness**, how close the video stays in dB of PSNR: 50 stays closest to the \
+original, 35 skips most.
 
 **LiteAttention Budget** replaces the preset. Its *never_slower* is off, so that there is \
 something to see on any machine. In your own workflows leave it on, or take a preset: there it is \

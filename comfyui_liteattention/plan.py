@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..schedule import Progress
-from ..settings import Settings
-from .closeness import allowed_losses
-from .ledger import allowance, target
+from .budget.closeness import allowed_losses
+from .budget.ledger import allowance, target
+from .schedule import Progress
+from .settings import Settings
 
 
 @dataclass(frozen=True)
