@@ -8,7 +8,7 @@ means counted once for every head, in place of a factor for each (tail.py).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,16 @@ from comfyui_liteattention.settings import Settings
 def layers_alone() -> Iterator[None]:
     """Every layer holds the allowance for itself."""
 
-    def alone(*arguments: Any) -> allocation.Choice:
-        *before, _, aim = arguments
-        return allocation.choose(*before, [], aim)
+    def alone(
+        counts: Tensor,
+        query_tiles: int,
+        ledger: Tensor,
+        lost: Tensor | None,
+        start: float,
+        others: Sequence[Tensor],
+        aim: float,
+    ) -> allocation.Choice:
+        return allocation.choose(counts, query_tiles, ledger, lost, start, [], aim)
 
     with mock.patch.object(tile_map, "choose", alone):
         yield
