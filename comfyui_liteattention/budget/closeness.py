@@ -26,7 +26,7 @@ GROWTH = 9.0
 AT_ONE = 29.0
 #: What people should know of it.
 CALIBRATION = "as it is on the demo's model; on another one, the Compare node measures it"
-#: dB around an expectation in which nine of ten videos lie: seeds differ by about as much.
+#: dB around an expectation in which 17 of 20 held-out videos lay: seeds differ by about as much.
 WITHIN = 5.0
 #: dB above what is asked for that are aimed at: videos differ by about as much.
 ABOVE = 2.0
@@ -39,7 +39,7 @@ SHARE_OF_A_PART = 0.5
 
 
 class Expected(NamedTuple):
-    """Closeness to the dense video of the same seed in dB, and where it lies nine times of ten."""
+    """Closeness to the dense video of the same seed in dB, and where most videos lie."""
 
     db: float
     low: float

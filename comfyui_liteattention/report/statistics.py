@@ -311,7 +311,7 @@ def figures(report: RunReport) -> dict[str, Any]:
         "saved_seconds": report.saved_seconds,
         "lost_mass_allowed": report.lost_mass_allowed,
         "predicted_db": None if report.expected is None else report.expected.db,
-        "predicted_db_90": None if report.expected is None else list(report.expected[1:]),
+        "predicted_db_range": None if report.expected is None else list(report.expected[1:]),
         "per_layer": {k: _pair(v, layers.get(k)) for k, v in by(report.calls, "layer").items()},
         "per_step": [
             _pair(v, steps.get(k))
