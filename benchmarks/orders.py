@@ -122,12 +122,12 @@ class Ordered:
         self._steps = steps
         self._backend = CpuBackend()
         self._states: dict[Hashable, LayerState] = {}
-        self._stocks: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+        self._remaining: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
         self.computed = self.total = 0
 
     def __call__(self, at: Moment, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v = (t.index_select(2, self._order) for t in (q, k, v))
-        fresh = LayerState(name=at.layer, stocks=self._stocks[at.stream])
+        fresh = LayerState(name=at.layer, remaining=self._remaining[at.stream])
         state = self._states.setdefault((at.layer, at.stream), fresh)
         position = (at.step + 1) / self._steps
         assert self._settings.budget is not None

@@ -38,7 +38,7 @@ class LayerState:
 
     ``live [B, H, Tq, ceil(Tk/32)]`` int32, one bit a tile, updated in place; None until a call has
     marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once. ``ledger [4]``:
-    see budget/ledger.py, None where there is none to hold. ``seen``: see tail.py. ``stocks``:
+    see budget/ledger.py, None where there is none to hold. ``fit``: see tail.py. ``remaining``:
     those of all layers of the stream by ``name``, see budget/allocation.py; all states of a stream
     have the same one.
     """
@@ -46,10 +46,10 @@ class LayerState:
     live: Tensor | None = None
     pinned: Tensor | None = None
     ledger: Tensor | None = None
-    seen: Agreement | None = None
+    fit: Agreement | None = None
     calls: int = 0
     name: str = ""
-    stocks: dict[str, Tensor] = field(default_factory=dict)
+    remaining: dict[str, Tensor] = field(default_factory=dict)
 
 
 def attend(
@@ -87,7 +87,7 @@ def attend(
     audited = range(0) if live is None else policy.audited_tiles(state.calls, tq, settings.audit)
     rows = rows_of(audited, tile, order)
     # Now, while k and v are in the caches from being put in order.
-    needed = settings.tail and (audited or state.seen is not None)
+    needed = settings.tail and (audited or state.fit is not None)
     pooled = pool(call.k, call.v, tile.k) if needed else None
     full = None
     if audited:
@@ -105,7 +105,7 @@ def attend(
             result.out[:, :, rows] = full.out
             lost = policy.lost_mass(result.lse[:, :, rows], full.lse).mean()
             bound = None if state.ledger is None else state.ledger[0]
-        extra = len(audited) * tk + (tq * tk // tile.k if state.seen else 0)
+        extra = len(audited) * tk + (tq * tk // tile.k if state.fit else 0)
         computed = computed + b * h * extra
 
     if result.score is not None:
@@ -136,8 +136,8 @@ def _limit(
     assert state.pinned is not None
     if state.ledger is None:
         state.ledger = open_ledger(score.device)
-    others = [stock for name, stock in [*state.stocks.items()] if name != state.name]
-    limit, state.ledger, state.stocks[state.name] = tile_map.choose(
+    others = [remaining for name, remaining in [*state.remaining.items()] if name != state.name]
+    limit, state.ledger, state.remaining[state.name] = tile_map.choose(
         tile_map.histogram(state.live, score, state.pinned),
         score[..., 0].numel(),
         state.ledger,
@@ -185,7 +185,7 @@ def _add_tail(
     """Give the result, in place, what the skipped tiles contribute, calibrated by the audited query
     tiles, whose exact result is ``full``."""
     if full is not None:
-        seen = backend.audit_skipped(result, skipped, full, audited)
-        state.seen = tail.enter_audit(state.seen, seen)
-    if state.seen is not None:
-        backend.add_skipped(result, skipped, tail.factor(state.seen))
+        agreement = backend.audit_skipped(result, skipped, full, audited)
+        state.fit = tail.enter_audit(state.fit, agreement)
+    if state.fit is not None:
+        backend.add_skipped(result, skipped, tail.factor(state.fit))

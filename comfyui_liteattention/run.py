@@ -95,7 +95,7 @@ class Run:
         self._lasting = lasting
         self._backends: dict[tuple[torch.device, int, torch.dtype], Backend | str] = {}
         self._states: dict[_Key, LayerState] = {}
-        self._stocks: defaultdict[Hashable, dict[str, Tensor]] = defaultdict(dict)
+        self._remaining: defaultdict[Hashable, dict[str, Tensor]] = defaultdict(dict)
         self._failed: set[str] = set()
         self._stopped: str | None = None
         self._layers: dict[str, int] = {}
@@ -354,8 +354,8 @@ class Run:
     def _state(self, layer: str, part: Part) -> LayerState:
         with self._lock:
             key = _Key(layer, part.stream, *part.inputs.q.shape)
-            stocks = self._stocks[key._replace(layer=""), part.inputs.q.device]
-            return self._states.setdefault(key, LayerState(name=layer, stocks=stocks))
+            remaining = self._remaining[key._replace(layer=""), part.inputs.q.device]
+            return self._states.setdefault(key, LayerState(name=layer, remaining=remaining))
 
     def _named(self) -> list[Named]:
         """All states, the layers in the order of execution; the lock is held."""
@@ -365,7 +365,7 @@ class Run:
     def _forget(self) -> None:
         """Drop all skip state; the lock is held."""
         self._states.clear()
-        self._stocks.clear()
+        self._remaining.clear()
 
     def _provide(self, q: Tensor) -> Backend | str:
         """The backend for calls like this one, or why there is none: asked once for each kind."""

@@ -27,15 +27,15 @@ DECAY = 0.8
 LARGEST = 32.0
 
 
-def enter_audit(seen: Agreement | None, now: Agreement) -> Agreement:
+def enter_audit(fit: Agreement | None, now: Agreement) -> Agreement:
     """Note what an audit has shown beside what older ones did."""
-    if seen is None:
+    if fit is None:
         return now
     return Agreement(
-        now.agreement.add(seen.agreement, alpha=DECAY), now.power.add(seen.power, alpha=DECAY)
+        now.agreement.add(fit.agreement, alpha=DECAY), now.power.add(fit.power, alpha=DECAY)
     )
 
 
-def factor(seen: Agreement) -> Tensor:
+def factor(fit: Agreement) -> Tensor:
     """``c [B, H]``; 0 where no audited row had anything skipped."""
-    return (seen.agreement / seen.power.clamp(min=1e-30)).clamp(0, LARGEST)
+    return (fit.agreement / fit.power.clamp(min=1e-30)).clamp(0, LARGEST)

@@ -34,7 +34,7 @@ WITHIN_A_BIN = 2 ** (1 / PER_LOG2)
 NO_OTHERS = torch.empty(0, 1 + BINS, dtype=torch.float64)
 
 
-def stock(score, droppable, ratio=1.0, spent=0.0):
+def remaining(score, droppable, ratio=1.0, spent=0.0):
     counts = allocation.histogram(score, droppable)
     held = counts * allocation.mass_of_bins(CPU) / score[..., 0].numel()
     return torch.cat([torch.tensor([spent], dtype=torch.float64), ratio * held])
@@ -55,7 +55,7 @@ def some_scores(seed):
 @given(seed=st.integers(0, 10**6), allowed=st.floats(0, 2))
 def test_the_threshold_spends_what_is_allowed_and_no_more(seed, allowed):
     score, droppable = some_scores(seed)
-    limit = allocation.threshold(stock(score, droppable), NO_OTHERS, allowed)
+    limit = allocation.threshold(remaining(score, droppable), NO_OTHERS, allowed)
     spent = torch.where(droppable & (score <= limit), score.exp2(), 0).sum().double() / 36
     assert spent <= allowed * WITHIN_A_BIN + 1e-6
     # One bin more would be too much, unless everything went already.
@@ -68,19 +68,19 @@ def test_the_threshold_spends_what_is_allowed_and_no_more(seed, allowed):
 def test_scores_of_tiles_that_were_not_visited_cost_nothing():
     score = torch.linspace(-12, -0.1, 24).view(1, 1, 3, 8)
     everywhere = torch.ones_like(score, dtype=torch.bool)
-    limit = allocation.threshold(stock(score, everywhere), NO_OTHERS, 0.02)
+    limit = allocation.threshold(remaining(score, everywhere), NO_OTHERS, 0.02)
     assert -12 < limit < -0.1
     unvisited = torch.full((1, 1, 3, 5), -math.inf)
     wider = torch.cat([score, unvisited], -1)
     visited = torch.cat([everywhere, torch.zeros_like(unvisited, dtype=torch.bool)], -1)
-    assert allocation.threshold(stock(wider, visited), NO_OTHERS, 0.02) == limit
+    assert allocation.threshold(remaining(wider, visited), NO_OTHERS, 0.02) == limit
 
 
 @given(seed=st.integers(0, 10**6), aim=st.floats(1e-4, 0.5))
 def test_layers_share_one_threshold_up_to_the_largest_share(seed, aim):
     (score, droppable), ratios = some_scores(seed), (1.0, 0.3, 0.05)
     layers = [
-        stock(score - 3 * i, droppable, ratio, spent=0.1 * i * aim)
+        remaining(score - 3 * i, droppable, ratio, spent=0.1 * i * aim)
         for i, ratio in enumerate(ratios)
     ]
     lost = []
@@ -94,7 +94,7 @@ def test_layers_share_one_threshold_up_to_the_largest_share(seed, aim):
 
 def test_a_layer_that_loses_little_leaves_its_share_to_the_others():
     score, droppable = some_scores(3)
-    own, idle = stock(score, droppable), stock(score, torch.zeros_like(droppable))
+    own, idle = remaining(score, droppable), remaining(score, torch.zeros_like(droppable))
     alone = allocation.threshold(own, NO_OTHERS, 0.01)
     assert allocation.threshold(own, own[None], 0.01) == alone  # twins share evenly
     assert allocation.threshold(own, idle[None], 0.01) > alone
@@ -155,12 +155,12 @@ def test_a_choice_spends_what_it_drops_and_starts_over_where_that_was_too_much()
     choice = allocation.choose(counts, tiles, ledger, None, 1.0, [], 0.05)
     dropped = torch.where(droppable & (score <= choice.limit), score.exp2(), 0).sum() / tiles
     assert float(choice.ledger[0]) == pytest.approx(float(dropped), rel=0.05) and dropped > 0.03
-    assert float(choice.stock.sum()) == pytest.approx(float(stock(score, droppable).sum()))
+    assert float(choice.remaining.sum()) == pytest.approx(float(remaining(score, droppable).sum()))
     assert choice.limit.dtype == torch.float32
 
     # An audit then shows that ten times as much is lost as was thought.
     again = allocation.choose(counts, tiles, choice.ledger, 10 * dropped, 1.0, [], 0.05)
-    assert again.limit.isnan() and again.ledger[0] == 0 and again.stock[0] == 0
+    assert again.limit.isnan() and again.ledger[0] == 0 and again.remaining[0] == 0
     live = mark(torch.zeros_like(droppable), score, again.limit, ~droppable[0, 0])
     assert live.all()
 
@@ -222,9 +222,9 @@ def test_the_loss_goes_where_it_saves_most_and_is_held():
         for layer, qkv in zip(layers, inputs, strict=True):
             for stream in ("cond", "uncond"):
                 run.attend(layer, [stream], run.locate(sigmas[t]), Inputs(*qkv, 32**-0.5))
-    assert [set(stocks) for stocks in run._stocks.values()] == [set(layers)] * 2
+    assert [set(remaining) for remaining in run._remaining.values()] == [set(layers)] * 2
     report = run.finish()
-    assert not run._stocks
+    assert not run._remaining
     computed, lost = [], []
     for i, layer in enumerate(layers):
         calls = [call for call in report.calls if call.layer == layer]

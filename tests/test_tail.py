@@ -213,5 +213,5 @@ def test_a_layer_uses_it_and_stays_closer_to_dense():
             out, tally = attend(state, backend(), Inputs(q, k, v, SCALE), settings, 1.0)
         errors[on] = error(out, exact(q, k, v))
         assert tally.lost is not None and tally.lost > 0.05
-        assert (state.seen is not None) is on
+        assert (state.fit is not None) is on
     assert errors[True] < 0.8 * errors[False]

@@ -33,13 +33,14 @@ class Choice(NamedTuple):
     """What a layer does next. ``limit []`` float32: tiles whose score is at most this go; not a
     number where all tiles are live again. ``ledger [4]``: see ledger.py.
 
-    ``stock [1 + BINS]`` float64, in expected lost mass, mean over query tiles: what is lost with
-    the tiles that the layer skips, then what would be with those that it computes, by their scores.
+    ``remaining [1 + BINS]`` float64, in expected lost mass, mean over query tiles: what is lost
+    with the tiles that the layer skips, then what would be with those that it computes, by their
+    scores.
     """
 
     limit: Tensor
     ledger: Tensor
-    stock: Tensor
+    remaining: Tensor
 
 
 def histogram(score: Tensor, droppable: Tensor) -> Tensor:
@@ -80,8 +81,8 @@ def choose(
     """What goes after a call, so that the layers lose at most ``aim`` on average.
 
     ``counts``: see :func:`histogram`, of ``query_tiles``; ``lost []``: what this call's audit
-    measured; ``start``: see :func:`lost_per_bound`; ``others``: the stocks of the other
-    layers.
+    measured; ``start``: see :func:`lost_per_bound`; ``others``: what the other
+    layers have remaining.
     """
     held = counts * mass_of_bins(counts.device) / query_tiles
     if lost is not None:
@@ -92,13 +93,13 @@ def choose(
     limit = threshold(torch.cat([ratio * bound, ratio * held]), theirs, aim)
     gone = torch.arange(-BINS, 0, device=held.device).float() / PER_LOG2 <= limit
     bound = bound + torch.where(gone, held, 0).sum()
-    stock = torch.cat([ratio * bound, (ratio * held).masked_fill(gone, 0)])
-    fresh = overspent(stock, theirs, aim)
-    stock[:1].masked_fill_(fresh, 0)
+    remaining = torch.cat([ratio * bound, (ratio * held).masked_fill(gone, 0)])
+    fresh = overspent(remaining, theirs, aim)
+    remaining[:1].masked_fill_(fresh, 0)
     return Choice(
         limit.masked_fill(fresh, torch.nan),
         torch.cat([bound.masked_fill(fresh, 0), ledger[1:]]),
-        stock,
+        remaining,
     )
 
 

@@ -76,8 +76,8 @@ def count(monkeypatch):
     def last_call(backend):
         """Of a default run: order, audit, tail, a budget over several layers."""
         torch.manual_seed(0)
-        stocks = {}
-        layers = [LayerState(name=name, stocks=stocks) for name in "abc"]
+        remaining = {}
+        layers = [LayerState(name=name, remaining=remaining) for name in "abc"]
         settings, video = Settings(budget=0.03, audit=4), VideoTokens((4, 8, 16))
         launches = Launches()
         for step in range(4):

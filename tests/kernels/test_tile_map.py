@@ -123,7 +123,7 @@ def test_choices_match_their_twin(layers, audited, aim, seed):
     )
     assert got.limit.dtype == torch.float32 and got.limit.shape == ()
     assert torch.equal(got.limit.nan_to_num(nan=99), want.limit.nan_to_num(nan=99))
-    assert close(got.ledger, want.ledger) and close(got.stock, want.stock)
+    assert close(got.ledger, want.ledger) and close(got.remaining, want.remaining)
 
 
 def test_a_limit_that_is_no_number_brings_all_tiles_back():

@@ -107,7 +107,10 @@ def _choice(card: Card, n: int) -> list[str]:
     problems = []
     if not torch.equal(got.limit.nan_to_num(9e9), want.limit.nan_to_num(9e9)):
         problems.append(f"limit {got.limit.item()}, want {want.limit.item()}")
-    for name, a, w in (("ledger", got.ledger, want.ledger), ("stock", got.stock, want.stock)):
+    for name, a, w in (
+        ("ledger", got.ledger, want.ledger),
+        ("remaining", got.remaining, want.remaining),
+    ):
         if not torch.allclose(a, w, rtol=1e-6, atol=1e-15):  # its constants are float32 there
             problems.append(f"{name}: off by {(a - w).abs().max():.1e}")
     return problems
