@@ -90,8 +90,8 @@ def attend(
     needed = settings.tail and (audited or state.fit is not None)
     pooled = pool(call.k, call.v, tile.k) if needed else None
     full = None
-    if audited and lists is not None:
-        result, full = backend.forward_and_audit(call, lists, criterion, audited)
+    if audited:
+        result, full = backend.forward_and_audit(call, lists, criterion, rows)
     else:
         result = backend.forward(call, lists, criterion)
 

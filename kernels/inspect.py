@@ -36,8 +36,8 @@ SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100, 121:
 SHARED_PER_BLOCK = 1024  # what the driver keeps of it in every block
 
 #: Opcodes of matrix instructions: Ampere to Ada and consumer Blackwell, Hopper, Blackwell; the
-#: same for INT8; FP8.
-TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA", "QMMA")
+#: same for INT8.
+TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA")
 SPILLS = ("STL", "LDL")
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")

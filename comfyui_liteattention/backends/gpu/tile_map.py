@@ -20,7 +20,7 @@ from ...budget.ledger import DECAY, PRIOR_WEIGHT
 from ...tiles import TileLists, all_live, make_lists, pack, unpack
 from ..kernel_selftest import lacks_memory, with_room
 from .kernel_table import CHOOSE_LIMIT, COUNT_SCORES, LIST_TILES, MARK_TILES, Entry, MapKernel
-from .launch import Launch
+from .launches import Launch
 
 log = logging.getLogger(__name__)
 
