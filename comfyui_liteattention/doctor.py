@@ -12,9 +12,15 @@ import torch
 
 from .backends import backend_for
 from .backends.base import Provider
+from .backends.constraints import Constraints
+from .backends.cpu import backend as cpu
+from .backends.gpu import launches as gpu
 
 #: What kernels for cards have in common so far.
 UNTRIED = "its kernels were built and tested without a GPU; no GPU has run them yet"
+
+#: What the kernels take, by device type.
+TAKES: dict[str, Constraints] = {"cpu": cpu.CONSTRAINTS, "cuda": gpu.CONSTRAINTS}
 
 PACKAGES = ("torch", "numba", "triton", "diffusers", "flash-attn", "sageattention")
 
@@ -46,6 +52,7 @@ def render(findings: dict[str, Any]) -> str:
         if device["backend"]:
             lines.append(f"  LiteAttention will be active: {device['backend']} backend, ")
             lines[-1] += "self-test passed"
+            lines.append(f"  It takes {device['takes']}")
             if device["note"]:
                 lines.append(f"  Mind that {device['note']}")
         else:
@@ -64,6 +71,7 @@ def _examine_device(device: torch.device) -> dict[str, Any]:
         "backend": None if isinstance(found, str) or reason else found.name,
         "self_test": None if reason else "passed",
         "reason": reason,
+        "takes": TAKES[device.type].describe(),
         "note": UNTRIED if device.type == "cuda" else None,
     }
 

@@ -54,4 +54,5 @@ def test_a_failed_self_test_is_the_reason(card):
 
 def test_the_cpu_needs_no_second_test():
     (found,) = (d for d in doctor.examine()["devices"] if d["device"] == "cpu")
+    assert found["takes"].startswith("float32, bfloat16 and float16; head_dim multiples of 8")
     assert found["note"] is None and (found["backend"] == "cpu") == (found["reason"] is None)
