@@ -7,6 +7,8 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -31,13 +33,22 @@ def compiled(arch: int, kernel: Kernel) -> Code:
 
 
 def prepare(wanted: Iterable[tuple[int, Kernel]]) -> None:
-    """Compile what isn't there yet, several at once, in processes that know nothing of Triton's
-    interpreter."""
+    """Compile what isn't there yet, in a process of its own: this one may have Triton's interpreter,
+    and another folder called tests on its path (ComfyUI has one)."""
     missing = [job for job in dict.fromkeys(wanted) if not _path(*job).exists()]
     if missing:
-        fresh = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(len(missing), os.cpu_count() or 1), fresh) as pool:
-            list(pool.map(_compile, missing))
+        names = [f"{arch}:{kernel.name}" for arch, kernel in missing]
+        command = [sys.executable, "-m", "tests.ptx_machine.builds", *names]
+        subprocess.run(command, cwd=ROOT, check=True)
+
+
+def _compile_all(names: list[str]) -> None:
+    """Several at once; each name is ``arch:kernel``."""
+    kernels = {kernel.name: kernel for kernel in kernel_table.KERNELS}
+    jobs = [(int(arch), kernels[name]) for arch, name in (text.split(":") for text in names)]
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), fresh) as pool:
+        list(pool.map(_compile, jobs))
 
 
 def _compile(job: tuple[int, Kernel]) -> None:
@@ -70,3 +81,7 @@ def _key() -> str:
 def prepare_all(arch: int) -> None:
     """Compile every kernel of a card."""
     prepare((arch, kernel) for kernel in kernel_table.KERNELS if kernel.config(arch))
+
+
+if __name__ == "__main__":
+    _compile_all(sys.argv[1:])
