@@ -33,8 +33,8 @@ def compiled(arch: int, kernel: Kernel) -> Code:
 
 
 def prepare(wanted: Iterable[tuple[int, Kernel]]) -> None:
-    """Compile what isn't there yet, in a process of its own: this one may have Triton's interpreter,
-    and another folder called tests on its path (ComfyUI has one)."""
+    """Compile what isn't there yet, in a process of its own: this one may have Triton's
+    interpreter, and another folder called tests on its path (ComfyUI has one)."""
     missing = [job for job in dict.fromkeys(wanted) if not _path(*job).exists()]
     if missing:
         names = [f"{arch}:{kernel.name}" for arch, kernel in missing]
