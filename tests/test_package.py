@@ -4,6 +4,8 @@ import ast
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -34,6 +36,41 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     subprocess.run([*command, "-q", "-w", folder], check=True)
     (path,) = folder.glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+#: Compiles one of the CPU's kernels and has its code kept on disk.
+COMPILE = """
+import torch
+from comfyui_liteattention.backends.cpu.backend import _load_kernels, _pack
+
+packed = _pack(_load_kernels(), torch.zeros(1, 1, 64, 32), torch.zeros(1, 1, 64, 32))
+packed.task.do(0, 0, 0, 1)
+"""
+
+
+def test_uninstalling_leaves_nothing(wheel, tmp_path, monkeypatch):
+    """Also where kernels were compiled: the package can't be imported any more, not even as the
+    empty namespace that a folder with forgotten files is."""
+    pytest.importorskip("numba")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    environment = tmp_path / "environment"
+    venv.create(environment)
+    python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(asked, check=True, capture_output=True, text=True).stdout[:-1])
+    # torch and numba are those of this environment.
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", python, "-q"]
+    subprocess.run([*pip, "install", "--no-deps", wheel.filename], check=True)
+    subprocess.run([python, "-c", COMPILE], cwd=tmp_path, check=True)
+    assert list((packages / "comfyui_liteattention").rglob("*.pyc"))
+    if sys.platform != "darwin":  # there the cache is at home, wherever the test is
+        assert list((tmp_path / "cache" / "liteattention").rglob("*.pack-*.nbc"))
+    subprocess.run([*pip, "uninstall", "-y", "liteattention"], check=True)
+    assert [path.name for path in packages.iterdir()] == ["others.pth"]
 
 
 def test_the_wheel_holds_the_code_and_the_kernels(wheel):

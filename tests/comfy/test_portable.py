@@ -70,9 +70,9 @@ def alone(tree, tmp_path, monkeypatch):
     monkeypatch.setenv("COMFYUI_PATH", str(tree))
     monkeypatch.setenv("PYTHONPATH", str(OFFLINE))
     monkeypatch.setenv("OFFLINE_LOG", str(log))
-    # Who may write anywhere, such as root, would leave these in the folder.
+    # Who may write anywhere, such as root, would leave this in the folder.
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return log
 
 

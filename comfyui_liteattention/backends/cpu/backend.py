@@ -42,6 +42,7 @@ from ..base import (
 )
 from ..constraints import Constraints
 from ..pooled import audit_skipped
+from . import cache
 
 KERNELS = "_liteattention_cpu_kernels"
 CONSTRAINTS = Constraints(
@@ -174,9 +175,9 @@ def _load_kernels() -> Any:
 def _import_under_one_name() -> ModuleType:
     """``kernels``, always as the same module.
 
-    numba's disk cache lies beside the file but remembers the module's name, and ComfyUI imports
-    this package under another name than a script does. One thread runs the file, and others wait:
-    they would find a module in which half of the kernels are missing.
+    What numba keeps on disk remembers the module's name, and ComfyUI imports this package under
+    another name than a script does. One thread runs the file, and others wait: they would find a
+    module in which half of the kernels are missing.
     """
     with _importing:
         if KERNELS not in sys.modules:
@@ -186,7 +187,8 @@ def _import_under_one_name() -> ModuleType:
             module = importlib.util.module_from_spec(spec)
             sys.modules[KERNELS] = module
             try:
-                spec.loader.exec_module(module)
+                with cache.kept_apart():
+                    spec.loader.exec_module(module)
             except BaseException:
                 del sys.modules[KERNELS]
                 raise

@@ -59,12 +59,12 @@ LOWEST = np.float32(-126)
 def compiled(function: Callable[..., Any]) -> Any:
     """``njit`` that releases the GIL and keeps its code on disk where a folder can be written.
 
-    Only under the name that ``cpu.py`` gives this module: the cache remembers it.
+    Only under the name that ``backend.py`` gives this module: the cache remembers it.
     """
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
         return njit(cache=__name__ == "_liteattention_cpu_kernels", **options)(function)
-    except RuntimeError:  # neither the package's nor the user's cache folder can be written
+    except RuntimeError:  # no cache folder can be written
         return njit(**options)(function)
 
 
