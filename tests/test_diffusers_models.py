@@ -29,7 +29,7 @@ from comfyui_liteattention.integrations.diffusers.masks import Padding, tail_pad
 from comfyui_liteattention.integrations.diffusers.routes import ELSEWHERE
 from comfyui_liteattention.integrations.diffusers.trajectory import Moment, Trajectory, noise_levels
 from comfyui_liteattention.never_slower.rehearsal import forget_decisions
-from comfyui_liteattention.run import NOT_FINITE, NOT_FINITE_AGAIN
+from comfyui_liteattention.run import NOT_FINITE, NOT_FINITE_AGAIN, TIMED
 from comfyui_liteattention.tiles import TileShape
 from comfyui_liteattention.token_order import VideoTokens
 
@@ -166,6 +166,22 @@ def test_a_second_run_gives_the_same_bits(made, recorder):
     first = made.sample()
     assert session._session._mine.trajectory is None  # the run's state went with it
     assert torch.equal(made.sample(), first)
+
+
+def test_as_it_ships(made, recorder):
+    """These videos are too short, and nothing of ours comes near them. Where they are long enough,
+    the preset with all that belongs to it, its decision by the clock too, ends in a video."""
+    forget_decisions()
+    plain = made.sample()
+    session = lite.enable(made.target)
+    assert torch.equal(made.sample(), plain)
+    assert list(session.report().reasons) == ["short sequence (fewer than 2048 tokens)"]
+    session = lite.enable(made.target, min_tokens=0)
+    video = made.sample()
+    assert torch.isfinite(video).all() and video.shape == plain.shape
+    report = session.report()
+    assert report.settings.startswith("closeness=") and len(report.calls) >= 3
+    assert report.reasons[TIMED] == 3
 
 
 def test_disable_brings_the_plain_result_back(made, recorder):
