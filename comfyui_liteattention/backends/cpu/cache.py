@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 NAME = "liteattention"
@@ -32,10 +32,8 @@ def kept_apart() -> Iterator[None]:
 
     chosen = config.CACHE_DIR
     if not chosen:
-        try:
+        with suppress(RuntimeError):  # nobody's home is known
             config.CACHE_DIR = str(folder())
-        except RuntimeError:  # no home
-            pass
     try:
         yield
     finally:
