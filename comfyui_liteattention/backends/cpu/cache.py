@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 NAME = "liteattention"
 
@@ -28,8 +29,9 @@ def kept_apart() -> Iterator[None]:
     """numba asks for its cache folder when a function is decorated, and keeps to that: what is
     decorated in here is kept in our folder. A folder that the user has chosen (``NUMBA_CACHE_DIR``)
     stays, and where ours can't be made numba finds another by itself."""
-    from numba import config
+    import numba
 
+    config: Any = numba.config
     chosen = config.CACHE_DIR
     if not chosen:
         with suppress(RuntimeError):  # nobody's home is known
