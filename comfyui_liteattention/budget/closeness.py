@@ -47,11 +47,12 @@ class Expected(NamedTuple):
 
 
 def weights(levels: Sequence[float]) -> tuple[float, ...]:
-    """What a loss costs at each step between the falling noise ``levels`` (one more than steps).
+    """What a loss costs at each step between the noise ``levels`` (one more than steps). They fall,
+    or rise where a video is turned back into noise.
 
     What noise the run leaves, as the first of two experts does, another one removes, in as many
     steps."""
-    lengths = [max(before - after, 0.0) for before, after in pairwise(levels)]
+    lengths = [abs(before - after) for before, after in pairwise(levels)]
     grown = (1 + GROWTH * levels[-1] / len(lengths)) ** len(lengths)
     found = []
     for length in reversed(lengths):

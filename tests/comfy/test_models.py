@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from packaging.version import parse
+from recorder import TILE, Recorder
 from tiny_comfy import (
     CASES,
     HUNYUAN_CASE,
@@ -32,25 +33,10 @@ from comfyui_liteattention.tiles import TileShape
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-TILE = 16
 SIGMAS = [1.0, 0.7, 0.4, 0.0]
 BOLD = {"threshold": -1.0, "criterion": "gap", "ramp": 0, "audit": 0, "min_tokens": 0}
 BOLD["never_slower"] = False
 OVERRIDE = "optimized_attention_override"
-
-
-class Recorder(ReferenceBackend):
-    """Every tile gets the same score; remembers what was asked for."""
-
-    def __init__(self, score):
-        super().__init__(TileShape(TILE, TILE))
-        self.score = score
-        self.calls = []
-
-    def forward(self, call, lists=None, criterion=None):
-        self.calls.append((call.q, lists))
-        result = super().forward(call, lists, criterion)
-        return result._replace(score=torch.full_like(result.score, self.score))
 
 
 @pytest.fixture
