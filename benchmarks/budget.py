@@ -19,7 +19,7 @@ from benchmarks.demo_video import HELD_OUT, Case, DemoVideos, Moment
 from benchmarks.record import write_json
 from comfyui_liteattention.backends.base import Attended, Criterion, Inputs, Rows, some_of
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
-from comfyui_liteattention.budget.ledger import target
+from comfyui_liteattention.budget.ledger import MARGIN, allowance
 from comfyui_liteattention.policy import lost_mass
 from comfyui_liteattention.report.statistics import RunReport, loss_intervals
 from comfyui_liteattention.run import Run
@@ -106,7 +106,7 @@ def measure(videos: DemoVideos, case: Case, budget: float) -> tuple[dict[str, An
     }
     told = loss_intervals(report)
     within = [told[cell].low <= cells[cell] <= told[cell].high for cell in told]
-    aim = target(budget, settings.ramp, 1 / case.steps)
+    aim = MARGIN * allowance(budget, settings.ramp, 1 / case.steps)
     row = {
         "budget": budget,
         "seed": case.seed,

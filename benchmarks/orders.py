@@ -23,7 +23,7 @@ from benchmarks.record import write_json
 from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
-from comfyui_liteattention.budget.ledger import target
+from comfyui_liteattention.budget.ledger import MARGIN, allowance
 from comfyui_liteattention.report.compare import compare
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.token_order import Grid, compact_order
@@ -131,7 +131,7 @@ class Ordered:
         state = self._states.setdefault((at.layer, at.stream), fresh)
         position = (at.step + 1) / self._steps
         assert self._settings.budget is not None
-        aim = target(self._settings.budget, self._settings.ramp, position)
+        aim = MARGIN * allowance(self._settings.budget, self._settings.ramp, position)
         out, tally = attend(
             state, self._backend, Inputs(q, k, v, scale), self._settings, position, aim=aim
         )

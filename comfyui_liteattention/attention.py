@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import policy, tail
@@ -15,6 +18,27 @@ from .budget.ledger import PRIOR, enter_audit, open_ledger
 from .settings import Settings
 from .tiles import TileShape
 from .token_order import VideoTokens, arrange, take
+
+#: Whose tiles are whose: a conditioning, a context window, a row of a batch, a device, ...
+Stream = Hashable
+
+
+class Part(NamedTuple):
+    """What an attention call asks for one stream. ``video`` says which of the tokens are video;
+    None: all of them, on an unknown grid."""
+
+    stream: Stream
+    inputs: Inputs
+    video: VideoTokens | None = None
+
+
+def split(streams: Sequence[Stream], call: Inputs, video: VideoTokens | None) -> list[Part]:
+    """The equal parts of a batch, of a stream each."""
+    tensors = (t.chunk(len(streams)) for t in call[:3])
+    return [
+        Part(stream, call._replace(q=q, k=k, v=v), video)
+        for stream, q, k, v in zip(streams, *tensors, strict=True)
+    ]
 
 
 class Tally(NamedTuple):
@@ -50,6 +74,56 @@ class LayerState:
     calls: int = 0
     name: str = ""
     remaining: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Named(NamedTuple):
+    """The state of a layer and stream of so many tokens."""
+
+    layer: str
+    stream: str
+    tokens: int
+    state: LayerState
+
+
+class States:
+    """All skip state of one run, by layer, stream and shape of the queries ``[B, H, L, D]``: layers
+    and streams never share any. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._states: dict[tuple[str, Stream, torch.Size], LayerState] = {}
+        self._remaining: defaultdict[Hashable, dict[str, Tensor]] = defaultdict(dict)
+        self._numbers: dict[str, int] = {}
+
+    def of(self, layer: str, parts: Sequence[Part]) -> tuple[int, list[LayerState]]:
+        """The number of a layer, in the order of execution, and the state of each part of a call
+        of it."""
+        found = []
+        for stream, (q, *_), _ in parts:
+            remaining = self._remaining[stream, q.shape, q.device]
+            fresh = LayerState(name=layer, remaining=remaining)
+            found.append(self._states.setdefault((layer, stream, q.shape), fresh))
+        return self._numbers.setdefault(layer, len(self._numbers)), found
+
+    def named(self) -> list[Named]:
+        """All of them, the layers in the order of execution."""
+        found = [
+            Named(layer, str(stream), shape[2], state)
+            for (layer, stream, shape), state in self._states.items()
+        ]
+        return sorted(found, key=lambda one: self._numbers[one.layer])
+
+    def forget(self) -> None:
+        """Drop all state; the layers keep their numbers."""
+        self._states.clear()
+        self._remaining.clear()
+
+
+def all_tiles(part: Part, backend: Backend) -> Tally:
+    """Of a call that computes everything."""
+    q, k = part.inputs.q, part.inputs.k
+    tq, tk = backend.tile_shape(q.shape[3]).grid(q.shape[2], k.shape[2])
+    tiles = q.shape[0] * q.shape[1] * tq * tk
+    return Tally(tiles, tiles, None)
 
 
 def attend(

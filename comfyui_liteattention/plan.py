@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .budget.closeness import allowed_losses
-from .budget.ledger import allowance, target
+from .budget.ledger import MARGIN, allowance
 from .schedule import Progress
 from .settings import Settings
 
@@ -28,7 +28,8 @@ class Plan:
             done = progress.step + 1 if self.known else int(progress.position * steps)
             return self._losses[min(done, steps - 1)]
         if self.settings.budget is not None:
-            return target(self.settings.budget, self.settings.ramp, progress.position)
+            # Below what is allowed: what will be measured are samples.
+            return MARGIN * allowance(self.settings.budget, self.settings.ramp, progress.position)
         return None
 
     @property

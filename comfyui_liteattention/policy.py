@@ -25,6 +25,11 @@ def marks(settings: Settings, position: float) -> bool:
     return settings.skips and position > settings.warmup
 
 
+def first_marking_step(settings: Settings, steps: int) -> int:
+    """The first of so many steps whose calls can mark tiles."""
+    return sum(not marks(settings, (step + 1) / steps) for step in range(steps))
+
+
 def threshold_at(settings: Settings, position: float, key_tiles: int) -> float:
     """The score at or below which a tile is negligible, log2.
 

@@ -7,22 +7,21 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .attention import LayerState, Tally, attend
+from .attention import LayerState, Part, States, Stream, Tally, all_tiles, attend, split
 from .backends.base import Backend, Inputs, Provider
 from .backends.clock import stopwatch
 from .backends.kernel_selftest import lacks_memory
-from .never_slower.costs import Costs
 from .never_slower.pace import Pace, Timed
-from .never_slower.rehearsal import decided, rehearse
+from .never_slower.rehearsal import decided
 from .plan import Plan
-from .policy import marks
+from .policy import first_marking_step
 from .report.outcome import Outcome, Seen, extremes, look
-from .report.record import Named, Record
+from .report.record import Record
 from .report.statistics import RunReport, in_short
 from .schedule import Progress, assumed_levels, locate
 from .settings import Settings
@@ -30,7 +29,6 @@ from .token_order import VideoTokens
 
 log = logging.getLogger(__name__)
 
-Stream = Hashable
 NOT_FINITE = "the result was not finite (NaN or infinity): this layer stays dense for the run"
 NOT_FINITE_AGAIN = "results were not finite (NaN or infinity) again: switched off for this run"
 
@@ -38,33 +36,6 @@ DENSE_LAYER = "a layer of dense_layers: it stays dense, as asked"
 TIMED = "the first calls of a run are left to your own attention, which is timed"
 WAITING = "waiting: your own attention is still faster"
 OUT_OF_MEMORY = "not enough memory for LiteAttention on this device: switched off for this run"
-
-
-class Part(NamedTuple):
-    """What an attention call asks for one stream. ``video`` says which of the tokens are video;
-    None: all of them, on an unknown grid."""
-
-    stream: Stream
-    inputs: Inputs
-    video: VideoTokens | None = None
-
-
-def split(streams: Sequence[Stream], call: Inputs, video: VideoTokens | None) -> list[Part]:
-    """The equal parts of a batch, of a stream each."""
-    tensors = (t.chunk(len(streams)) for t in call[:3])
-    return [
-        Part(stream, call._replace(q=q, k=k, v=v), video)
-        for stream, q, k, v in zip(streams, *tensors, strict=True)
-    ]
-
-
-class _Key(NamedTuple):
-    layer: str
-    stream: Stream
-    batch: int
-    heads: int
-    length: int
-    head_dim: int
 
 
 class Run:
@@ -94,12 +65,11 @@ class Run:
         self._kind = kind
         self._lasting = lasting
         self._backends: dict[tuple[torch.device, int, torch.dtype], Backend | str] = {}
-        self._states: dict[_Key, LayerState] = {}
-        self._remaining: defaultdict[Hashable, dict[str, Tensor]] = defaultdict(dict)
+        self._states = States()
         self._failed: set[str] = set()
         self._stopped: str | None = None
-        self._layers: dict[str, int] = {}
-        self._paces: dict[torch.device, Pace] = {}
+        first = first_marking_step(settings, self.steps)
+        self._paces = defaultdict[torch.device, Pace](partial(Pace, self.steps, first))
         self._open: defaultdict[int, list[Outcome]] = defaultdict(list)  # by thread
         self._plan = Plan(settings, tuple(levels) or assumed_levels(self.steps), self.steps > 0)
         self._record = Record(self._plan, self.steps)
@@ -117,7 +87,7 @@ class Run:
         """A call of the model begins, at this step."""
         with self._lock:
             self._open.pop(threading.get_ident(), None)  # of a call that ended in an exception
-            self._record.begin_step(step, self._named())
+            self._record.begin_step(step, self._states.named())
 
     def end_call(self, step: int, seconds: float) -> bool:
         """The call of the model that began in this thread has returned after so long.
@@ -177,22 +147,26 @@ class Run:
         if self._stopped or layer in self._failed:
             self.decline(self._stopped or NOT_FINITE)
             return None
-        backend = self._provide(parts[0].inputs.q)
+        q = parts[0].inputs.q
+        kind = q.device, q.shape[3], q.dtype
+        backend = self._backends.get(kind) or self._provide(*kind)
         if isinstance(backend, str):
             self.decline(backend)
             return None
-        if self._enter(layer) in self.settings.dense_layers:
+        with self._lock:
+            number, states = self._states.of(layer, parts)
+        if number in self.settings.dense_layers:
             self.decline(DENSE_LAYER)
             return None
         try:
             timed = dense if self.settings.never_slower else None
             if timed and not self._takes_part(layer, progress, parts, backend, timed):
                 return None
-            stop = stopwatch(parts[0].inputs.q.device)
+            stop, position, aim = stopwatch(q.device), progress.position, self._plan.aim(progress)
             with self._lasting():
                 done = [
-                    self._attend(self._state(layer, part), backend, part, progress)
-                    for part in parts
+                    attend(state, backend, call, self.settings, position, video, aim)
+                    for state, (_, call, video) in zip(states, parts, strict=True)
                 ]
                 ends = [end for out, _ in done for end in extremes(out)]
         except RuntimeError as error:
@@ -201,15 +175,13 @@ class Run:
         self._leave(layer, progress, parts, [tally for _, tally in done], stop(), ends)
         return [out for out, _ in done]
 
-    def report(self) -> RunReport:
-        """What the run has done so far."""
-        with self._lock:
-            open_calls = [outcome for calls in self._open.values() for outcome in calls]
-            self._open.clear()
-        self._note(look(open_calls))
+    def report(self, maps: bool = True) -> RunReport:
+        """What the run has done, up to the last call of the model that has returned. Without its
+        maps that takes hardly any time, and nothing waits for a device."""
         with self._lock:
             notes = dict.fromkeys(pace.note for pace in self._paces.values() if pace.note)
-            return self._record.report(self.backend.name, self._named(), self._stopped, [*notes])
+            states = self._states.named() if maps else None
+            return self._record.report(self.backend.name, states, self._stopped, [*notes])
 
     def progress_text(self, step: int) -> str:
         """One line about the step that just ended, for people who are waiting."""
@@ -221,23 +193,19 @@ class Run:
     def finish(self) -> RunReport:
         """End the run: drop all state and return what is worth keeping. Never fails: a report must
         not cost anyone a finished video."""
+        with self._lock:  # of a call of the model that ended in an exception
+            outcomes = [outcome for calls in self._open.values() for outcome in calls]
         try:
+            self._note(look(outcomes))
             return self.report()
         except Exception as error:  # whatever a device or a driver throws by then
             log.warning("LiteAttention: no report of this run: %s", error)
             return self._record.remnant(self.backend.name, error)
         finally:
             with self._lock:
-                self._forget()
+                self._states.forget()
                 self._open.clear()
                 self._record.clear()
-
-    def _attend(
-        self, state: LayerState, backend: Backend, part: Part, progress: Progress
-    ) -> tuple[Tensor, Tally]:
-        aim = self._plan.aim(progress)
-        position = progress.position
-        return attend(state, backend, part.inputs, self.settings, position, part.video, aim)
 
     def _takes_part(
         self,
@@ -249,18 +217,14 @@ class Run:
     ) -> bool:
         """Whether a call is ours; if not, the user's own attention does it here and now."""
         device = parts[0].inputs.q.device
-        with self._lock:
-            pace = self._paces.setdefault(device, Pace(self.steps, self._first_step()))
-        tallies = [_all_tiles(part, backend) for part in parts]
+        tallies = [all_tiles(part, backend) for part in parts]
         tiles = sum(tally.total for tally in tallies)
-        if not pace.times:
-            with self._lock:
-                ours = pace.takes_part(_who(layer, parts), progress.step, tiles)
-            if ours:
+        with self._lock:
+            pace = self._paces[device]
+            who = layer, tuple(part.stream for part in parts)
+            if not pace.times and pace.takes_part(who, progress.step, tiles):
                 return True
-            self.decline(WAITING)
-        else:
-            self.decline(TIMED)
+        self.decline(TIMED if pace.times else WAITING)
         stop = stopwatch(device)
         dense()
         seconds = stop()
@@ -274,20 +238,16 @@ class Run:
     def _decide(self, pace: Pace, part: Part, backend: Backend) -> None:
         """Whether this run skips, and from which step on. The only place that waits for the device
         while a model runs, once in a process for each kind of call."""
-        q = part.inputs.q
-        tiles = _all_tiles(part, backend).total
 
         def ask(state: LayerState, position: float) -> Tally:
+            aim = self._plan.aim(Progress(int(position * max(self.steps - 1, 0)), position))
             with self._lasting():
-                at = Progress(int(position * max(self.steps - 1, 0)), position)
-                return self._attend(state, backend, part, at)[1]
+                call, video = part.inputs, part.video
+                return attend(state, backend, call, self.settings, position, video, aim)[1]
 
-        def measure() -> Costs:
-            dense = min(call.seconds() / call.tiles for call in reversed(pace.timed)) * tiles
-            return rehearse(ask, q.device).costs(dense)
-
-        kind = (self._kind, self.settings, self.backend.name, q.device, q.dtype, q.shape)
-        pace.decide(decided(kind, measure))
+        q, tiles = part.inputs.q, all_tiles(part, backend).total
+        kind = self._kind, self.settings, self.backend.name, q.device, q.dtype, q.shape
+        pace.decide(decided(kind, ask, pace.timed, tiles, q.device))
         if pace.reason is not None:
             self._stop(pace.reason)
 
@@ -317,9 +277,8 @@ class Run:
         with self._lock:
             for outcome, _, stats in calls:
                 self._record.add(stats)
-                device = outcome.extremes[0].device if outcome.extremes else None
-                if device in self._paces:
-                    pace = self._paces[device]
+                pace = self._paces.get(outcome.extremes[0].device) if outcome.extremes else None
+                if pace is not None:
                     computed = sum(call.computed for call in stats)
                     pace.settle((outcome.layer, outcome.streams), outcome.tiles, computed)
                     reason = reason or pace.reason
@@ -331,7 +290,7 @@ class Run:
         """Go on densely to the end of the run; the skip state is of no more use."""
         with self._lock:
             self._stopped = reason
-            self._forget()
+            self._states.forget()
         self.decline(reason)
 
     def _lacking(self, error: RuntimeError) -> None:
@@ -348,51 +307,10 @@ class Run:
             return
         with self._lock:
             self._failed.add(layer)
-            self._forget()
+            self._states.forget()
         self.decline(NOT_FINITE)
 
-    def _state(self, layer: str, part: Part) -> LayerState:
-        with self._lock:
-            key = _Key(layer, part.stream, *part.inputs.q.shape)
-            remaining = self._remaining[key._replace(layer=""), part.inputs.q.device]
-            return self._states.setdefault(key, LayerState(name=layer, remaining=remaining))
-
-    def _named(self) -> list[Named]:
-        """All states, the layers in the order of execution; the lock is held."""
-        found = [Named(k.layer, str(k.stream), k.length, s) for k, s in self._states.items()]
-        return sorted(found, key=lambda one: self._layers[one.layer])
-
-    def _forget(self) -> None:
-        """Drop all skip state; the lock is held."""
-        self._states.clear()
-        self._remaining.clear()
-
-    def _provide(self, q: Tensor) -> Backend | str:
-        """The backend for calls like this one, or why there is none: asked once for each kind."""
-        kind = (q.device, q.shape[3], q.dtype)
-        if kind not in self._backends:
-            self._backends[kind] = self.backend.provide(*kind)
-        return self._backends[kind]
-
-    def _enter(self, layer: str) -> int:
-        """Number of a layer, in the order of execution."""
-        with self._lock:
-            return self._layers.setdefault(layer, len(self._layers))
-
-    def _first_step(self) -> int:
-        """The first step whose calls can mark tiles."""
-        done = ((step + 1) / self.steps for step in range(self.steps))
-        return sum(not marks(self.settings, position) for position in done)
-
-
-def _who(layer: str, parts: Sequence[Part]) -> Hashable:
-    """Whose calls go on from one step to the next."""
-    return layer, tuple(part.stream for part in parts)
-
-
-def _all_tiles(part: Part, backend: Backend) -> Tally:
-    """Of a call that computes everything."""
-    q, k = part.inputs.q, part.inputs.k
-    tq, tk = backend.tile_shape(q.shape[3]).grid(q.shape[2], k.shape[2])
-    tiles = q.shape[0] * q.shape[1] * tq * tk
-    return Tally(tiles, tiles, None)
+    def _provide(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Backend | str:
+        """The backend for such calls, or why there is none: asked once for each kind."""
+        found = self.backend.provide(device, head_dim, dtype)
+        return self._backends.setdefault((device, head_dim, dtype), found)

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from numbers import Real
 from typing import TypedDict, get_args
 
@@ -106,12 +107,12 @@ class Settings:
         for name, problem in _problems(self):
             raise ValueError(f"LiteAttention: {name}={getattr(self, name)!r}: {problem}.")
 
-    @property
+    @cached_property
     def skips(self) -> bool:
         """Whether these settings can skip anything at all."""
         return self.measured or self.threshold > SAFEST
 
-    @property
+    @cached_property
     def measured(self) -> bool:
         """Whether the threshold follows from what is lost, as it is measured."""
         return self.closeness is not None or self.budget is not None

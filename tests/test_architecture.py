@@ -122,7 +122,7 @@ def test_every_script_of_the_kernels_can_be_imported(script, monkeypatch):
     spec.loader.exec_module(module)
 
 
-@pytest.mark.parametrize(("audit", "at_most"), [(4096, 80), (16, 95)])
+@pytest.mark.parametrize(("audit", "at_most"), [(4096, 60), (16, 80)])
 def test_one_call_of_attention_goes_through_few_of_ours(audit, at_most):
     """In the middle of a run with a budget, without an audited row and with some. Comprehensions
     don't count: newer Pythons make no calls of them."""
@@ -134,6 +134,7 @@ def test_one_call_of_attention_goes_through_few_of_ours(audit, at_most):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (2 * torch.randn(1, 2, 1024, 64, generator=generator) for _ in range(3))
     calls: list[str] = []
+    most: list[str] = []
 
     def note(frame, event, _):
         code = frame.f_code
@@ -151,7 +152,8 @@ def test_one_call_of_attention_goes_through_few_of_ours(audit, at_most):
             finally:
                 sys.setprofile(None)
             assert out is not None
+            most = max(most, calls, key=len).copy()
         assert run.end_call(at.step, 0.0)
     assert run.report().active
-    assert ("audit_skipped" in calls) == (audit == 16)
-    assert len(calls) <= at_most
+    assert ("audit_skipped" in most) == (audit == 16)
+    assert len(most) <= at_most, most

@@ -17,10 +17,10 @@ from comfyui_liteattention.budget.allocation import BINS, PER_LOG2
 from comfyui_liteattention.budget.ledger import (
     MARGIN,
     PRIOR,
+    allowance,
     enter_audit,
     lost_per_bound,
     open_ledger,
-    target,
 )
 from comfyui_liteattention.run import Run
 from comfyui_liteattention.settings import Settings
@@ -55,7 +55,7 @@ def some_scores(seed):
 @given(seed=st.integers(0, 10**6), allowed=st.floats(0, 2))
 def test_the_threshold_spends_what_is_allowed_and_no_more(seed, allowed):
     score, droppable = some_scores(seed)
-    limit = allocation.threshold(remaining(score, droppable), NO_OTHERS, allowed)
+    limit = allocation.score_limit(remaining(score, droppable), NO_OTHERS, allowed)
     spent = torch.where(droppable & (score <= limit), score.exp2(), 0).sum().double() / 36
     assert spent <= allowed * WITHIN_A_BIN + 1e-6
     # One bin more would be too much, unless everything went already.
@@ -68,12 +68,12 @@ def test_the_threshold_spends_what_is_allowed_and_no_more(seed, allowed):
 def test_scores_of_tiles_that_were_not_visited_cost_nothing():
     score = torch.linspace(-12, -0.1, 24).view(1, 1, 3, 8)
     everywhere = torch.ones_like(score, dtype=torch.bool)
-    limit = allocation.threshold(remaining(score, everywhere), NO_OTHERS, 0.02)
+    limit = allocation.score_limit(remaining(score, everywhere), NO_OTHERS, 0.02)
     assert -12 < limit < -0.1
     unvisited = torch.full((1, 1, 3, 5), -math.inf)
     wider = torch.cat([score, unvisited], -1)
     visited = torch.cat([everywhere, torch.zeros_like(unvisited, dtype=torch.bool)], -1)
-    assert allocation.threshold(remaining(wider, visited), NO_OTHERS, 0.02) == limit
+    assert allocation.score_limit(remaining(wider, visited), NO_OTHERS, 0.02) == limit
 
 
 @given(seed=st.integers(0, 10**6), aim=st.floats(1e-4, 0.5))
@@ -85,7 +85,7 @@ def test_layers_share_one_threshold_up_to_the_largest_share(seed, aim):
     ]
     lost = []
     for i, own in enumerate(layers):
-        limit = allocation.threshold(own, torch.stack(layers[:i] + layers[i + 1 :]), aim)
+        limit = allocation.score_limit(own, torch.stack(layers[:i] + layers[i + 1 :]), aim)
         gone = (torch.arange(-BINS, 0) / PER_LOG2) <= limit
         lost.append(own[0] + own[1:][gone].sum())
         assert lost[-1] <= allocation.LARGEST_SHARE * aim + 1e-9
@@ -95,16 +95,16 @@ def test_layers_share_one_threshold_up_to_the_largest_share(seed, aim):
 def test_a_layer_that_loses_little_leaves_its_share_to_the_others():
     score, droppable = some_scores(3)
     own, idle = remaining(score, droppable), remaining(score, torch.zeros_like(droppable))
-    alone = allocation.threshold(own, NO_OTHERS, 0.01)
-    assert allocation.threshold(own, own[None], 0.01) == alone  # twins share evenly
-    assert allocation.threshold(own, idle[None], 0.01) > alone
+    alone = allocation.score_limit(own, NO_OTHERS, 0.01)
+    assert allocation.score_limit(own, own[None], 0.01) == alone  # twins share evenly
+    assert allocation.score_limit(own, idle[None], 0.01) > alone
     idle[0] = 0.015
-    assert allocation.threshold(own, idle[None], 0.01) < alone
+    assert allocation.score_limit(own, idle[None], 0.01) < alone
 
 
-def test_the_mean_of_the_target_over_a_run_is_the_budget_with_its_margin():
+def test_the_mean_of_the_aim_over_a_run_is_the_budget_with_its_margin():
     for ramp in (0.0, 1.0, 2.0):
-        targets = [target(0.01, ramp, (t + 0.5) / 1000) for t in range(1000)]
+        targets = [MARGIN * allowance(0.01, ramp, (t + 0.5) / 1000) for t in range(1000)]
         assert sum(targets) / 1000 == pytest.approx(0.01 * MARGIN, rel=1e-3)
         assert targets == sorted(targets)
 
@@ -222,9 +222,10 @@ def test_the_loss_goes_where_it_saves_most_and_is_held():
         for layer, qkv in zip(layers, inputs, strict=True):
             for stream in ("cond", "uncond"):
                 run.attend(layer, [stream], run.locate(sigmas[t]), Inputs(*qkv, 32**-0.5))
-    assert [set(remaining) for remaining in run._remaining.values()] == [set(layers)] * 2
+    shared = {id(one.state.remaining): set(one.state.remaining) for one in run._states.named()}
+    assert list(shared.values()) == [set(layers)] * 2
     report = run.finish()
-    assert not run._remaining
+    assert not run._states.named()
     computed, lost = [], []
     for i, layer in enumerate(layers):
         calls = [call for call in report.calls if call.layer == layer]

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 import comfyui_liteattention as lite
 from comfyui_liteattention.integrations.diffusers import session
 from comfyui_liteattention.integrations.diffusers.families import FAMILIES
+from comfyui_liteattention.report import record
 from comfyui_liteattention.report.statistics import CallStats, RunReport, mean_lost
 from comfyui_liteattention.report.table import chosen_layers, grouped, text_table
 
@@ -69,6 +70,22 @@ def test_the_progress_bar_says_what_is_skipped(pipe, monkeypatch):
 
 def warnings_of(caplog):
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+def test_the_progress_bar_costs_no_maps(pipe, monkeypatch):
+    """Nor does the status: nothing is brought from the device for a line of text."""
+    made, shown = [], []
+    monkeypatch.setattr(record, "_maps", lambda states: made.append(states) or ())
+    handle = lite.enable(pipe, **BOLD)
+
+    def look(*given):
+        shown.append((handle.status, len(made)))
+        return handle.callback(*given)
+
+    run(pipe, callback_on_step_end=look)
+    assert "% of the tiles skipped" in shown[-2][0]
+    assert [count for _, count in shown] == [0, 0, 0, 1]  # for the report, when the run ends
+    assert len(made) == 1
 
 
 def test_a_warning_where_nothing_can_be_done(pipe, caplog, monkeypatch):

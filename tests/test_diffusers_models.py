@@ -231,6 +231,22 @@ def test_a_result_that_is_not_finite_is_never_passed_on(monkeypatch, cached):
     assert session.report().stopped == NOT_FINITE_AGAIN
 
 
+def test_nor_is_the_last_one_of_a_run(recorder):
+    """The state of the run goes with it."""
+
+    def broken(*args, **kwargs):
+        result = ReferenceBackend.forward(recorder, *args, **kwargs)
+        last = session._session._mine.trajectory.complete
+        return result._replace(out=result.out * torch.nan) if last else result
+
+    torch.manual_seed(0)
+    made = hunyuan_video()
+    session = lite.enable(made.target, **BOLD)
+    recorder.forward = broken
+    assert torch.isfinite(made.sample()).all()
+    assert session.report().reasons.keys() == {NOT_FINITE}
+
+
 def test_a_loop_of_ones_own_with_the_settings_as_they_ship(recorder):
     """Nothing says how many steps there will be."""
     forget_decisions()

@@ -12,6 +12,7 @@ from comfyui_liteattention.attention import LayerState, attend
 from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.never_slower import rehearsal
 from comfyui_liteattention.never_slower.costs import Costs
 from comfyui_liteattention.never_slower.rehearsal import forget_decisions
 from comfyui_liteattention.report.outcome import extremes
@@ -290,7 +291,7 @@ def costs(monkeypatch):
 
     def known(full):
         found = Costs(full, 0.0, 0.5, 0.2)
-        monkeypatch.setattr(run_module, "decided", lambda kind, measure: found)
+        monkeypatch.setattr(run_module, "decided", lambda *_: found)
 
     return known
 
@@ -406,9 +407,9 @@ def test_the_same_seed_gives_the_same_bits_in_the_first_run_and_later():
 def test_it_is_measured_once_in_a_process_for_each_kind_of_call(monkeypatch):
     forget_decisions()
     rehearsed = []
-    real = run_module.rehearse
+    real = rehearsal.rehearse
     monkeypatch.setattr(
-        run_module, "rehearse", lambda *given: rehearsed.append(given) or real(*given)
+        rehearsal, "rehearse", lambda *given: rehearsed.append(given) or real(*given)
     )
     settings = Settings(threshold=-4.0, min_tokens=0)
     for kind in ("a", "a", "b"):
@@ -511,6 +512,7 @@ def test_a_report_costs_nobody_the_video(monkeypatch):
         raise torch.OutOfMemoryError("no room for a map")
 
     monkeypatch.setattr("comfyui_liteattention.report.record.share_of_heads", broken)
+    assert run.sound()
     report = run.report()
     assert report.maps == ()
     assert report.active

@@ -115,9 +115,9 @@ def whole_call(provider: Provider, call: Inputs, live: Tensor) -> Call:
     video, bits = VideoTokens(grid_of(call.q.shape[2])), pack(live)
 
     def again() -> Tensor:
-        for state in run._states.values():
-            assert state.live is not None
-            state.live.copy_(bits)  # else it would be what the last call made of it
+        for layer in run._states.named():
+            assert layer.state.live is not None
+            layer.state.live.copy_(bits)  # else it would be what the last call made of it
         out = run.attend("layer", ["positive"], Progress(4, 0.5), call, video)
         assert out is not None, f"the run went on densely: {run.report().reasons}"
         return out

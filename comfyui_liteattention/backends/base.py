@@ -177,7 +177,7 @@ class TileMap(Protocol):
         ...
 
     def next_live(
-        self, live: Tensor | None, score: Tensor, threshold: float | Tensor, pinned: Tensor
+        self, live: Tensor | None, score: Tensor, limit: float | Tensor, pinned: Tensor
     ) -> Tensor:
         """:func:`.tile_map.next_live`."""
         ...

@@ -1,7 +1,7 @@
 """How the allowed loss is shared out over layers: it goes where it saves the most tiles.
 
 Rate-distortion at equal slope, where the rate is tiles computed and the distortion the bound on
-their mass: one threshold for all layers of a stream, so that the tiles with the lowest scores go
+their mass: one limit for all layers of a stream, so that the tiles with the lowest scores go
 first, whichever layer has them. It is as high as the loss expected of all layers allows. A layer
 chooses when it is called; the others then count with what their last call left. Pure functions;
 tensors stay on their device, nothing waits.
@@ -90,7 +90,7 @@ def choose(
     ratio = lost_per_bound(ledger, start)
     bound = ledger[:1]
     theirs = torch.stack([*others]) if others else held.new_empty(0, 1 + BINS)
-    limit = threshold(torch.cat([ratio * bound, ratio * held]), theirs, aim)
+    limit = score_limit(torch.cat([ratio * bound, ratio * held]), theirs, aim)
     gone = torch.arange(-BINS, 0, device=held.device).float() / PER_LOG2 <= limit
     bound = bound + torch.where(gone, held, 0).sum()
     remaining = torch.cat([ratio * bound, (ratio * held).masked_fill(gone, 0)])
@@ -103,12 +103,13 @@ def choose(
     )
 
 
-def threshold(own: Tensor, others: Tensor, aim: float) -> Tensor:
+def score_limit(own: Tensor, others: Tensor, aim: float) -> Tensor:
     """Score ``[]`` up to which tiles go so that the layers lose at most ``aim`` on average, and
     this one no more than its largest share. ``own [1 + BINS]``, ``others [N, 1 + BINS]``."""
     total = own + others.sum(0)
-    together = _up_to(total[1:]) <= (len(others) + 1) * aim - total[0]
-    alone = _up_to(own[1:]) <= LARGEST_SHARE * aim - own[0]
+    together, alone = _up_to(torch.stack([total[1:], own[1:]]))
+    together = together <= (len(others) + 1) * aim - total[0]
+    alone = alone <= LARGEST_SHARE * aim - own[0]
     fits = (together & alone).sum()
     # Everything below the first bin that doesn't fit.
     below = torch.full((), -torch.inf, dtype=torch.float32, device=own.device)
@@ -126,7 +127,7 @@ def overspent(own: Tensor, others: Tensor, aim: float) -> Tensor:
 
 
 def _up_to(left: Tensor) -> Tensor:
-    """Sums of the bins up to each, ``[BINS]``. (As ``cumsum``, which on a card adds up in another
-    order every time.)"""
+    """Sums of the bins up to each, ``[..., BINS]``. (As ``cumsum``, which on a card adds up in
+    another order every time.)"""
     bins = torch.arange(BINS, device=left.device)
-    return torch.where(bins <= bins.unsqueeze(1), left, 0).sum(1)
+    return torch.where(bins <= bins.unsqueeze(1), left.unsqueeze(-2), 0).sum(-1)

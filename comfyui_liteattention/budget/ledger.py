@@ -45,8 +45,3 @@ def allowance(budget: float, ramp: float, position: float) -> float:
     """Lost mass allowed when ``position`` (0..1] of the run is done; its mean over the run is
     ``budget``. Strict at first: errors made early travel furthest."""
     return budget * (ramp + 1) * position**ramp
-
-
-def target(budget: float, ramp: float, position: float) -> float:
-    """Lost mass aimed at: the allowance with a margin."""
-    return MARGIN * allowance(budget, ramp, position)

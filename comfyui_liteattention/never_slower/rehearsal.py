@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
 from ..attention import LayerState, Tally
 from ..backends.clock import stopwatch
 from .costs import Costs, Rehearsal
+from .pace import Timed
+
+#: Makes a call of ours with a state, at a position in the run, for the same tokens each time.
+Ask = Callable[[LayerState, float], Tally]
 
 
-def rehearse(ask: Callable[[LayerState, float], Tally], device: torch.device) -> Rehearsal:
-    """What calls of ours take in the course of a run: ``ask`` makes one with a state and a position
-    in the run, for the same tokens each time. Waits for the device."""
+def rehearse(ask: Ask, device: torch.device) -> Rehearsal:
+    """What calls of ours take in the course of a run. Waits for the device."""
     state = LayerState()
     ask(state, 0.5)  # also loads and prepares what the following calls need
     half = ask(state, 1.0)
@@ -36,12 +39,17 @@ _decided: dict[Hashable, Costs] = {}
 _deciding = threading.Lock()
 
 
-def decided(key: Hashable, measure: Callable[[], Costs]) -> Costs:
-    """The costs of calls of this kind, measured when they are first asked for in this process."""
+def decided(
+    kind: Hashable, ask: Ask, timed: Sequence[Timed], tiles: int, device: torch.device
+) -> Costs:
+    """The costs of calls of this kind, rehearsed when they are first asked for in this process.
+    ``ask``: see :func:`rehearse`, for calls of so many ``tiles``; ``timed``: calls that the user's
+    own attention did."""
     with _deciding:
-        if key not in _decided:
-            _decided[key] = measure()
-        return _decided[key]
+        if kind not in _decided:
+            dense = min(call.seconds() / call.tiles for call in reversed(timed)) * tiles
+            _decided[kind] = rehearse(ask, device).costs(dense)
+        return _decided[kind]
 
 
 def forget_decisions() -> None:

@@ -6,24 +6,14 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
-from ..attention import LayerState
+from ..attention import Named
 from ..plan import Plan
 from ..settings import describe
 from .map_history import MapHistory, share_of_heads
 from .statistics import CallStats, MapStats, RunReport, fraction, mean_lost, saving
 
 log = logging.getLogger(__name__)
-
-
-class Named(NamedTuple):
-    """The state of a layer and stream of so many tokens."""
-
-    layer: str
-    stream: str
-    tokens: int
-    state: LayerState
 
 
 class Record:
@@ -101,9 +91,14 @@ class Record:
         )
 
     def report(
-        self, backend: str, states: Iterable[Named], stopped: str | None, notes: Sequence[str]
+        self,
+        backend: str,
+        states: Iterable[Named] | None,
+        stopped: str | None,
+        notes: Sequence[str],
     ) -> RunReport:
-        """What the run did, on ``backend``; ``states``: what is left of it."""
+        """What the run did, on ``backend``; ``states``: what is left of it, None for a report
+        without maps."""
         return RunReport(
             settings=describe(self._plan.settings),
             backend=backend,
@@ -112,8 +107,8 @@ class Record:
             step_seconds=dict(self._step_seconds),
             calls=tuple(self._calls),
             reasons=dict(self.reasons),
-            maps=_maps(states),
-            history=self._history.maps(),
+            maps=() if states is None else _maps(states),
+            history=() if states is None else self._history.maps(),
             allowed=self._plan.allowed,
             levels=self._plan.levels,
             stopped=stopped,

@@ -18,7 +18,7 @@ from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.gpu.kernel_table import TILE
 from comfyui_liteattention.backends.gpu.tile_map import TileMapKernels
 from comfyui_liteattention.backends.pooled import audit_skipped
-from comfyui_liteattention.budget.ledger import target
+from comfyui_liteattention.budget.ledger import MARGIN, allowance
 from comfyui_liteattention.report.outcome import extremes
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.token_order import VideoTokens
@@ -88,7 +88,7 @@ def count(monkeypatch):
                 launches.counts.clear()
                 with launches:
                     position = (step + 1) / 4
-                    aim = target(0.03, 2.0, position)
+                    aim = MARGIN * allowance(0.03, 2.0, position)
                     out, _ = attend(
                         layer, backend, Inputs(*rows, 0.125), settings, position, video, aim
                     )

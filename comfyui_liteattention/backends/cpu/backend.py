@@ -16,7 +16,7 @@ import importlib.util
 import math
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -112,8 +112,7 @@ class CpuBackend:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for first in range(0, every, at_once):
                 heads = range(first, min(first + at_once, every))
-                _run_all(pool, heads, packed.task)
-                _run_all(pool, heads, *tasks)
+                _run_all(pool, heads, [packed.task], tasks)
         return list(results)
 
     def add_skipped(self, kept: Attended, skipped: Skipped, factor: Tensor) -> None:
@@ -147,8 +146,7 @@ class CpuBackend:
             )
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            _run_all(pool, range(b * h), packing)
-            _run_all(pool, range(b * h), Task(add, live.shape[2]))
+            _run_all(pool, range(b * h), [packing], [Task(add, live.shape[2])])
 
     def audit_skipped(
         self, kept: Attended, skipped: Skipped, full: Attended, audited: range
@@ -244,6 +242,8 @@ def _call(
     (q, k, _, scale, order), lists, criterion = made
     keys, values, _ = packed
     b, h, lq, d = q.shape
+    if order is not None:
+        check_order(order, lq)
     tq, tk = -(-lq // kernels.TILE), keys.shape[1]
     counts, index = _list_arrays(lists, (b, h, tq, tk))
     out = empty_out(q)
@@ -291,10 +291,8 @@ def _arrays(one: Tensor, other: Tensor) -> tuple[Any, Any]:
 
 def _query_order(order: Tensor | None, lq: int) -> Any:
     """``[Lq]`` int64: the query of each row of the map."""
-    if order is None:
-        return torch.arange(lq, device="cpu").numpy()
-    check_order(order, lq)
-    return order.contiguous().numpy()
+    rows = torch.arange(lq, device="cpu") if order is None else order.contiguous()
+    return rows.numpy()
 
 
 def _list_arrays(lists: TileLists | None, shape: tuple[int, int, int, int]) -> tuple[Any, Any]:
@@ -314,15 +312,17 @@ def _list_arrays(lists: TileLists | None, shape: tuple[int, int, int, int]) -> t
     return counts.numpy(), index.numpy()
 
 
-def _run_all(pool: ThreadPoolExecutor, heads: range, *tasks: Task) -> None:
-    """All tasks for all heads in parallel, in more parts than there are threads; errors surface."""
+def _run_all(pool: ThreadPoolExecutor, heads: range, *stages: Sequence[Task]) -> None:
+    """One stage after the other; the tasks of a stage for all heads in parallel, in more parts than
+    there are threads. Errors surface."""
     parts = 4 * torch.get_num_threads()
-    jobs = [
-        pool.submit(task.do, slot, head, start, min(start + size, task.length))
-        for task in tasks
-        for size in (-(-task.length // parts),)
-        for slot, head in enumerate(heads)
-        for start in range(0, task.length, size)
-    ]
-    for job in jobs:
-        job.result()
+    for tasks in stages:
+        jobs = [
+            pool.submit(task.do, slot, head, start, min(start + size, task.length))
+            for task in tasks
+            for size in (-(-task.length // parts),)
+            for slot, head in enumerate(heads)
+            for start in range(0, task.length, size)
+        ]
+        for job in jobs:
+            job.result()

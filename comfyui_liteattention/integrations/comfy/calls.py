@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...attention import Part, split
 from ...backends.base import Inputs
 from ...eligibility import CROSS_ATTENTION, dense_reason
-from ...run import Part, Run, split
+from ...run import Run
 from ...schedule import Progress
 from .families import Form, FormOrReason, at_the_call
 from .layers import LayerCalls

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...attention import Part
 from ...backends.base import Inputs
 from ...eligibility import CROSS_ATTENTION, dense_reason
-from ...run import Part, Run
+from ...run import Run
 from ...schedule import Progress
 from ...token_order import VideoTokens, arrange_part, put, take
 
@@ -97,8 +98,9 @@ class TransformerCall:
 
     def end(self, seconds: float) -> bool:
         """The transformer returned; see :meth:`.Run.end_call`."""
+        sound = self._run.end_call(self._place.progress.step, seconds)
         self._end()
-        return self._run.end_call(self._place.progress.step, seconds)
+        return sound
 
     def _attend(
         self,

@@ -39,7 +39,7 @@ class Handle:
     @property
     def status(self) -> str:
         """One line: what is enabled, or what the last run did, or the one that is going on."""
-        report = self.report()
+        report = self._session.report(maps=False)
         if report is not None:
             return status_line(report)
         if self._session.idle:
@@ -57,7 +57,7 @@ class Handle:
     def summary(self, everything: bool = False) -> str:
         """The report as text, and why transformers stay dense. Of many layers and steps those that
         lose most and least are listed, and groups; or ``everything``."""
-        report = self.report()
+        report = self._session.report(maps=False)
         lines = [self.status if report is None else text_table(report, everything)]
         if not self._session.idle:
             lines += [f"{name} stays dense: {why}" for name, why in self.declined.items()]
@@ -77,7 +77,7 @@ class Handle:
     ) -> dict[str, Any]:
         """For ``callback_on_step_end``: shows on the pipeline's progress bar what is skipped and
         saved so far."""
-        report = self.report()
+        report = self._session.report(maps=False)
         if report is not None:
             progress_bar.annotate(so_far(report))
         return callback_kwargs

@@ -131,11 +131,12 @@ class Session:
         self.declined[name] = reason
         log.warning("LiteAttention: %s stays dense: %s", name, reason)
 
-    def report(self) -> RunReport | None:
-        """Figures of the run that is going on, this thread's first, or of the last one."""
+    def report(self, maps: bool = True) -> RunReport | None:
+        """Figures of the run that is going on, this thread's first, or of the last one. Without
+        ``maps`` they cost next to nothing."""
         others = sorted(self._trajectories, key=lambda one: one.started, reverse=True)
         for trajectory in (self._mine.trajectory, *others):
-            report = None if trajectory is None else trajectory.report()
+            report = None if trajectory is None else trajectory.report(maps)
             if report is not None:
                 return report
         return self.last

@@ -163,19 +163,17 @@ class Trajectory:
         falls = all(before > after for before, after in pairwise(listed))
         return (*listed[-steps:], 0.0) if falls and 0 < steps <= len(listed) else ()
 
-    def report(self) -> RunReport | None:
-        """What all transformers did so far; None if none was asked."""
-        reports = [run.report() for run in list(self.runs.values())]
+    def report(self, maps: bool = True) -> RunReport | None:
+        """What all transformers did so far, see :meth:`.Run.report`; None if none was asked."""
+        reports = [run.report(maps) for run in list(self.runs.values())]
         return merged(reports) if reports else None
 
     def finish(self) -> RunReport | None:
         """The last report; all state is dropped."""
-        report = self.report()
-        for run in self.runs.values():
-            run.finish()
+        reports = [run.finish() for run in self.runs.values()]
         self.runs.clear()
         self.over = True
-        return report
+        return merged(reports) if reports else None
 
     def _locate(self, now: Moment, visits: int) -> Progress:
         if now.step is not None and now.steps:
