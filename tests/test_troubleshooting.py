@@ -77,6 +77,8 @@ def expressions(tree: ast.Module) -> Iterator[ast.AST]:
                         yield inner.value
             case ast.Call(func=ast.Attribute(attr=name), args=[first, *_]) if name in TAKERS:
                 yield first
+            case ast.Call(func=ast.Name(id="unsupported"), args=[first]):
+                yield first
             case ast.Raise(exc=ast.Call(func=ast.Name(id=name), args=[first])) if name in ERRORS:
                 yield first
             case ast.Assign(targets=targets, value=value):
@@ -120,5 +122,6 @@ def test_reasons_are_found():
     assert len(found["integrations/diffusers/parallel.py"]) == 6
     assert len(found["integrations/comfy/families/__init__.py"]) == 2
     assert len(found["integrations/comfy/families/lightricks.py"]) == 2
+    assert len(found["integrations/comfy/families/wan.py"]) == 2
     assert any("numba is not installed" in reason for reason in found["backends/cpu/backend.py"])
     assert any("CUDA driver error" in reason for reason in found["backends/gpu/driver.py"])

@@ -48,7 +48,7 @@ function translated(text) {
   const indent = text.match(/^\s*/)[0];
   const bare = text.trim();
   // A list whose parts are known is read part by part; else "..." might take several of them.
-  const list = listed(bare);
+  const list = headings(bare) ?? listed(bare);
   if (list !== null) return indent + list;
   return indent + (known(bare) ?? bare);
 }
@@ -61,6 +61,24 @@ function known(text) {
     return chinese.replaceAll("...", () => values.shift());
   }
   return null;
+}
+
+// The heads of a table's columns, each ending where it did: the numbers below stay where they are.
+function headings(text) {
+  const cells = [...text.matchAll(/\S+(?: \S+)*/g)];
+  const words = cells.map(([cell]) => known(cell));
+  if (cells.length < 2 || words[0] === null) return null;
+  let line = words[0];
+  cells.slice(1).forEach(({ 0: cell, index }, i) => {
+    const word = words[i + 1] ?? cell;
+    line += " ".repeat(Math.max(1, index + cell.length - columns(line) - columns(word))) + word;
+  });
+  return line;
+}
+
+// How many columns of a font of one width a text takes: Chinese letters take two.
+function columns(text) {
+  return [...text].reduce((sum, letter) => sum + (letter > "\u2e80" ? 2 : 1), 0);
 }
 
 function listed(text) {

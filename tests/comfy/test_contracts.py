@@ -306,6 +306,17 @@ def test_mixed_dtypes_are_declined(setup):
     assert not run.finish().calls
 
 
+def test_a_layer_whose_dtype_changes_on_the_way(setup):
+    run, override = setup
+    tensors = torch.randn(3, 1, 200, HEADS * SIZE)
+    for given in (tensors, tensors.bfloat16(), tensors):
+        out = call_plain(override, never, *given, transformer_options={})
+        assert out.dtype == given.dtype
+        want = expected(*given).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(out, want, rtol=0.05, atol=0.05)
+    assert len(run.finish().calls) == 3
+
+
 def test_the_attention_that_a_checkpoint_asks_for_is_kept(comfy):
     """Newer versions drop it where there is an override, as long as it is ours alone."""
     from comfyui_liteattention.backends import backend_for

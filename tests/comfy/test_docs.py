@@ -5,7 +5,12 @@ import re
 import urllib.request
 
 import pytest
+import torch
 
+from comfyui_liteattention.report.compare import compare
+from comfyui_liteattention.report.compare import text_table as compare_table
+from comfyui_liteattention.report.statistics import CallStats, RunReport
+from comfyui_liteattention.report.table import text_table as report_table
 from demo.comfy_server import REPOSITORY
 
 NODES = (
@@ -136,3 +141,19 @@ def test_what_a_node_says_is_known_in_chinese():
     ):
         for part in text.removeprefix("step 3/20: ").split(", "):
             assert any(re.fullmatch(pattern, part) for pattern in patterns), part
+
+
+def test_tables_and_notes_are_known_in_chinese():
+    """The heads of the columns, and the lines around them."""
+    words = json.loads((WEB / "zh.json").read_text(encoding="utf-8"))
+    patterns = [re.escape(english).replace(r"\.\.\.", "(.+)") for english in words]
+    calls = tuple(CallStats(step, "0", "positive", 64, 5, 9, 0.1, 0.2, 0.5) for step in (0, 1))
+    seconds = {0: 1.0, 1: 1.0}
+    report = RunReport("balanced", "cpu", 2, 2.0, seconds, calls, {}, (), dense_rate=0.1)
+    video = torch.rand(2, 16, 16, 3)
+    for table in (report_table(report), compare_table(compare(video, video.flip(0)))):
+        heads = [line for line in table.split("\n") if line[:1].isalpha() and "  " in line]
+        assert heads
+        cells = {cell for line in heads for cell in re.split(r" {2,}", line)}
+        unknown = {c for c in cells if not any(re.fullmatch(p, c) for p in patterns)}
+        assert {c for c in unknown if not c[0].isdigit()} <= {"PSNR", "SSIM", "LPIPS"}

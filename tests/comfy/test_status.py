@@ -55,6 +55,18 @@ def test_each_report_tells_of_the_run_that_made_its_latent(server, twice):
         assert steps_of(again, node) == steps
 
 
+def test_the_report_behind_a_loop_tells_of_its_last_turn(server, small):
+    """ComfyUI puts other nodes in a loop's place, which are nowhere in the graph."""
+    sampler, report = find(small, SAMPLER), find(small, REPORT)
+    given = small[sampler]["inputs"]
+    loop = {name: given[name] for name in ("model", "positive", "negative")}
+    loop |= {"latent": given["latent_image"], "turns": 3}
+    small[sampler] = {"class_type": "TinyLoop", "inputs": loop}
+    finished = server.run(small)
+    assert finished.error is None
+    assert steps_of(finished, report) == 5
+
+
 def test_a_report_behind_a_bypassed_node_shows_nothing_of_the_run_before(server, small):
     report = find(small, REPORT)
     assert server.run(small).outputs[report]["images"]

@@ -14,6 +14,7 @@ sys.path += [str(TESTS / "tiny"), str(TESTS.parent)]
 import comfy.model_patcher  # noqa: E402
 import tiny_comfy  # noqa: E402
 import torch  # noqa: E402
+from comfy_execution.graph_utils import GraphBuilder  # noqa: E402
 
 NAMES = list(tiny_comfy.SAMPLED)
 
@@ -63,6 +64,29 @@ class TinyLatent:
         return ({"samples": torch.zeros(batch, channels, *size)},)
 
 
+class TinyLoop:
+    """Samples ``turns`` times, each time from what came out, by nodes that it puts in its place."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "expand"
+    CATEGORY = "LiteAttention/tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        required = {name: (name.upper(),) for name in ("model", "latent")}
+        required |= dict.fromkeys(("positive", "negative"), ("CONDITIONING",))
+        return {"required": required | {"turns": ("INT",)}}
+
+    def expand(self, model, latent, positive, negative, turns):
+        graph = GraphBuilder()
+        for turn in range(turns):
+            given = dict(model=model, positive=positive, negative=negative, latent_image=latent)
+            how = dict(seed=turn, steps=3 + turn, cfg=3.0, denoise=1.0)
+            how |= dict(sampler_name="euler", scheduler="simple")
+            latent = graph.node("KSampler", **given, **how).out(0)
+        return {"result": (latent,), "expand": graph.finalize()}
+
+
 class Leftovers:
     """How many objects of LiteAttention's runs are still in the server's memory, by class."""
 
@@ -86,5 +110,5 @@ class Leftovers:
         return {"ui": {"leftovers": [found]}}
 
 
-NODES = (TinyModel, TinyText, TinyLatent, Leftovers)
+NODES = (TinyModel, TinyText, TinyLatent, TinyLoop, Leftovers)
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}
