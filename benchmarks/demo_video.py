@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -67,7 +68,8 @@ Attend = Callable[[Moment, Tensor, Tensor, Tensor, float], Tensor]
 
 class Sampled(NamedTuple):
     """``video [F, H, W, 3]`` in 0..1; the other fields are over the whole run: tiles computed over
-    all tiles, mean measured lost mass, seconds; the report is LiteAttention's."""
+    all tiles, mean measured lost mass (NaN: none was measured), seconds; the report is
+    LiteAttention's."""
 
     video: Tensor
     computed: float
@@ -92,11 +94,20 @@ class DemoVideos:
         return Sampled(video, 1.0, 0.0, seconds)
 
     def lite(self, case: Case, settings: Settings) -> Sampled:
-        with lite.enabled(self.pipe, **_choices(settings)) as handle:
+        """With ``settings``, skipping to the end, however busy the machine is."""
+        return self._enabled(case, _choices(settings) | {"never_slower": False})
+
+    def shipped(self, case: Case, preset: str) -> Sampled:
+        """With a preset, as users have it."""
+        return self._enabled(case, {"preset": preset})
+
+    def _enabled(self, case: Case, choices: dict[str, Any]) -> Sampled:
+        with lite.enabled(self.pipe, **choices) as handle:
             video, seconds = self._sample(case)
             report = handle.report()
-        assert report is not None and report.lost_mass_mean is not None
-        return Sampled(video, report.computed_fraction, report.lost_mass_mean, seconds, report)
+        assert report is not None
+        lost = math.nan if report.lost_mass_mean is None else report.lost_mass_mean
+        return Sampled(video, report.computed_fraction, lost, seconds, report)
 
     def rival(self, case: Case, rival: Rival) -> Sampled:
         tally: list[tuple[float, float]] = []
@@ -154,15 +165,15 @@ def _routed(transformer: Any, attend: Attend) -> Iterator[None]:
             return True
 
     layers = [f"blocks.{i}.attn1" for i in range(len(transformer.blocks))]
-    register_backend()
     hook = TransformerHook(
         transformer, layers, ["WanAttnProcessor"], lambda _, context: Call(context), _nothing
     )
+    register_backend(hook)
     try:
         yield
     finally:
         hook.remove()
-        unregister_backend()
+        unregister_backend(hook)
 
 
 def _audit(call: int, q: Tensor, k: Tensor, v: Tensor, scale: float, live: Tensor) -> float:
@@ -177,12 +188,11 @@ def _audit(call: int, q: Tensor, k: Tensor, v: Tensor, scale: float, live: Tenso
 
 
 def _choices(settings: Settings) -> dict[str, Any]:
-    """The arguments of ``enable`` that give these settings. Figures are of skipping to the end,
-    however busy the machine is."""
+    """The arguments of ``enable`` that give these settings."""
     chosen = {f.name: getattr(settings, f.name) for f in fields(settings)}
     goals = {name: chosen.pop(name) for name in ("closeness", "budget", "threshold")}
     goal = next(name for name, value in goals.items() if value is not None)
-    return chosen | {goal: goals[goal], "never_slower": False}
+    return chosen | {goal: goals[goal]}
 
 
 def _nothing() -> None: ...

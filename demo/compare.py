@@ -4,7 +4,7 @@
 the LiteAttention node bypassed and with it, same seed, twice each in turns, and writes both videos,
 the pictures of the report and the figures. It shows what is skipped, so in the workflow
 LiteAttention stays on even where the machine's own attention is faster; with ``--never-slower`` it
-is as presets have it.
+is as presets have it. ``--long`` makes a video of 16,384 tokens, long enough to be made faster.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ from .workflow import find, load_workflow, to_graph, without
 
 WORKFLOW = REPOSITORY / "demo" / "workflows" / "liteattention_demo.json"
 BUDGET, PATCH, REPORT = "LiteAttentionBudget", "LiteAttentionPatch", "LiteAttentionReport"
-SAMPLER, VIDEO = "KSampler", "SaveAnimatedWEBP"
+LATENT, SAMPLER, VIDEO = "LiteAttentionDemoLatent", "KSampler", "SaveAnimatedWEBP"
 EQUAL = 100.0  # dB, where the videos are equal: JSON has no infinity
+SHORT = {"frames": 16, "steps": 20, "rounds": 2}
+LONG = {"frames": 64, "steps": 8, "rounds": 1}
 PICTURES = ("heat_map", "chart", "tile_map")  # as the report node shows them
 
 
 def main() -> None:
     options = _parse()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.long:
+        print("A long video, made twice: up to 15 minutes on two cores. The bars say how long.")
     with tempfile.TemporaryDirectory() as scratch:
         base = make_base(Path(scratch))
         print("Starting ComfyUI ...")
@@ -55,6 +59,7 @@ def compare(server: ComfyServer, options: argparse.Namespace) -> dict[str, Any]:
     lite = to_graph(load_workflow(WORKFLOW), server.get("/object_info"))
     sampler = lite[find(lite, SAMPLER)]["inputs"]
     sampler.update(seed=options.seed, steps=options.steps)
+    lite[find(lite, LATENT)]["inputs"].update(frames=options.frames)
     budget = lite[find(lite, BUDGET)]["inputs"]
     # Presets differ in nothing but the closeness.
     budget.update(closeness=preset(options.preset).closeness, never_slower=options.never_slower)
@@ -81,6 +86,7 @@ def compare(server: ComfyServer, options: argparse.Namespace) -> dict[str, Any]:
         "lost_mass_mean": report["report"][0]["lost_mass_mean"],
         "psnr_db": min(psnr(*map(read_video, videos.values())), EQUAL),
         "tokens": report["report"][0]["tokens"],
+        "frames": options.frames,
         "steps": options.steps,
         "rounds": options.rounds,
         "seed": options.seed,
@@ -145,15 +151,21 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the results")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--long", action="store_true", help="16,384 tokens, 8 steps, one round")
+    parser.add_argument("--frames", type=int, help="256 tokens each; 1 to 64")
+    parser.add_argument("--steps", type=int)
     parser.add_argument(
-        "--rounds", type=int, default=2, help="runs of each kind, alternating; the fastest counts"
+        "--rounds", type=int, help="runs of each kind, alternating; the fastest counts"
     )
     parser.add_argument(
         "--never-slower", action="store_true", help="use the machine's own attention while faster"
     )
     parser.add_argument("--preset", default="Balanced", help="Safe, Balanced or Fast")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, value in (LONG if options.long else SHORT).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def test_the_nodes_are_there_and_every_input_has_a_tooltip(object_info):
 
 
 def test_the_demo_skips_tiles_and_is_close_to_dense(server, tmp_path):
-    options = {"seed": 7, "steps": 5, "rounds": 1, "preset": "Balanced", "never_slower": False}
+    options = {"seed": 7, "frames": 16, "steps": 5, "rounds": 1}
+    options |= {"preset": "Balanced", "never_slower": False}
     figures = compare(server, Namespace(out=tmp_path, **options))
     assert options.items() <= figures.items()
     assert figures["tokens"] == 4096

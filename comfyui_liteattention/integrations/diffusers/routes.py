@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from functools import cache, partial
 from types import MethodType
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet, finalize
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -266,11 +267,27 @@ def _backend_name() -> AttentionBackendName:
 LITE = _backend_name()
 
 
-def register_backend() -> None:
+#: Who needs our backend. It is registered with diffusers as long as there are any of them.
+_users: WeakSet[Any] = WeakSet()
+
+
+def register_backend(user: object) -> None:
+    """Register our backend for ``user``, until it says otherwise or is gone."""
+    # Before the set's own note of it: of an object's notes the latest is called first.
+    finalize(user, _unregister_unused).atexit = False
+    _users.add(user)
     _AttentionBackendRegistry.register(LITE, supports_context_parallel=True)(_attend)
 
 
-def unregister_backend() -> None:
+def unregister_backend(user: object) -> None:
+    _users.discard(user)
+    _unregister_unused()
+
+
+def _unregister_unused() -> None:
+    """Leave nothing in diffusers once nobody needs it."""
+    if next(iter(_users), None) is not None:
+        return
     for table in ("_backends", "_constraints", "_supported_arg_names"):
         getattr(_AttentionBackendRegistry, table).pop(LITE, None)
     _AttentionBackendRegistry._supports_context_parallel.discard(LITE.value)

@@ -76,10 +76,7 @@ class Session:
 
     def attach(self) -> None:
         """Put all hooks on; if that fails, none stays."""
-        # Also where the pipeline is dropped without disabling; added before the set's own note.
-        weakref.finalize(self, _unregister_unused).atexit = False
-        _enabled.add(self)
-        register_backend()
+        register_backend(self)
         self.attached = True
         try:
             for name, root in self.transformers().items():
@@ -100,8 +97,7 @@ class Session:
             if getattr(root, ATTRIBUTE, None) is self:
                 delattr(root, ATTRIBUTE)
         self.attached = False
-        _enabled.discard(self)
-        _unregister_unused()
+        unregister_backend(self)
 
     def replace(self, others: Sequence[Session]) -> None:
         """Be enabled instead of ``others``; if that fails, they stay."""
@@ -262,16 +258,6 @@ class Session:
     def __reduce__(self) -> Any:
         """A copy of a pipeline, or of a transformer, is not enabled."""
         return type(None), ()
-
-
-#: Sessions that hold hooks. Our backend is registered with diffusers as long as there are any.
-_enabled: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-def _unregister_unused() -> None:
-    """Leave nothing in diffusers once no session is alive and enabled."""
-    if next(iter(_enabled), None) is None:
-        unregister_backend()
 
 
 def session_on(root: nn.Module) -> Session | None:
