@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from .budget.ledger import PRIOR, enter_audit, open_ledger
 from .settings import Settings
 from .tiles import TileShape
 from .token_order import VideoTokens, arrange, take
+
+#: Layers' audits begin at one of so many turns.
+TURNS = 64
 
 #: Whose tiles are whose: a conditioning, a context window, a row of a batch, a device, ...
 Stream = Hashable
@@ -74,6 +78,12 @@ class LayerState:
     calls: int = 0
     name: str = ""
     remaining: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def turn(self) -> int:
+        """Number of the call by which its audits go. Layers begin at different ones, so that in
+        short sequences, where not every call is audited, every step is, by some of the layers."""
+        return crc32(self.name.encode()) % TURNS + self.calls
 
 
 class Named(NamedTuple):
@@ -158,7 +168,7 @@ def attend(
     live = state.live
     lists = None if live is None else tile_map.make_lists(live, tk, alternate)
     criterion = settings.criterion if marks else None
-    audited = range(0) if live is None else policy.audited_tiles(state.calls, tq, settings.audit)
+    audited = range(0) if live is None else policy.audited_tiles(state.turn, tq, settings.audit)
     rows = rows_of(audited, tile, order)
     # Now, while k and v are in the caches from being put in order.
     needed = settings.tail and (audited or state.fit is not None)

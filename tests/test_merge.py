@@ -77,3 +77,11 @@ def test_half_precision_is_merged_in_full():
     whole = attention(q, k, v)[0].float()
     # bfloat16 keeps 8 bits of every chunk.
     assert (out - whole).abs().max() < 2**-8 * v.abs().max()
+
+
+def test_a_row_that_is_no_number_stays_one():
+    (out, lse), other = attention(*problem(5)), attention(*problem(7))
+    out[0, 0, 2], lse[0, 0, 2] = torch.nan, torch.nan
+    merged, total = merge(out, lse, *other)
+    assert merged[0, 0, 2].isnan().all() and total[0, 0, 2].isnan()
+    assert merged.isnan().sum() == merged.shape[-1]

@@ -268,7 +268,7 @@ def test_threads_do_not_disturb_each_other():
         futures = [pool.submit(sample, run, n, ("c",), f"layer {n}") for n in range(8)]
         together = [f.result() for f in futures]
     for n, outs in enumerate(together):
-        alone = sample(Run(Settings(threshold=-3.0), BACKEND, SIGMAS), n)
+        alone = sample(Run(Settings(threshold=-3.0), BACKEND, SIGMAS), n, layer=f"layer {n}")
         assert all(torch.equal(a, b) for a, b in zip(outs, alone, strict=True))
 
 
@@ -540,3 +540,19 @@ def test_maps_are_small_and_on_the_host():
     assert found.live.shape == (64, 64)
     assert found.live.device.type == "cpu"
     assert 0 < found.live.mean() < 1
+
+
+def test_in_short_sequences_every_step_is_audited_by_some_layer():
+    random = torch.Generator().manual_seed(3)
+    settings = Settings(budget=0.2, ramp=0.0, min_tokens=0, audit=16, never_slower=False)
+    run = Run(settings, ReferenceBackend(TileShape(16, 16), torch.float32), SIGMAS, SIGMAS)
+    q = 3 * torch.randn(1, 2, 128, 32, generator=random)
+    for step, sigma in enumerate(SIGMAS[:-1]):
+        for layer in map(str, range(8)):
+            run.attend(layer, ["a"], run.locate(sigma), Inputs(q, q, q, 0.17))
+        assert run.end_call(step, 1.0)
+    report = run.finish()
+    for step in range(1, len(SIGMAS) - 1):  # the first is dense
+        audited = [call for call in report.calls if call.step == step and call.lost is not None]
+        assert 0 < len(audited) < 8
+    assert report.lost_mass_mean > 0

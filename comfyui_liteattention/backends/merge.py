@@ -25,5 +25,6 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
 
 def _share(out: Tensor, lse: Tensor, total: Tensor) -> Tensor:
     """What a chunk contributes: ``out`` times its share of the softmax sum."""
-    seen = (lse > -torch.inf).unsqueeze(-1)
-    return torch.where(seen, out * (lse - total).exp().unsqueeze(-1), 0)
+    # Not "greater than": a row whose LSE is not a number must not end as a row of zeros.
+    unseen = (lse == -torch.inf).unsqueeze(-1)
+    return torch.where(unseen, 0, out * (lse - total).exp().unsqueeze(-1))
