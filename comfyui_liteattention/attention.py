@@ -20,7 +20,8 @@ from .settings import Settings
 from .tiles import TileShape
 from .token_order import VideoTokens, arrange, take
 
-#: Layers' audits begin at one of so many turns.
+#: Layers begin their audits at one of so many turns: in short sequences, where not every call is
+#: audited, every step is, by some of the layers.
 TURNS = 64
 
 #: Whose tiles are whose: a conditioning, a context window, a row of a batch, a device, ...
@@ -78,12 +79,6 @@ class LayerState:
     calls: int = 0
     name: str = ""
     remaining: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def turn(self) -> int:
-        """Number of the call by which its audits go. Layers begin at different ones, so that in
-        short sequences, where not every call is audited, every step is, by some of the layers."""
-        return crc32(self.name.encode()) % TURNS + self.calls
 
 
 class Named(NamedTuple):
@@ -168,7 +163,8 @@ def attend(
     live = state.live
     lists = None if live is None else tile_map.make_lists(live, tk, alternate)
     criterion = settings.criterion if marks else None
-    audited = range(0) if live is None else policy.audited_tiles(state.turn, tq, settings.audit)
+    turn = crc32(state.name.encode()) % TURNS + state.calls
+    audited = range(0) if live is None else policy.audited_tiles(turn, tq, settings.audit)
     rows = rows_of(audited, tile, order)
     # Now, while k and v are in the caches from being put in order.
     needed = settings.tail and (audited or state.fit is not None)
