@@ -91,4 +91,5 @@ def _interval(near: list[tuple[float, float]], bound: float) -> Interval:
         sum((own_lost / own_bound / ratio - 1) ** 2 for own_lost, own_bound in near) if lost else 0
     )
     error = math.sqrt(squares / (len(near) - 1) / len(near)) * STUDENT[len(near) - 2]
-    return Interval(ratio * bound, ratio * bound * max(0.0, 1 - error), ratio * bound * (1 + error))
+    loss = ratio * bound
+    return Interval(loss, max(0.0, loss * (1 - error)), min(1.0, loss * (1 + error)))

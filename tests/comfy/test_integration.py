@@ -172,7 +172,11 @@ def test_a_node_applied_afterwards_gets_what_we_decline(plain, patched, generate
     assert not any(seen)  # cross-attention only
 
 
-def test_a_cancelled_run_leaves_no_state(comfy, patched, generate):
+def test_a_cancelled_run_leaves_no_state(comfy, plain, generate):
+    from comfyui_liteattention.integrations.comfy.session import apply_patch
+
+    shown = []
+    patched = apply_patch(plain, SETTINGS, shown.append)
     whole = generate(patched)
 
     def cancel(step, *_):
@@ -182,6 +186,7 @@ def test_a_cancelled_run_leaves_no_state(comfy, patched, generate):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         generate(patched, callback=cancel)
     assert {c.step for c in report(patched).calls} == {0, 1}
+    assert shown[-1].startswith("interrupted after 2 of 4 steps; until then ")
     assert torch.equal(generate(patched), whole)
 
 

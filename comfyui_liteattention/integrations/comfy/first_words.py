@@ -1,4 +1,5 @@
-"""What the node says before the first step has ended, which takes half a minute on long videos."""
+"""What the node says where there is no whole run: before the first step has ended, which takes half
+a minute on long videos, and where a run was cut short."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 from torch.nn import ModuleList
 
+from ...report.statistics import RunReport, node_line
 from ...settings import Settings
 from .families import Form, FormOrReason
 
@@ -39,6 +41,13 @@ def before_a_step(
     layers = sum(len(blocks) for blocks in _blocks(model))
     where = f"{layers} layers, {tokens:,} tokens" if layers else f"{tokens:,} tokens"
     return f"step 1/{steps} computes everything ({where}); skipping begins after it"
+
+
+def when_cut_short(report: RunReport) -> str:
+    """Of a run that was interrupted, or ended in an error: how far it came, not why it skipped
+    nothing."""
+    text = f"interrupted after {len(report.step_seconds)} of {report.steps} steps"
+    return f"{text}; until then {node_line(report)}" if report.active else text
 
 
 def _blocks(model: Any) -> list[ModuleList]:

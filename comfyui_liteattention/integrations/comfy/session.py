@@ -23,7 +23,7 @@ from ...run import Run
 from ...schedule import noise_fractions
 from ...settings import Settings, describe
 from .compiler import paused
-from .first_words import in_comfyui, while_loading
+from .first_words import in_comfyui, when_cut_short, while_loading
 from .hooks import OVERRIDE, attention_in_use, is_ours
 from .sampler_nodes import sampling_node
 from .sampling import KEY, Sampling
@@ -69,20 +69,24 @@ class Patch:
         run = Run(self.settings, backend, sigmas.tolist(), kind, paused, levels)
         sampling = Sampling(run, self.show)
         sampling.install(options)
+        whole = False
         try:
-            return executor(*args, **kwargs)
+            out = executor(*args, **kwargs)
+            whole = True
+            return out
         finally:
-            self._end(sampling.finish(guider.model_patcher, options))
+            self._end(sampling.finish(guider.model_patcher, options), whole)
 
-    def _end(self, report: RunReport) -> None:
+    def _end(self, report: RunReport, whole: bool = True) -> None:
         node = sampling_node()
         self.reports.pop(node, None)
         self.reports[node] = report
         for old in list(self.reports)[:-KEPT]:
             del self.reports[old]
         try:
-            log.info(status_line(report))
-            self._say(in_comfyui(node_line(report)))
+            text = node_line(report) if whole else when_cut_short(report)
+            log.info(status_line(report) if whole else f"LiteAttention: {text}")
+            self._say(in_comfyui(text))
         except Exception as error:  # the video is finished, and nobody waits for a line
             log.warning("LiteAttention: the report can't be shown: %s", error)
 
