@@ -74,6 +74,27 @@ def test_there_is_one_graph_and_the_result_is_the_same(plain, ours_first):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("ours_first", [False, True])
+def test_a_graph_made_while_bypassed_is_made_anew(plain, ours_first):
+    """By ComfyUI's own node, whose graphs don't depend on transformer options from 0.33 on. The
+    first step of a run is dense anyway; the second asks us, and so does every later run."""
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    def by_node(model):
+        return TorchCompileModel.execute(model, "eager").args[0]
+
+    want = sample(patched(plain))
+    dense = sample(by_node(plain))
+    both = by_node(patched(plain)) if ours_first else patched(by_node(plain))
+    sample(both)
+    assert report(both).active
+    assert not report(both).notes or "made anew" in report(both).notes[0]
+    assert torch.equal(sample(by_node(plain)), dense)
+    torch.testing.assert_close(sample(both), want, rtol=1e-4, atol=1e-4)
+    assert not report(both).notes
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 def test_text_padding_is_left_out(comfy):
     case = tiny_comfy.find("HunyuanVideo with padded text")
     extra = {"pooled_output": torch.zeros(1, 32), **case.conds}

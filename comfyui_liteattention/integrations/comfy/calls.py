@@ -99,7 +99,8 @@ class Forward:
     """One call of the diffusion model: of which run, at which step, for which streams, and which
     layers have asked so far. It is found through :data:`current`, in the thread of that call alone.
 
-    ``previous``: the attention override that was there before ours.
+    ``previous``: the attention override that was there before ours. ``asked``: whether any call of
+    attention has come to us yet.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Forward:
         self.form = form
         self.layers = layers
         self.previous = previous
+        self.asked = False
         self._mask: tuple[Tensor, list[Kept] | None] | None = None
 
     @contextmanager
@@ -161,6 +163,7 @@ def answer(
     forward = current.get()
     if forward is None:
         return user(*arguments, **named)
+    forward.asked = True
     module = None if compiled else forward.layers.module()
     if forward.previous is None:  # an override hides what newer checkpoints ask for by layer
         user = _preferred(module) or user

@@ -17,6 +17,7 @@ from .families import Form, ModelCall, describe_call
 from .first_words import before_a_step, in_comfyui
 from .hooks import install
 from .layers import LayerCalls, Names
+from .stale_graph import MADE_ANEW, made_anew
 from .streams import Streams
 from .takers import asked_first, explained, taker
 
@@ -84,8 +85,11 @@ class Sampling:
         layers = LayerCalls(self._names, model)
         started = time.perf_counter()
         run.begin_call(progress.step)
-        with Forward(run, progress, streams, form, layers, self._previous).entered():
+        forward = Forward(run, progress, streams, form, layers, self._previous)
+        with forward.entered():
             out = executor(*args, **kwargs)
+        if made_anew(model, options, forward.asked):
+            self._notes[MADE_ANEW] = None
         if not run.end_call(progress.step, time.perf_counter() - started):
             out = executor(*args, **kwargs)  # not entered: nothing of it comes to us
         if self._show is not None:

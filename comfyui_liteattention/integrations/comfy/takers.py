@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from ...eligibility import CROSS_ATTENTION
 from .hooks import OVERRIDE, is_ours
+from .stale_graph import is_compiled
 
 NEVER_ASKED = "the model did not pass any attention call on to LiteAttention"
 COMPILED = (
-    "torch.compile uses a graph that was made without LiteAttention: restart ComfyUI, or change an "
-    "option of the compile node, with the LiteAttention node switched on"
+    "torch.compile uses a graph that was made without LiteAttention: restart ComfyUI, with the "
+    "LiteAttention node switched on in the first run"
 )
 #: How reasons begin that say nothing about attention over the video.
 BESIDE = (CROSS_ATTENTION, "not the model's video attention", "the model asks for exact attention")
-#: The key of the wrapper that ComfyUI's own compile node adds.
-COMPILE_KEY = "torch.compile"
 
 
 def asked_first(options: Mapping[str, Any]) -> str | None:
@@ -39,8 +38,7 @@ def taker(model_patcher: Any, options: Mapping[str, Any], first: str | None) -> 
             return f"{name} has taken the attention of this model"
     if first is not None:
         return f"{first} has taken the attention of this model"
-    keys: Iterable[Any] = options.get("wrappers", {}).get("apply_model", ())
-    return COMPILED if COMPILE_KEY in keys else None
+    return COMPILED if is_compiled(options) else None
 
 
 def explained(reasons: Mapping[str, int], cause: str | None) -> dict[str, int]:
