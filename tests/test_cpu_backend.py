@@ -154,6 +154,20 @@ def test_huge_random_scores_stay_finite() -> None:
     assert relative_error(ours.out, true.out) < 1e-2
 
 
+def test_what_nobody_visits_may_be_anything() -> None:
+    """In kernel and twin, keys and values of tiles that are skipped don't reach the result."""
+    q, k, v = torch.randn(3, 1, 1, 192, 32, generator=torch.Generator().manual_seed(0))
+    lists = make_lists(torch.tensor([True, False, True]).expand(1, 1, 3, 3))
+    for backend in (BACKEND, TWIN):
+        want = backend.forward(Inputs(q, k, v, 0.2), lists, "mass")
+        for spoiled in (torch.nan, torch.inf):
+            changed = k.clone(), v.clone()
+            for tensor in changed:
+                tensor[:, :, 64:128] = spoiled
+            got = backend.forward(Inputs(q, *changed, 0.2), lists, "mass")
+            assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_tiles_listed_is_dense_bit_for_bit(dtype: torch.dtype) -> None:
     q, k, v = make_qkv(2, 2, 150, 333, 64, dtype)

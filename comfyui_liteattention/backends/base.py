@@ -56,6 +56,10 @@ class Attended(NamedTuple):
       natural log and against the running maximum);
     * ``mass``: ``max_r log2(sum_j 2^(s_rj - L_r))``, the largest share of a row's softmax sum that
       falls into the tile.
+
+    A score of 0 may be above it by a rounding, which counts as 0. What a row that is not a number
+    does to its tile's score is left open (the reference passes it on, kernels take the largest of
+    the others): such a result is not used, see :meth:`.Run.end_call`.
     """
 
     out: Tensor

@@ -70,7 +70,9 @@ class ReferenceBackend:
             keys = visited[:, :, i].repeat_interleave(self.tile.k, dim=-1)[..., :lk]
             s = s.masked_fill(~keys.unsqueeze(2), -math.inf)
             log_sum = torch.logsumexp(s * math.log(2), -1) * LOG2E  # [B, H, BM], log2
-            out[:, :, rows] = (torch.exp2(s - log_sum.unsqueeze(-1)) @ v64).to(out.dtype)
+            # Not a weight of 0: what nobody visits may be anything, and 0 times NaN isn't 0.
+            seen = v64 if lists is None else v64.masked_fill(~keys.unsqueeze(-1), 0)
+            out[:, :, rows] = (torch.exp2(s - log_sum.unsqueeze(-1)) @ seen).to(out.dtype)
             lse[:, :, rows] = (log_sum * math.log(2)).float()
             tiles = _split_tiles(s, tk, self.tile.k)  # [B, H, BM, Tk, BN]
             if criterion == "gap":
