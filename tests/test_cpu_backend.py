@@ -158,13 +158,13 @@ def test_what_nobody_visits_may_be_anything() -> None:
     """In kernel and twin, keys and values of tiles that are skipped don't reach the result."""
     q, k, v = torch.randn(3, 1, 1, 192, 32, generator=torch.Generator().manual_seed(0))
     lists = make_lists(torch.tensor([True, False, True]).expand(1, 1, 3, 3))
-    for backend in (BACKEND, TWIN):
-        want = backend.forward(Inputs(q, k, v, 0.2), lists, "mass")
+    for one in (BACKEND, TWIN):
+        want = one.forward(Inputs(q, k, v, 0.2), lists, "mass")
         for spoiled in (torch.nan, torch.inf):
             changed = k.clone(), v.clone()
             for tensor in changed:
                 tensor[:, :, 64:128] = spoiled
-            got = backend.forward(Inputs(q, *changed, 0.2), lists, "mass")
+            got = one.forward(Inputs(q, *changed, 0.2), lists, "mass")
             assert all(map(torch.equal, got, want))
 
 
