@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,9 +23,12 @@ from benchmarks.record import write_json
 from comfyui_liteattention import attention
 from comfyui_liteattention.backends import tile_map
 from comfyui_liteattention.backends.base import Agreement
+from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.budget import allocation
+from comfyui_liteattention.integrations.diffusers import session
 from comfyui_liteattention.report.compare import compare
 from comfyui_liteattention.settings import Settings
+from comfyui_liteattention.tiles import TileShape
 
 
 @contextmanager
@@ -57,10 +61,18 @@ def means_count_once() -> Iterator[None]:
         yield
 
 
+def tiles_of(queries: int, keys: int) -> AbstractContextManager[Any]:
+    """Tiles of ``queries x keys`` tokens."""
+    backend = ReferenceBackend(TileShape(queries, keys), torch.float32)
+    return mock.patch.object(session, "backend_for", return_value=backend)
+
+
 VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "as it is": nullcontext,
     "every layer for itself": layers_alone,
     "means count once": means_count_once,
+    "tiles of 128 x 64": partial(tiles_of, 128, 64),
+    "tiles of 128 x 128": partial(tiles_of, 128, 128),
 }
 
 

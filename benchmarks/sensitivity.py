@@ -2,9 +2,10 @@
 
 The least important tiles are left out at one step only, all other steps are dense, and the video is
 compared with the dense one. Sensitivity of a step: mean square error of the video over the square
-of the lost mass. What it says of the ramp: with errors that add in squares, and computed tiles that
-fall with the logarithm of the loss, the error at a given number of tiles is least where the loss of
-a step goes with its sensitivity to the power -1/2.
+of the lost mass. docs/closeness.md has it beside the weight that a step gets. What it says of the
+ramp of a budget: with errors that add in squares, and computed tiles that fall with the logarithm
+of the loss, the error at a given number of tiles is least where the loss of a step goes with its
+sensitivity to the power -1/2.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
@@ -25,10 +27,19 @@ from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.policy import lost_mass
 from comfyui_liteattention.tiles import make_lists
+from demo.model import SHIFT
 
 STEPS = (0, 1, 2, 4, 7, 10, 14, 19)
 #: Mean over the query tiles of what the tiles left out hold at most; about a third of it is lost.
 LEFT_OUT = 0.06
+
+
+def noise_levels(steps: int) -> list[float]:
+    """Of the demo's schedule; one more than steps."""
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler.set_timesteps(steps)
+    levels: list[float] = scheduler.sigmas.tolist()
+    return levels
 
 
 class OneStep:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import geometric_mean, mean
 from typing import Any
 
-from comfyui_liteattention.budget.closeness import WITHIN
+from benchmarks.sensitivity import noise_levels
+from comfyui_liteattention.budget.closeness import POWER, WITHIN, weights
+from comfyui_liteattention.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,6 +38,11 @@ CHANGES = {
     "ours, no ramp": "no ramp",
     "ours, audit 16": "one tile in 16 audited",
     "ours, 20 % dense start": "20 % dense steps first",
+}
+PURPOSES = {
+    "Safe": "final renders that must match",
+    "Balanced": "everything else: start here",
+    "Fast": "drafts, and picking a seed or a prompt",
 }
 ORDERS = {
     "compact": "compact (ours)",
@@ -86,6 +94,21 @@ def changes() -> str:
         ]
         tiles = ", ".join(f"{computed:.1%}" for computed, _ in means)
         rows.append([title, tiles, ", ".join(f"{db:.1f}" for _, db in means) + " dB"])
+    return _table(["", "tiles computed", "PSNR"], rows)
+
+
+def ablation() -> str:
+    """What parts are worth that no setting switches, at budgets of 3 and 10 %."""
+    found: dict[str, dict[float, list[tuple[float, float]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for row in _load("ablation_cpu.json")["rows"]:
+        found[row["variant"]][row["budget"]].append((row["computed_fraction"], row["psnr_db"]))
+    rows = []
+    for variant, budgets in found.items():
+        means = [tuple(map(mean, zip(*budgets[b], strict=True))) for b in sorted(budgets)]
+        tiles = ", ".join(f"{computed:.1%}" for computed, _ in means)
+        rows.append([variant, tiles, ", ".join(f"{db:.1f}" for _, db in means) + " dB"])
     return _table(["", "tiles computed", "PSNR"], rows)
 
 
@@ -156,6 +179,77 @@ def closeness() -> str:
     return _table([*heads, f"foreseen to {WITHIN:.0f} dB"], rows)
 
 
+def sensitivity() -> str:
+    """What an error at one step alone came to, beside the formula's weight of it."""
+    levels = noise_levels(20)
+    found: dict[int, list[float]] = defaultdict(list)
+    for row in _load("sensitivity_cpu.json")["rows"]:
+        step = row["step"]
+        length = levels[step] - levels[step + 1]
+        found[step].append(math.sqrt(row["mean_square_error"]) / row["lost_mass"] ** POWER / length)
+    steps = sorted(found)
+    weight = {step: weights(levels)[step] / (levels[step] - levels[step + 1]) for step in steps}
+    means = {step: geometric_mean(found[step]) for step in steps}
+    # Of the two only the proportions can be compared.
+    unit = geometric_mean(means[step] / weight[step] for step in steps)
+    rows = [
+        [
+            f"{levels[step + 1]:.2f}",
+            _digits(means[step] / unit),
+            f"{_digits(min(found[step]) / unit)} to {_digits(max(found[step]) / unit)}",
+            _digits(weight[step]),
+        ]
+        for step in steps
+    ]
+    return _table(["noise level after it", "measured", "by seed", "1 / (1.05 - level)^2"], rows)
+
+
+def presets() -> str:
+    """What to expect of each preset, over all numbers of steps that were measured."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in _load("closeness_cpu.json")["rows"]:
+        groups[row["preset"]].append(row)
+    rows = []
+    for name, purpose in PURPOSES.items():
+        videos = groups[name]
+        psnr = sorted(video["psnr_db"] for video in videos)
+        steps = sorted({video["steps"] for video in videos})
+        tiles = [
+            mean(video["computed_fraction"] for video in videos if video["steps"] == count)
+            for count in steps
+        ]
+        found = [f"{psnr[0]:.0f} to {psnr[-1]:.0f} dB", f"{min(tiles):.0%} to {max(tiles):.0%}"]
+        rows.append([f"**{name}**", f"{PRESETS[name].closeness:.0f} dB", *found, purpose])
+    heads = [
+        "preset",
+        "PSNR asked for",
+        "PSNR of the demo's videos",
+        "tiles computed",
+        "take it for",
+    ]
+    return _table(heads, rows)
+
+
+def long_videos() -> str:
+    """Seconds of whole videos, dense and with the presets."""
+    found: dict[tuple[int, int], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in _load("long_cpu.json")["rows"]:
+        found[row["tokens"], row["steps"]][row["way"]] = row
+    rows = []
+    for (tokens, steps), ways in sorted(found.items()):
+        dense = ways["dense"]["seconds"]
+        cells = [f"{tokens:,}", str(steps), f"{dense:.0f} s"]
+        for name in PURPOSES:
+            way = ways.get(name)
+            cells.append(
+                f"{way['seconds']:.0f} s, {dense / way['seconds']:.2f}x, {way['psnr_db']:.0f} dB"
+                if way
+                else "-"
+            )
+        rows.append(cells)
+    return _table(["tokens", "steps", "dense", *(f"*{name}*" for name in PURPOSES)], rows)
+
+
 #: The pages, the places in them by name, and what fills them.
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "measured.md": {
@@ -165,7 +259,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "orders": orders,
         "speed": speed,
     },
-    DOCS / "closeness.md": {"closeness": closeness},
+    DOCS / "closeness.md": {"closeness": closeness, "sensitivity": sensitivity},
 }
 
 
@@ -175,6 +269,10 @@ def _load(name: str) -> dict[str, Any]:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _range(values: Iterable[float]) -> str:

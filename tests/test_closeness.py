@@ -12,6 +12,7 @@ from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.budget.closeness import (
     ABOVE,
     MOST_LOST,
+    POWER,
     allowed_losses,
     expected_closeness,
     weights,
@@ -45,7 +46,9 @@ def test_early_steps_lose_least_and_all_contribute_the_same():
     levels = assumed_levels(20)
     losses = allowed_losses(45, levels)[1:]
     assert all(a < b for a, b in pairwise(losses))
-    shares = [loss * weight for loss, weight in zip(losses, weights(levels)[1:], strict=True)]
+    shares = [
+        weight * loss**POWER for loss, weight in zip(losses, weights(levels)[1:], strict=True)
+    ]
     assert shares == pytest.approx([shares[0]] * len(shares))
 
 
