@@ -108,7 +108,7 @@ class Run:
             return self._note(look(outcomes))
         except RuntimeError as error:
             self._lacking(error)
-            return False  # nobody knows
+            return False  # not known, so not to be relied on
 
     def attend(
         self,

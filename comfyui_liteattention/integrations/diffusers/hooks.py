@@ -173,8 +173,8 @@ class AttentionForward:
             return forward(*args, **kwargs)
 
     def take_off(self) -> None:
-        """Put back what was there. Where nobody knows any more, there is no call of the transformer
-        from now on, and so this does what the module's own does."""
+        """Put back what was there. Someone may have put a ``forward`` of his own around this one;
+        then it stays, and does what the module's own does, since no call is open from now on."""
         place = place_of(self, self._module)
         if place is None:
             return
