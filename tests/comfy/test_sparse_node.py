@@ -98,6 +98,8 @@ def test_each_call_is_one_of_the_two(setup, order):
 @pytest.mark.parametrize("order", ["ours first", "ours last"])
 def test_blocks_that_it_leaves_skip(setup, order):
     case, plain = setup
+    if tiny_comfy.version() < tiny_comfy.NEWER:
+        pytest.skip("the blocks of this ComfyUI do not tell their numbers")
     model, patch = both(plain, order, **ALL, dense_blocks=[0, 1])
     generate(case, model)
     report = report_of(model)

@@ -10,6 +10,7 @@ from functools import partial
 from unittest.mock import patch as replaced
 
 import torch
+from comfy_case import NEWER, version
 from torch.nn.functional import scaled_dot_product_attention
 
 SLOT = "optimized_attention_override"
@@ -82,15 +83,22 @@ def make_h3_block_patch(block, index, patch):
 
 def apply_block_sparse_attention(model, **options):
     """A clone of a MODEL with it, and the patch."""
-    from comfy.patcher_extension import CallbacksMP
+    from comfy.patcher_extension import CallbacksMP, WrappersMP
 
     patch, clone = SparseAttnPatch(model, **options), model.clone()
     install_override(patch, clone.model_options["transformer_options"])
-    clone.add_callback_with_key(
-        CallbacksMP.ON_PREPARE_STATE,
-        "block_sparse_attention",
-        lambda *args: install_override(patch, args[-1]["transformer_options"]),
-    )
+
+    def prepare(patcher, timestep, model_options):
+        install_override(patch, model_options["transformer_options"])
+
+    def predict(executor, x, timestep, model_options, seed):
+        install_override(patch, model_options["transformer_options"])
+        return executor(x, timestep, model_options, seed)
+
+    if version() >= NEWER:
+        clone.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, "block_sparse_attention", prepare)
+    else:  # tells its callbacks no options: as late as that
+        clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "block_sparse_attention", predict)
     diffusion_model = model.get_model_object("diffusion_model")
     if type(diffusion_model).__name__ == "MiniMaxH3Model":
         for i, block in enumerate(diffusion_model.blocks):
