@@ -235,19 +235,16 @@ def long_videos() -> str:
     found: dict[tuple[int, int], dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in _load("long_cpu.json")["rows"]:
         found[row["tokens"], row["steps"]][row["way"]] = row
+    names = [name for name in PURPOSES if all(name in ways for ways in found.values())]
     rows = []
     for (tokens, steps), ways in sorted(found.items()):
         dense = ways["dense"]["seconds"]
-        cells = [f"{tokens:,}", str(steps), f"{dense:.0f} s"]
-        for name in PURPOSES:
-            way = ways.get(name)
-            cells.append(
-                f"{way['seconds']:.0f} s, {dense / way['seconds']:.2f}x, {way['psnr_db']:.0f} dB"
-                if way
-                else "-"
-            )
-        rows.append(cells)
-    return _table(["tokens", "steps", "dense", *(f"*{name}*" for name in PURPOSES)], rows)
+        taken = [
+            f"{way['seconds']:.0f} s, {dense / way['seconds']:.2f}x, {way['psnr_db']:.0f} dB"
+            for way in map(ways.__getitem__, names)
+        ]
+        rows.append([f"{tokens:,}", str(steps), f"{dense:.0f} s", *taken])
+    return _table(["tokens", "steps", "dense", *(f"*{name}*" for name in names)], rows)
 
 
 #: The pages, the places in them by name, and what fills them.
@@ -260,6 +257,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "speed": speed,
     },
     DOCS / "closeness.md": {"closeness": closeness, "sensitivity": sensitivity},
+    ROOT / "README.md": {"long videos": long_videos, "presets": presets},
 }
 
 
