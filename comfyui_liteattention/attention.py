@@ -15,7 +15,6 @@ from . import policy, tail
 from .backends import tile_map as torch_tile_map
 from .backends.base import Agreement, Attended, Backend, Inputs, Skipped, TileMap, rows_of
 from .backends.pooled import pool
-from .budget.allocation import Limit
 from .budget.ledger import PRIOR, enter_audit, open_ledger
 from .settings import Settings
 from .tiles import TileShape
@@ -171,8 +170,8 @@ def attend(
     needed = settings.tail and (audited or state.fit is not None)
     pooled = pool(call.k, call.v, tile.k) if needed else None
     full = None
-    if audited and lists is not None:
-        result, full = backend.forward_and_audit(call, lists, criterion, audited)
+    if audited:
+        result, full = backend.forward_and_audit(call, lists, criterion, rows)
     else:
         result = backend.forward(call, lists, criterion)
 
@@ -192,7 +191,7 @@ def attend(
     if result.score is not None:
         if state.pinned is None:
             state.pinned = _pinned(settings, video, call, tile)
-        limit: float | Limit
+        limit: float | Tensor
         if aim is None:
             limit = policy.threshold_at(settings, position, result.score.shape[-1])
         else:
@@ -211,7 +210,7 @@ def _limit(
     score: Tensor,
     lost: Tensor | None,
     aim: float,
-) -> Limit:
+) -> Tensor:
     """The score up to which tiles go, so that ``aim`` is lost; ``lost []``: what the audit of this
     call measured."""
     assert state.pinned is not None

@@ -11,8 +11,7 @@ from functools import cached_property
 from numbers import Real
 from typing import TypedDict, get_args
 
-from .backends.base import Criterion
-from .backends.modes import Wanted
+from .backends.base import Criterion, Qk
 from .token_order import TokenOrder, TokenRanges
 
 #: A threshold at or below this never skips a tile.
@@ -80,11 +79,10 @@ class Settings:
     never_slower
         Use the attention that would be used otherwise as long as it is the faster one, and switch
         off for a run in which it stays so (never_slower.py).
-    mode
-        How a graphics card multiplies: ``native``, as precisely as 16 bits do; ``int8``, queries
-        and keys in 8 bits; ``fp8``, weights and values as well (RTX 40, 50). The later, the faster
-        and the less precise. ``auto``: the fastest that is as exact as your own attention, native
-        where that is in 16 bits. Where a mode isn't there, and on the CPU, it is native.
+    qk
+        How a graphics card multiplies queries and keys: ``native``, in their own dtype, or
+        ``int8``, meant to be faster on some cards, and less precise. Where there is no INT8 kernel,
+        and on the CPU, it is native all the same.
     """
 
     closeness: float | None = None
@@ -101,7 +99,7 @@ class Settings:
     tail: bool = True
     min_tokens: int = 2048
     never_slower: bool = True
-    mode: Wanted = "auto"
+    qk: Qk = "native"
 
     def __post_init__(self) -> None:
         for name in ("dense_layers", "dense_keys", "dense_queries"):
@@ -135,8 +133,7 @@ class Options(TypedDict, total=False):
     tail: bool
     min_tokens: int
     never_slower: bool
-    mode: Wanted
-    qk: Wanted  # the name of mode before
+    qk: Qk
 
 
 def describe(settings: Settings) -> str:
@@ -203,7 +200,7 @@ def _of_other_types(s: Settings) -> Iterator[tuple[str, str]]:
     for name in ("tail", "never_slower"):
         if not isinstance(getattr(s, name), bool):
             yield name, "must be True or False"
-    for name, kind in (("criterion", Criterion), ("order", TokenOrder), ("mode", Wanted)):
+    for name, kind in (("criterion", Criterion), ("order", TokenOrder), ("qk", Qk)):
         if getattr(s, name) not in get_args(kind):
             yield name, f"must be one of {', '.join(get_args(kind))}"
     if not _are_layers(s.dense_layers):

@@ -34,6 +34,7 @@ from ..base import (
     Backend,
     Criterion,
     Inputs,
+    Rows,
     Skipped,
     check_order,
     empty_out,
@@ -84,8 +85,7 @@ class CpuBackend:
         """Tested once, with what compiles fastest: all head_dims and dtypes are the same code."""
         kernels = _load_kernels()
         reason = kernels if isinstance(kernels, str) else None
-        trial = kernel_selftest.Trial(64, torch.float32, device)
-        return reason or self._verdicts.of(self, trial) or self
+        return reason or self._verdicts.of(self, 64, torch.float32, device) or self
 
     def forward(
         self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
@@ -93,12 +93,10 @@ class CpuBackend:
         return self._attend((call, lists, criterion))[0]
 
     def forward_and_audit(
-        self, call: Inputs, lists: TileLists, criterion: Criterion | None, audited: range
+        self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: Rows
     ) -> tuple[Attended, Attended]:
         """The keys are packed once."""
-        kept, full = self._attend(
-            (call, lists, criterion), (some_of(call, audited, self.tile), None, None)
-        )
+        kept, full = self._attend((call, lists, criterion), (some_of(call, audited), None, None))
         return kept, full
 
     def _attend(self, *calls: tuple[Inputs, TileLists | None, Criterion | None]) -> list[Attended]:

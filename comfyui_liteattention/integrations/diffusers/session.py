@@ -190,9 +190,7 @@ class Session:
         if mine.calling:  # the call before this one raised an exception
             self.reset()
         device = arguments["hidden_states"].device
-        attention = attention_in_use(self.transformers()[name])
-        settings = self.settings
-        backend = backend_for(device, settings.mode, attention, settings.criterion)
+        backend = backend_for(device, self.settings.qk)
         if isinstance(backend, str) or not self.settings.skips:
             self._stay_dense(backend if isinstance(backend, str) else SAFE)
             return None
