@@ -79,7 +79,9 @@ class Patch:
 
     def _end(self, report: RunReport, whole: bool = True) -> None:
         node = sampling_node()
-        self.reports.pop(node, None)
+        # A node in whose place others were put (a loop) doesn't sample itself any more.
+        for former in (node, node and node.partition(".")[0]):
+            self.reports.pop(former, None)
         self.reports[node] = report
         for old in list(self.reports)[:-KEPT]:
             del self.reports[old]
