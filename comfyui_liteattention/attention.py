@@ -1,4 +1,4 @@
-"""One layer of one stream: its tile map, and what one call does with it."""
+"""Skip state by layer and stream, and what one call of attention does with it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class LayerState:
     marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once. ``ledger [4]``:
     see budget/ledger.py, None where there is none to hold. ``fit``: see tail.py. ``remaining``:
     those of all layers of the stream by ``name``, see budget/allocation.py; all states of a stream
-    have the same one.
+    have the same one. ``first_turn``: the number by which its audits begin.
     """
 
     live: Tensor | None = None
@@ -77,6 +77,7 @@ class LayerState:
     ledger: Tensor | None = None
     fit: Agreement | None = None
     calls: int = 0
+    first_turn: int = 0
     name: str = ""
     remaining: dict[str, Tensor] = field(default_factory=dict)
 
@@ -104,9 +105,12 @@ class States:
         of it."""
         found = []
         for stream, (q, *_), _ in parts:
-            remaining = self._remaining[stream, q.shape, q.device]
-            fresh = LayerState(name=layer, remaining=remaining)
-            found.append(self._states.setdefault((layer, stream, q.shape), fresh))
+            key = layer, stream, q.shape
+            if key not in self._states:
+                remaining = self._remaining[stream, q.shape, q.device]
+                turn = crc32(layer.encode()) % TURNS
+                self._states[key] = LayerState(first_turn=turn, name=layer, remaining=remaining)
+            found.append(self._states[key])
         return self._numbers.setdefault(layer, len(self._numbers)), found
 
     def named(self) -> list[Named]:
@@ -163,7 +167,7 @@ def attend(
     live = state.live
     lists = None if live is None else tile_map.make_lists(live, tk, alternate)
     criterion = settings.criterion if marks else None
-    turn = crc32(state.name.encode()) % TURNS + state.calls
+    turn = state.first_turn + state.calls
     audited = range(0) if live is None else policy.audited_tiles(turn, tq, settings.audit)
     rows = rows_of(audited, tile, order)
     # Now, while k and v are in the caches from being put in order.
