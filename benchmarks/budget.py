@@ -19,7 +19,7 @@ from benchmarks.demo_video import HELD_OUT, Case, DemoVideos, Moment
 from benchmarks.record import write_json
 from comfyui_liteattention.backends.base import Attended, Criterion, Inputs, Rows, some_of
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
-from comfyui_liteattention.budget.ledger import MARGIN, allowance
+from comfyui_liteattention.plan import Plan
 from comfyui_liteattention.policy import lost_mass
 from comfyui_liteattention.report.statistics import RunReport, loss_intervals
 from comfyui_liteattention.run import Run
@@ -106,7 +106,8 @@ def measure(videos: DemoVideos, case: Case, budget: float) -> tuple[dict[str, An
     }
     told = loss_intervals(report)
     within = [told[cell].low <= cells[cell] <= told[cell].high for cell in told]
-    aim = MARGIN * allowance(budget, settings.ramp, 1 / case.steps)
+    aim = Plan(settings, (), known=False).aim(Progress(0, 1 / case.steps))
+    assert aim is not None
     row = {
         "budget": budget,
         "seed": case.seed,

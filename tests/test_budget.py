@@ -17,12 +17,13 @@ from comfyui_liteattention.budget.allocation import BINS, PER_LOG2
 from comfyui_liteattention.budget.ledger import (
     MARGIN,
     PRIOR,
-    allowance,
     enter_audit,
     lost_per_bound,
     open_ledger,
 )
+from comfyui_liteattention.plan import Plan
 from comfyui_liteattention.run import Run
+from comfyui_liteattention.schedule import Progress
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.tiles import TileShape
 
@@ -104,9 +105,10 @@ def test_a_layer_that_loses_little_leaves_its_share_to_the_others():
 
 def test_the_mean_of_the_aim_over_a_run_is_the_budget_with_its_margin():
     for ramp in (0.0, 1.0, 2.0):
-        targets = [MARGIN * allowance(0.01, ramp, (t + 0.5) / 1000) for t in range(1000)]
-        assert sum(targets) / 1000 == pytest.approx(0.01 * MARGIN, rel=1e-3)
-        assert targets == sorted(targets)
+        plan = Plan(Settings(budget=0.01, ramp=ramp), (), known=False)
+        aims = [plan.aim(Progress(t, (t + 0.5) / 1000)) for t in range(1000)]
+        assert sum(aims) / 1000 == pytest.approx(0.01 * MARGIN, rel=1e-3)
+        assert aims == sorted(aims)
 
 
 def test_the_ratio_of_loss_to_bound_is_learned():

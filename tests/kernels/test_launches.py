@@ -18,8 +18,9 @@ from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.gpu.kernel_table import TILE
 from comfyui_liteattention.backends.gpu.tile_map import TileMapKernels
 from comfyui_liteattention.backends.pooled import audit_skipped
-from comfyui_liteattention.budget.ledger import MARGIN, allowance
+from comfyui_liteattention.plan import Plan
 from comfyui_liteattention.report.outcome import extremes
+from comfyui_liteattention.schedule import Progress
 from comfyui_liteattention.settings import Settings
 from comfyui_liteattention.token_order import VideoTokens
 
@@ -79,6 +80,7 @@ def count(monkeypatch):
         remaining = {}
         layers = [LayerState(name=name, remaining=remaining) for name in "abc"]
         settings, video = Settings(budget=0.03, audit=4), VideoTokens((4, 8, 16))
+        plan = Plan(settings, (), known=False)
         launches = Launches()
         for step in range(4):
             for layer in layers:
@@ -88,7 +90,7 @@ def count(monkeypatch):
                 launches.counts.clear()
                 with launches:
                     position = (step + 1) / 4
-                    aim = MARGIN * allowance(0.03, 2.0, position)
+                    aim = plan.aim(Progress(step, position))
                     out, _ = attend(
                         layer, backend, Inputs(*rows, 0.125), settings, position, video, aim
                     )
