@@ -59,7 +59,11 @@ def test_killed_in_the_middle_and_started_again(command, capsys):
     assert [*rows] == ["dense", *PRESETS] and rows["dense"]["videos"] == 1
     for name in PRESETS:
         assert rows[name]["psnr_db"] > 20 and 0.9 < rows[name]["ssim"] <= 1
-        assert rows[name]["speedup"] > 0 and 0 < rows[name]["computed"] <= 1
+        assert rows[name]["speedup"] > 0
+    for run in found["runs"]:
+        if run["variant"] in PRESETS:  # so small a video is dense if that is faster, and it says so
+            reasons = " ".join(run["reasons"])
+            assert run["computed"] < 1 or "faster" in reasons or "too little" in reasons
     assert len([*out.glob("*.png")]) == len(PRESETS)
     assert "| dense | 1 |" in said and "its paper's figures" in said
 
