@@ -1,14 +1,15 @@
 """What parts are worth that no setting switches: ``python -m benchmarks.ablation``.
 
 Samples the demo's model at lost-mass budgets, on development seeds, as it is; with every layer for
-itself, so that none takes over what another leaves (budget/allocation.py); and with skipped tiles'
-means counted once for every head, in place of a factor for each (tail.py).
+itself, so that none takes over what another leaves (budget/allocation.py); with skipped tiles'
+means counted once for every head, in place of a factor for each (tail.py); and with tiles of the
+shapes that cards' kernels have, by the plain PyTorch backend.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -35,16 +36,9 @@ from comfyui_liteattention.tiles import TileShape
 def layers_alone() -> Iterator[None]:
     """Every layer holds the allowance for itself."""
 
-    def alone(
-        counts: Tensor,
-        query_tiles: int,
-        ledger: Tensor,
-        lost: Tensor | None,
-        start: float,
-        others: Sequence[Tensor],
-        aim: float,
-    ) -> allocation.Choice:
-        return allocation.choose(counts, query_tiles, ledger, lost, start, [], aim)
+    def alone(*asked: Any) -> allocation.Choice:
+        *own, _, aim = asked
+        return allocation.choose(*own, [], aim)
 
     with mock.patch.object(tile_map, "choose", alone):
         yield
@@ -54,8 +48,8 @@ def layers_alone() -> Iterator[None]:
 def means_count_once() -> Iterator[None]:
     """No factor for each head."""
 
-    def one(seen: Agreement) -> Tensor:
-        return torch.ones_like(seen.power)
+    def one(fit: Agreement) -> Tensor:
+        return torch.ones_like(fit.power)
 
     with mock.patch.object(attention.tail, "factor", one):
         yield
