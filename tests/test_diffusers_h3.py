@@ -3,6 +3,7 @@
 import diffusers as d
 import pytest
 import torch
+from tiny_families import tiny_h3
 
 import comfyui_liteattention as lite
 
@@ -28,24 +29,8 @@ def pipe():
         blocks.sub_blocks.pop(name)
     pipe = blocks.init_pipeline()
     torch.manual_seed(0)
-    transformer = d.MiniMaxH3Transformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
-        hidden_size=48,
-        num_layers=2,
-        num_refiner_layers=1,
-        ffn_dim=64,
-        in_channels=24,
-        audio_in_channels=32,
-        patch_size=(1, 2, 2),
-        text_dim=16,
-        freq_dim=16,
-        time_embed_hidden_dim=32,
-        time_embed_dim=16,
-        rope_freq_dim=4,
-    )
     pipe.update_components(
-        transformer=transformer.eval(),
+        transformer=tiny_h3(24, 32, (1, 2, 2)).eval(),
         scheduler=d.MiniMaxH3Scheduler(shift=12.0),
         audio_scheduler=d.MiniMaxH3Scheduler(shift=3.0),
     )

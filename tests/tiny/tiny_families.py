@@ -648,24 +648,29 @@ def consis_id():
     return Made(transformer, transformer, sample, 10, {"text"}, {VIDEO + 10})
 
 
-def minimax_h3():
-    """One packed sequence: text, a given frame, sound, and then the video."""
-    transformer = d.MiniMaxH3Transformer3DModel(
+def tiny_h3(channels, audio_channels, patch):
+    """MiniMax H3's transformer for latents of so many channels, in patches of ``patch``."""
+    return d.MiniMaxH3Transformer3DModel(
         num_attention_heads=2,
         attention_head_dim=32,
         hidden_size=48,
         num_layers=2,
         num_refiner_layers=1,
         ffn_dim=64,
-        in_channels=4,
-        audio_in_channels=4,
-        patch_size=(1, 1, 1),
+        in_channels=channels,
+        audio_in_channels=audio_channels,
+        patch_size=patch,
         text_dim=16,
         freq_dim=16,
         time_embed_hidden_dim=32,
         time_embed_dim=16,
         rope_freq_dim=4,
     )
+
+
+def minimax_h3():
+    """One packed sequence: text, a given frame, sound, and then the video."""
+    transformer = tiny_h3(4, 4, (1, 1, 1))
     (text, _), (sound, frame) = texts(1, 10, 16), texts(1, 64, 4)
     sound = sound[:, :12]
     before = 10 + 64 + 12
