@@ -23,9 +23,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+#: Keeps the weight finite where all is noise; measured, it levels off there, too.
 FLOOR = 0.05
 #: The output's error grows less than the mass that is lost: the tail makes up for more of it.
 POWER = 0.85
+#: dB at an error of 1: makes 4, 8, 20 and 50 steps right on the mean of the development videos.
 AT_ONE = 32.0
 #: What people should know of it.
 CALIBRATION = "as it is on the demo's model; on another one, the Compare node measures it"

@@ -32,12 +32,12 @@ class TileMapKernels:
         self._launch = launch
 
     def next_live(
-        self, live: Tensor | None, score: Tensor, threshold: float | Tensor, pinned: Tensor
+        self, live: Tensor | None, score: Tensor, limit: float | Tensor, pinned: Tensor
     ) -> Tensor:
         b, h, tq, tk = score.shape
-        limit = threshold if isinstance(threshold, Tensor) else score.new_full((), threshold)
+        at_most = limit if isinstance(limit, Tensor) else score.new_full((), limit)
         following = score.new_empty((b, h, tq, -(-tk // 32)), dtype=torch.int32)
-        self._each_query_tile(MARK_TILES, live, score, pinned, limit.float(), following)
+        self._each_query_tile(MARK_TILES, live, score, pinned, at_most.float(), following)
         return following
 
     def histogram(self, live: Tensor | None, score: Tensor, pinned: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The tile map's kernels, bit for bit with their twins in torch; the whole of each self-test."""
+"""The tile map's kernels beside their twins in torch: bits, counts, lists and limits bit for bit,
+what layers have spent and remaining to 1e-6; the whole of each self-test."""
 
 from __future__ import annotations
 
