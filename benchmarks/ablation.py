@@ -38,7 +38,7 @@ def layers_alone() -> Iterator[None]:
 
     def alone(*asked: Any) -> allocation.Choice:
         *own, _, aim = asked
-        return allocation.choose(*own, [], aim)
+        return allocation.choose(*own, others=[], aim=aim)
 
     with mock.patch.object(tile_map, "choose", alone):
         yield
