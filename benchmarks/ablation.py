@@ -38,7 +38,8 @@ def layers_alone() -> Iterator[None]:
 
     def alone(*asked: Any) -> allocation.Choice:
         *own, _, aim = asked
-        return allocation.choose(*own, others=[], aim=aim)
+        call: list[Any] = [*own, [], aim]
+        return allocation.choose(*call)
 
     with mock.patch.object(tile_map, "choose", alone):
         yield
