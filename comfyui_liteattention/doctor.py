@@ -16,17 +16,17 @@ from .backends.constraints import Constraints
 from .backends.cpu import backend as cpu
 from .backends.gpu import launches as gpu
 
-#: What kernels for cards have in common so far.
+#: A note for every graphics card.
 UNTRIED = "its kernels were built and tested without a GPU; no GPU has run them yet"
 
-#: What the kernels take, by device type.
+#: The tensors that each device type's kernels accept.
 TAKES: dict[str, Constraints] = {"cpu": cpu.CONSTRAINTS, "cuda": gpu.CONSTRAINTS}
 
 PACKAGES = ("torch", "numba", "triton", "diffusers", "flash-attn", "sageattention")
 
 
 def examine() -> dict[str, Any]:
-    """Plain data about the machine and the backend of every device."""
+    """The machine and the backend of every device, as JSON-ready data."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -37,13 +37,13 @@ def examine() -> dict[str, Any]:
 
 
 def report(as_json: bool = False) -> str:
-    """What was found, as text for people or as JSON."""
+    """The findings, as text or as JSON."""
     findings = examine()
     return json.dumps(findings, indent=2) if as_json else render(findings)
 
 
 def render(findings: dict[str, Any]) -> str:
-    """The findings as text for people."""
+    """The findings as text."""
     packages = {"comfyui": findings["comfyui"], **findings["packages"]}
     lines = [f"Python {findings['python']} on {findings['system']}"]
     lines += [f"  {name:<14} {version or 'not found'}" for name, version in packages.items()]
@@ -77,8 +77,8 @@ def _examine_device(device: torch.device) -> dict[str, Any]:
 
 
 def _failed_test(provider: Provider, device: torch.device) -> str | None:
-    """Why a card's kernels aren't trusted with what models use most, or None. (The CPU's was tested
-    when it was chosen.)"""
+    """Why a card's kernels fail for the usual case, head_dim 128 in bfloat16, or None. (The CPU's
+    kernel was tested when it was chosen.)"""
     if device.type == "cpu":
         return None
     found = provider.provide(device, 128, torch.bfloat16)

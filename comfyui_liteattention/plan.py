@@ -1,4 +1,4 @@
-"""What may be lost at each step of one run: from a budget, or from a closeness. Pure functions."""
+"""What each step of a run may lose, from a budget or from a closeness. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from .settings import Settings
 @dataclass(frozen=True)
 class Plan:
     """``levels``: the falling noise levels of the run, see :func:`schedule.noise_fractions`.
-    ``known``: whether the run follows them step by step."""
+    ``known``: whether the run has exactly these steps; False if their number is assumed."""
 
     settings: Settings
     levels: tuple[float, ...]
     known: bool
 
     def aim(self, progress: Progress) -> float | None:
-        """Lost mass to aim at with what is marked now, which is skipped from the next step on; None
-        where a threshold rules."""
+        """The lost mass to aim at when marking tiles at this step, which are skipped from the next
+        step on; None where the settings give a threshold instead."""
         if self.settings.closeness is not None:
             steps = len(self._losses)
             done = progress.step + 1 if self.known else int(progress.position * steps)
             return self._losses[min(done, steps - 1)]
         if self.settings.budget is not None:
-            # Below what is allowed: what will be measured are samples.
+            # Below the allowance, because the loss is known from samples only.
             return MARGIN * allowance(self.settings.budget, self.settings.ramp, progress.position)
         return None
 
     @property
     def allowed(self) -> tuple[float, ...]:
-        """Lost mass that each step may have on average over it; empty without a budget."""
+        """The lost mass allowed at each step; empty with a threshold, and with a budget in a run
+        of unknown length."""
         if self.settings.closeness is not None:
             return self._losses
         if self.settings.budget is None or not self.known:

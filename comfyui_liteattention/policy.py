@@ -26,16 +26,16 @@ def marks(settings: Settings, position: float) -> bool:
 
 
 def first_marking_step(settings: Settings, steps: int) -> int:
-    """The first of so many steps whose calls can mark tiles."""
+    """The first of ``steps`` steps whose calls can mark tiles."""
     return sum(not marks(settings, (step + 1) / steps) for step in range(steps))
 
 
 def threshold_at(settings: Settings, position: float, key_tiles: int) -> float:
     """The score at or below which a tile is negligible, log2.
 
-    ``position`` as in :func:`marks`. The ramp is
-    ``eps_t = eps * position**ramp`` in log2. For the mass criterion the row's allowance is shared
-    out evenly over its ``key_tiles``, so that it holds for any sequence length.
+    ``position`` as in :func:`marks`. The ramp multiplies the allowance ``2**threshold`` by
+    ``position**ramp``. For the mass criterion the row's allowance is divided evenly among its
+    ``key_tiles``, so that it holds for any sequence length.
     """
     threshold = settings.threshold + settings.ramp * math.log2(position)
     return threshold - math.log2(key_tiles) if settings.criterion == "mass" else threshold
@@ -47,8 +47,8 @@ def pinned_tokens(
     length: int,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Tokens that always count, ``[length]`` bool: those in the ranges, and all beside the video
-    where it is known (text, references), in the order in which the model lists them."""
+    """Tokens that are never skipped, ``[length]`` bool in the model's order: those in ``ranges``
+    and, where the place of the video is known, all that are not video (text, references)."""
     pinned = torch.zeros(length, dtype=torch.bool, device=device)
     if video is not None:
         pinned[: video.start] = True
@@ -60,7 +60,7 @@ def pinned_tokens(
 
 def pinned_tiles(queries: Tensor, keys: Tensor, tile: TileShape) -> Tensor:
     """Tiles that must stay live, ``[Tq, Tk]`` bool, from the pinned tokens ``queries [Lq]`` and
-    ``keys [Lk]`` bool, as they are listed in the attention call."""
+    ``keys [Lk]`` bool, in the order in which the attention call lists them."""
     rows, columns = tiles_touching(queries, tile.q), tiles_touching(keys, tile.k)
     return rows.unsqueeze(1) | columns.unsqueeze(0)
 

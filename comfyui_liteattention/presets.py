@@ -17,7 +17,7 @@ DEFAULT = "Balanced"
 
 
 def preset(name: str) -> Settings:
-    """Settings of a preset, in any case; ValueError names the choices."""
+    """Settings of a preset, upper or lower case; ValueError names the choices."""
     found = {known.lower(): settings for known, settings in PRESETS.items()}
     if not isinstance(name, str) or name.lower() not in found:
         raise ValueError(f"LiteAttention: no preset {name!r}; choose one of {', '.join(PRESETS)}.")

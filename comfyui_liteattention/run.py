@@ -1,4 +1,4 @@
-"""One sampling run: all skip state, born with the run and gone with it."""
+"""One sampling run and all its skip state, which is dropped when the run ends."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ OUT_OF_MEMORY = "not enough memory for LiteAttention on this device: switched of
 
 
 class Run:
-    """State and statistics of one run. Safe to call from several threads; one call of a model, from
-    :meth:`begin_call` to :meth:`end_call`, stays in one.
+    """State and statistics of one run. Safe to call from several threads, as long as each call of a
+    model, from :meth:`begin_call` to :meth:`end_call`, stays in one thread.
 
     Streams (cond, uncond, a context window, a device, ...) and layers never share state: it is
-    keyed by (layer, stream, shape of the queries). ``kind`` names the model and the attention that
-    the user has beside ours: what is decided once in a process is decided for that. ``lasting``: a
-    context in which our calls allocate what they need (see integrations/comfy/compiler.py).
-    ``levels``: ``sigmas`` as parts of the latent (schedule.noise_fractions), where they are known.
+    keyed by (layer, stream, shape of the queries). ``kind`` identifies the model and the user's own
+    attention; whether skipping pays is decided once per process for each kind. ``lasting``: a
+    context in which our calls allocate what outlives them (integrations/comfy/compiler.py).
+    ``levels``: ``sigmas`` as noise fractions (schedule.noise_fractions), where they are known.
     """
 
     def __init__(
@@ -86,29 +86,29 @@ class Run:
     def begin_call(self, step: int) -> None:
         """A call of the model begins, at this step."""
         with self._lock:
-            self._open.pop(threading.get_ident(), None)  # of a call that ended in an exception
+            self._open.pop(threading.get_ident(), None)  # left by a call that raised
             self._record.begin_step(step, self._states.named())
 
     def end_call(self, step: int, seconds: float) -> bool:
-        """The call of the model that began in this thread has returned after so long.
+        """The call of the model that began in this thread has returned, after ``seconds``.
 
-        False: its result was made from one of ours that is not finite. It must not be passed on,
-        and the model has to be called again without us; we are out of the way where it came from.
+        False: one of our results in it was not finite. The model's result must not be passed on;
+        call the model again: the layer at fault now stays dense.
         """
         with self._lock:
             self._record.time_step(step, seconds)
         return self.sound()
 
     def sound(self) -> bool:
-        """Whether the results since this was last asked in this thread are finite; waits for the
-        device. For models whose calls can't be repeated: the layer is done densely at once."""
+        """Whether all our results in this thread since the last time it was asked are finite; waits
+        for the device. Asked after every layer of a model whose calls can't be repeated."""
         with self._lock:
             outcomes = self._open.pop(threading.get_ident(), [])
         try:
             return self._note(look(outcomes))
         except RuntimeError as error:
             self._lacking(error)
-            return False  # not known, so not to be relied on
+            return False  # unknown counts as not finite
 
     def attend(
         self,
@@ -119,8 +119,7 @@ class Run:
         video: VideoTokens | None = None,
         dense: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
-        """:meth:`attend_parts` of a batch that holds ``len(streams)`` equal parts,
-        ``[B, H, L, D]``."""
+        """:meth:`attend_parts` for a batch ``[B, H, L, D]`` of ``len(streams)`` equal parts."""
         outs = self.attend_parts(layer, progress, split(streams, call, video), dense)
         if outs is None or len(outs) == 1:
             return None if outs is None else outs[0]
@@ -139,10 +138,10 @@ class Run:
     ) -> list[Tensor] | None:
         """Attention of one layer, for each of the parts ``[B, H, L, D]``.
 
-        ``dense`` does the same call with the user's own attention, once, and remembers what came
-        out. It is asked here where the time that it takes is worth knowing. None: the caller has to
-        do this call densely; the reason is counted. Nothing waits for the device (but once in a
-        process, to decide what is faster): whether the result is finite, :meth:`end_call` says.
+        ``dense`` does the same call with the user's own attention, and caches its result, so that
+        the call is made only once even if it is timed here first. None: the caller has to do this
+        call densely; the reason is counted. Nothing waits for the device (except once per process,
+        to decide which is faster): :meth:`end_call` says whether the result was finite.
         """
         if self._stopped or layer in self._failed:
             self.decline(self._stopped or NOT_FINITE)
@@ -176,8 +175,8 @@ class Run:
         return [out for out, _ in done]
 
     def report(self, maps: bool = True) -> RunReport:
-        """What the run has done, up to the last call of the model that has returned. Without its
-        maps that takes hardly any time, and nothing waits for a device."""
+        """What the run has done, up to the last call of the model that has returned. Without
+        ``maps`` this is cheap and does not wait for the device."""
         with self._lock:
             notes = dict.fromkeys(pace.note for pace in self._paces.values() if pace.note)
             states = self._states.named() if maps else None
@@ -191,9 +190,9 @@ class Run:
             return self._record.text(step)
 
     def finish(self) -> RunReport:
-        """End the run: drop all state and return what is worth keeping. Never fails: a report must
-        not cost anyone a finished video."""
-        with self._lock:  # of a call of the model that ended in an exception
+        """End the run: drop all state and return its report. Never raises: a failed report must not
+        cost anyone a finished video."""
+        with self._lock:  # left by a call of the model that raised
             outcomes = [outcome for calls in self._open.values() for outcome in calls]
         try:
             self._note(look(outcomes))
@@ -215,7 +214,7 @@ class Run:
         backend: Backend,
         dense: Callable[[], Tensor],
     ) -> bool:
-        """Whether a call is ours; if not, the user's own attention does it here and now."""
+        """Whether LiteAttention computes a call; if not, calls the user's own attention, timed."""
         device = parts[0].inputs.q.device
         tallies = [all_tiles(part, backend) for part in parts]
         tiles = sum(tally.total for tally in tallies)
@@ -236,8 +235,8 @@ class Run:
         return False
 
     def _decide(self, pace: Pace, part: Part, backend: Backend) -> None:
-        """Whether this run skips, and from which step on. The only place that waits for the device
-        while a model runs, once in a process for each kind of call."""
+        """Decide whether this run skips, and from which step on. The only place that waits for the
+        device while a model runs: once per process for each kind of call."""
 
         def ask(state: LayerState, position: float) -> Tally:
             aim = self._plan.aim(Progress(int(position * max(self.steps - 1, 0)), position))
@@ -260,7 +259,7 @@ class Run:
         seconds: Callable[[], float],
         ends: Sequence[Tensor] = (),
     ) -> None:
-        """Leave what a call came to on the device until the model has returned."""
+        """Keep a call's figures on the device until the model has returned."""
         streams = tuple(part.stream for part in parts)
         tokens = tuple(part.inputs.q.shape[2] for part in parts)
         outcome = Outcome(progress, layer, streams, tokens, tuple(tallies), seconds, tuple(ends))
@@ -268,7 +267,7 @@ class Run:
             self._open[threading.get_ident()].append(outcome)
 
     def _note(self, calls: Sequence[Seen]) -> bool:
-        """Take down what the calls of a model came to; whether all results were finite."""
+        """Record the attention calls of one call of the model; True if all results were finite."""
         broken = next((seen.outcome.layer for seen in calls if not seen.finite), None)
         if broken is not None:
             self._fail(broken)
@@ -287,21 +286,21 @@ class Run:
         return True
 
     def _stop(self, reason: str) -> None:
-        """Go on densely to the end of the run; the skip state is of no more use."""
+        """Stay dense to the end of the run, and free the skip state."""
         with self._lock:
             self._stopped = reason
             self._states.forget()
         self.decline(reason)
 
     def _lacking(self, error: RuntimeError) -> None:
-        """Go on densely if it was memory that was lacking; all else is no reason to go on."""
+        """Stay dense after an out-of-memory error; raise any other."""
         if not lacks_memory(error):
             raise error
         self._stop(OUT_OF_MEMORY)
 
     def _fail(self, layer: str) -> None:
-        """Leave the layer to the user's own attention. The layers behind it were given what it had
-        computed, so that all begin again; where that doesn't help, it isn't one layer's fault."""
+        """Leave the layer to the user's own attention. Later layers got its broken output as input,
+        so all layers start over. If it happens again, the fault isn't one layer's: stop the run."""
         if self._failed:
             self._stop(NOT_FINITE_AGAIN)
             return
@@ -311,6 +310,6 @@ class Run:
         self.decline(NOT_FINITE)
 
     def _provide(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Backend | str:
-        """The backend for such calls, or why there is none: asked once for each kind."""
+        """The backend for such calls, or why there is none; remembered for the run."""
         found = self.backend.provide(device, head_dim, dtype)
         return self._backends.setdefault((device, head_dim, dtype), found)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-#: Shift of the schedule that is assumed where a host doesn't tell its own, as video models have it.
+#: Shift of the flow schedule assumed where the host doesn't give its own (Wan's at 480p).
 ASSUMED_SHIFT = 3.0
-#: Number of its steps where not even that is known.
+#: Number of steps assumed where that is unknown, too.
 ASSUMED_STEPS = 20
 
 
@@ -20,17 +20,17 @@ class Progress(NamedTuple):
 
 def locate(sigma: float, sigmas: Sequence[float]) -> Progress:
     """Find ``sigma`` in the schedule ``sigmas`` (``steps + 1`` values), which falls, or rises where
-    a video is turned back into noise.
+    a video is inverted into noise.
 
-    Samplers of higher order also evaluate between two listed sigmas, or twice at one: such a call
-    belongs to the step in whose interval it lies, with the position in proportion.
+    Higher-order samplers also evaluate between two listed sigmas, or twice at one: such a call
+    belongs to the step in whose interval it lies, its position interpolated.
     """
     steps = len(sigmas) - 1
     if steps < 1:
         return Progress(0, 1.0)
     if sigmas[0] < sigmas[-1]:
         return locate(-sigma, [-value for value in sigmas])
-    # Sigmas come as float32 from one side and as Python floats from the other.
+    # ``sigma`` may have gone through float32, while ``sigmas`` are Python floats.
     slack = 1e-5 * max(abs(sigmas[0]), abs(sigmas[-1]), 1e-6)
     step = max((i for i in range(steps) if sigmas[i] >= sigma - slack), default=0)
     width = sigmas[step] - sigmas[step + 1]
@@ -39,14 +39,14 @@ def locate(sigma: float, sigmas: Sequence[float]) -> Progress:
 
 
 def noise_fractions(sigmas: Sequence[float], flow: bool) -> tuple[float, ...]:
-    """Noise levels as the part of the latent that is noise, 0..1. Models of rectified ``flow`` tell
-    them so; others have a standard deviation sigma beside a signal of 1."""
+    """Noise levels as the fraction of the latent that is noise, 0..1. Rectified-``flow`` models use
+    them as sigma; others add noise of standard deviation sigma to the signal."""
     return tuple(min(s, 1.0) if flow else s / (1 + s) for s in sigmas)
 
 
 def assumed_levels(steps: int) -> tuple[float, ...]:
-    """Noise levels of a run of which no more is known than the number of steps, or not even that (0
-    or less): from pure noise to none, high for long."""
+    """Noise levels of a run of which only the number of ``steps`` is known, or not even that (0 or
+    less): a shifted flow schedule from pure noise to none, ``s t / (1 + (s - 1) t)``."""
     count = steps if steps > 0 else ASSUMED_STEPS
     removed = (step / count for step in range(count + 1))
     return tuple(

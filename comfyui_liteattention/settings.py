@@ -18,7 +18,7 @@ from .token_order import TokenOrder, TokenRanges
 SAFEST = -40.0
 
 MAX_LAYER = 999
-#: One query tile in so many is fewer than one in the longest video: there would be no audit.
+#: Upper limit of ``audit``: even the longest videos have fewer query tiles than this.
 RAREST_AUDIT = 4096
 
 NOT_NEGATIVE = "must be negative (log2 units; more negative is safer, try -4)"
@@ -36,17 +36,17 @@ EXAMPLES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How much may be skipped, and where never.
+    """How much may be skipped, and what never is.
 
     closeness
         How close the video should come to the dense one of the same seed, at least, in dB of PSNR.
-        What each step may lose for that follows from the noise levels of the run
-        (budget/closeness.py; calibrated on the demo's model), is measured and held as a budget is;
+        The noise levels of the run then set what each step may lose (budget/closeness.py;
+        calibrated on the demo's model); that loss is measured and held as with a budget.
         ``threshold`` and ``ramp`` are ignored. None: no such goal.
     budget
-        How much of the attention may be lost, 0..1: the lost mass, mean over the rows, layers and
-        steps of a run, is measured while it runs and held at or below this. The threshold then
-        follows from it, and ``threshold`` is ignored. None: no budget.
+        How much of the attention may be lost, 0..1: the lost mass, averaged over the rows, layers
+        and steps of a run, is measured while it runs and held at or below this; ``threshold`` is
+        ignored. None: no budget.
     threshold
         log2, negative; more negative is safer. With the ``mass`` criterion a row of the attention
         matrix loses less than ``2**threshold`` of its softmax sum in the call in which its tiles
@@ -54,7 +54,8 @@ class Settings:
         criterion every probability in a skipped tile is below ``2**threshold`` times the largest
         of its row. ``SAFEST`` (-40) and below: nothing is ever skipped.
     criterion
-        ``mass`` or ``gap``: the score that the threshold is compared with (design: backends/base).
+        ``mass`` or ``gap``: the score that the threshold is compared with, defined in
+        :class:`.backends.base.Attended`.
     ramp
         The threshold at position ``u`` (0..1] of the run is ``threshold + ramp * log2(u)``: strict
         at first, because errors made early travel furthest. 0 switches the ramp off.
@@ -67,7 +68,7 @@ class Settings:
         tokens that see every key. Tiles that they touch only in part count as touched.
     order
         ``compact`` lists the video tokens so that every tile is a compact piece of the video, where
-        the model tells its grid; ``raster`` leaves them in the model's order.
+        the token grid is known; ``raster`` leaves them in the model's order.
     audit
         One in this many query tiles is also computed in full, another one at every call; the
         difference is the measured lost mass. 0 switches the audit off.
@@ -77,8 +78,8 @@ class Settings:
     min_tokens
         Shorter sequences stay dense.
     never_slower
-        Use the attention that would be used otherwise as long as it is the faster one, and switch
-        off for a run in which it stays so (never_slower.py).
+        Leave calls to the user's own attention as long as that is faster, and switch off for a run
+        in which it stays so (never_slower/).
     qk
         How a graphics card multiplies queries and keys: ``native``, in their own dtype, or
         ``int8``, meant to be faster on some cards, and less precise. Where there is no INT8 kernel,
@@ -187,7 +188,7 @@ def _problems(s: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _of_other_types(s: Settings) -> Iterator[tuple[str, str]]:
-    """Fields that are not of the type that they have to be, and what to write instead."""
+    """Fields of a wrong type, and what to write instead."""
     for name in ("closeness", "budget", "threshold", "ramp", "warmup"):
         value = getattr(s, name)
         missing = value is None and name in ("closeness", "budget")
@@ -257,5 +258,5 @@ def _are_ranges(value: object) -> bool:
 
 
 def _tuples(value: object) -> object:
-    """Lists as tuples, also inside: settings are compared, and put together."""
+    """Lists as tuples, nested ones too, so that settings can be compared and hashed."""
     return tuple(_tuples(x) for x in value) if isinstance(value, (list, tuple, range)) else value

@@ -1,9 +1,9 @@
-"""The calibrated tail: how much of what skipped tiles contribute as means is believed.
+"""The calibrated tail: how much weight the means that stand in for skipped tiles are given.
 
-The mean key of a tile says well where its part of the output points, and less well how large it
-is: the mean of exponentials is more than the exponential of the mean, by a factor that differs from
-head to head. The audit knows the truth for some rows, so each head gets the factor that would have
-predicted its audited rows best.
+A tile's mean key predicts the direction of its contribution to the output well, and its size less
+well: the mean of exponentials is more than the exponential of the mean (Jensen's inequality), by a
+factor that differs from head to head. The audit knows the exact result for some rows, so each head
+gets the factor that would have predicted its audited rows best.
 
 Kept part ``o`` with log-sum-exp ``L``, pooled part ``t`` with ``M``, factor ``c``:
 
@@ -11,8 +11,9 @@ Kept part ``o`` with log-sum-exp ``L``, pooled part ``t`` with ``M``, factor ``c
 
 and the full result is ``f = (o + W t') / (1 + W)``, ``W = exp(L_full - L) - 1``, for the true part
 ``t'`` of the skipped tiles. So ``c`` solves ``c w (t - o) = (1 + W) (f - o)``, by least squares
-over the audited rows of a head (``pooled.compare``), older audits fading. Pure functions; nothing
-waits for a device.
+over the audited rows of a head (``pooled.compare``), with older audits weighted down. What the tail
+is worth: docs/measured.md ("skipped tiles contribute nothing") and ``benchmarks.ablation`` (one
+factor for all heads). Pure functions; nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torch import Tensor
 
 from .backends.base import Agreement
 
-#: Weight of older audits at each new one.
+#: Older audits are multiplied by this at each new one.
 DECAY = 0.8
-#: No head's factor is larger.
+#: Upper limit of a head's factor.
 LARGEST = 32.0
 
 
 def enter_audit(fit: Agreement | None, now: Agreement) -> Agreement:
-    """Note what an audit has shown beside what older ones did."""
+    """Add an audit to the sums over the older ones."""
     if fit is None:
         return now
     return Agreement(

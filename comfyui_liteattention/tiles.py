@@ -3,7 +3,7 @@
 One attention call of one layer and one stream has queries ``[B, H, Lq, D]`` and keys
 ``[B, H, Lk, D]``, cut into ``Tq x Tk`` tiles. The map is stored as one bit per tile,
 ``live [B, H, Tq, ceil(Tk/32)]`` int32, little end first: bit ``j % 32`` of word ``j // 32`` says
-whether key tile ``j`` is computed. Kernels read the transient :class:`TileLists` made from it.
+whether key tile ``j`` is computed. Kernels read :class:`TileLists`, made from it for each call.
 
 Pure tensor code: no policy, no host, no device dependence.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
-#: Tiles that are listed at once.
+#: Tiles of a map that are listed at once, which bounds the memory needed.
 PART = 1 << 22
 
 
@@ -65,10 +65,10 @@ def unpack(live: Tensor, tk: int) -> Tensor:
     return (octets & _bits(live.device)).ne(0).flatten(-2)[..., :tk]
 
 
-@lru_cache(maxsize=8)  # to make it anew would wait for the device
+@lru_cache(maxsize=8)  # copying it to the device again would wait for the device
 def _bits(device: torch.device) -> Tensor:
-    """The values of the bits of a byte. (Bytes of a word are little end first on all machines that
-    torch runs on; whole maps are large, so that they are never widened.)"""
+    """The values of the bits of a byte. Words are handled as bytes, little end first as on all
+    machines that torch runs on, because a whole map widened to words would be large."""
     return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
 
 
@@ -81,12 +81,12 @@ def make_lists(mask: Tensor, alternate: bool = False) -> TileLists:
     """``mask [B, H, Tq, Tk]`` bool -> lists that visit the live tiles in ascending order.
 
     With ``alternate`` they are visited in descending order, unless every tile of the map is live:
-    then the lists stay what a dense call does, bit for bit.
+    such a call stays bit for bit what a dense call is.
     """
     count = mask.sum(-1, dtype=torch.int32)
     index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
     backwards = ~mask.all() if alternate else None
-    # In parts: places are 64-bit while they are used, which for all heads at once is a lot.
+    # In parts: scatter_ needs 64-bit places, which for all heads at once would take much memory.
     rows, out = mask.flatten(0, -2), index.flatten(0, -2)
     step = max(1, PART // mask.shape[-1])
     for part, into in zip(rows.split(step), out.split(step), strict=True):
@@ -95,10 +95,10 @@ def make_lists(mask: Tensor, alternate: bool = False) -> TileLists:
 
 
 def _list_rows(mask: Tensor, backwards: Tensor | None, index: Tensor) -> None:
-    """Fill ``index [R, Tk]`` with the numbers of the set places of ``mask [R, Tk]``, then of the
-    others; the former in descending order where ``backwards [] bool`` holds."""
+    """Fill ``index [R, Tk]`` with the numbers of the tiles set in ``mask [R, Tk]``, then of the
+    others; the former in descending order where ``backwards [] bool`` is true."""
     tiles = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-    upto = mask.cumsum(-1, dtype=torch.int32)  # set places up to and including this one
+    upto = mask.cumsum(-1, dtype=torch.int32)  # tiles set, up to and including this one
     count = upto[:, -1:]
     place = upto - 1
     if backwards is not None:
@@ -110,7 +110,7 @@ def _list_rows(mask: Tensor, backwards: Tensor | None, index: Tensor) -> None:
 def tiles_touching(tokens: Tensor, rows: int) -> Tensor:
     """Tiles of ``rows`` tokens that hold any of ``tokens [L]`` bool, ``[ceil(L/rows)]`` bool.
 
-    A partly covered tile counts as covered: everything here rounds towards computing.
+    A tile that is touched only in part counts: when in doubt, a tile is computed.
     """
     padded = torch.nn.functional.pad(tokens, (0, -len(tokens) % rows))
     return padded.unflatten(0, (-1, rows)).any(-1)

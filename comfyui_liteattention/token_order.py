@@ -1,9 +1,10 @@
 """The order of tokens in a sequence: each tile a compact piece of the video.
 
 A model lists its video tokens frame by frame, row by row, so that a tile of 64 neighbours in the
-list is a thin strip of the picture. What one strip attends to differs along its length, and a tile
-can only be skipped when no row of it needs it. Tokens that are close in space and time look at the
-same things: with a tile as close to a cube as the video allows, more tiles can go at the same loss.
+list is a thin strip of the picture. The two ends of a strip attend to different things, and a tile
+can only be skipped when no row needs it. Tokens close in space and time attend to the same things:
+the closer a tile is to a cube of the video, the more tiles can be skipped at the same loss
+(docs/measured.md, "Which order of the tokens").
 
 Attention does not care in which order its tokens are listed (positions are in q and k already),
 so the order may be chosen freely. Pure functions; nothing here knows a model.
@@ -45,13 +46,13 @@ def arrange(
     length: int, video: VideoTokens, apart: TokenRanges, tile: TileShape, device: torch.device
 ) -> Tensor:
     """Which token is listed at each place, ``[length]`` int64: first all that are not video or lie
-    in the ranges ``apart``, in their order; then the video in compact pieces of a tile each."""
+    in the ranges ``apart``, in the model's order; then the video in compact tile-sized pieces."""
     is_video = np.zeros(length, dtype=bool)
     is_video[video.start : video.stop] = True
     for start, end in apart:
         is_video[start:end] = False
     first, rest = np.flatnonzero(~is_video), np.flatnonzero(is_video)
-    filling = -len(first) % max(tile.q, tile.k)  # video that completes the tile where others end
+    filling = -len(first) % max(tile.q, tile.k)  # video tokens that fill up the last of these tiles
     first, rest = np.append(first, rest[:filling]), rest[filling:]
     pieces = _pieces(rest - video.start, video.grid, tile)
     return torch.from_numpy(np.append(first, rest[pieces])).to(device)
@@ -61,22 +62,22 @@ def arrange(
 def arrange_part(
     grid: Grid, first: int, count: int, tile: TileShape, device: torch.device
 ) -> Tensor:
-    """The same for ``count`` tokens of a video from its token ``first`` on, all of them in compact
-    pieces; numbers count from ``first``."""
+    """The same for ``count`` tokens of a video from its token ``first`` on, all in compact pieces;
+    the tokens are numbered from ``first``."""
     return torch.from_numpy(_pieces(np.arange(first, first + count), grid, tile)).to(device)
 
 
 def _pieces(tokens: np.ndarray, grid: Grid, tile: TileShape) -> np.ndarray:
-    """The order in which ``tokens [N]`` of a video form compact pieces of a tile each."""
+    """The order in which ``tokens [N]`` of a video form compact tile-sized pieces."""
     places = np.stack(np.unravel_index(tokens, grid), axis=1)
     return compact_order(places, (max(tile.q, tile.k), min(tile.q, tile.k)))
 
 
 def take(x: Tensor, order: Tensor) -> Tensor:
-    """``x [B, H, L, D]`` with the tokens ``order``, heads inside the tokens in memory.
+    """The tokens ``order`` of ``x [B, H, L, D]``, laid out in memory as ``[B, L, H, D]``.
 
-    As models hand their tokens over, so that whole rows of all heads are copied, and whoever joins
-    the heads of a result again does so without a copy.
+    Models hand their tokens over in this layout, so that a token's heads are copied in one piece,
+    and joining the heads of a result takes no copy.
     """
     return x.transpose(1, 2).index_select(1, order).transpose(1, 2)
 
@@ -89,11 +90,11 @@ def put(x: Tensor, order: Tensor) -> Tensor:
 
 
 def compact_order(places: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
-    """Order of points ``places [N, 3]`` in which every run of ``sizes[0]`` points, from the start,
-    is a compact piece, and inside it every run of ``sizes[1]``, and so on.
+    """Order of points ``places [N, 3]`` in which each consecutive ``sizes[0]`` points form a
+    compact piece, within it each consecutive ``sizes[1]``, and so on.
 
     The points are halved across their longest side again and again, as in a k-d tree, each time at
-    a multiple of the size, so that every piece but the last is full, whatever the grid.
+    a multiple of the size, so that all pieces but the last are full, whatever the grid.
     """
     order = np.empty(len(places), dtype=np.int64)
     work = [(np.arange(len(places)), sizes, 0)]

@@ -1,1 +1,1 @@
-"""How much may be lost, when, and where."""
+"""How much attention may be lost, at which step, and in which layer."""

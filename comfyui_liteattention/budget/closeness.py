@@ -1,19 +1,20 @@
-"""Closeness: what errors cost in the finished video, and how much each step may lose for it.
+"""Closeness: what an error at each step costs in the finished video, and what a step may lose.
 
-A step from the noise level ``level_i`` (a fraction, 1: pure noise) to ``level_i+1`` moves the
-latent by its length times what the model says, and so does an error in it. The clean video is the
-part 1 - level of the latent, so an error counts for more in it the more noise there still is: by
-1 / (1 - level), and by as much again since attention decides then what a video shows, and later its
-details. Errors of different steps add up, as it is much the same tiles that are skipped. With
-``lost_i`` the lost mass of step i:
+A step from the noise level ``level_i`` (a fraction, 1: pure noise) to ``level_i+1`` adds the
+model's output times the length of the step to the latent, and an error in the output likewise. The
+fraction 1 - level of the latent is clean video, so the same error weighs more in it the more noise
+is left: by 1 / (1 - level). It weighs more by that factor once again, because attention decides at
+high noise what the video shows and later only its details. Errors of different steps add up rather
+than cancel, since mostly the same tiles are skipped. With ``lost_i`` the lost mass of step i:
 
     weight_i  = (level_i - level_i+1) / (1 + FLOOR - level_i+1)^2
     error     = sum_i weight_i * lost_i^POWER
     closeness = AT_ONE - 20 log10(error)        [dB of PSNR to the dense video]
 
-The three numbers are from the demo's model (docs/closeness.md says how and how well), over steps,
-budgets, ramps, prompts and seeds. Computed tiles fall with the logarithm of the loss, so the
-fewest are computed for an error where all steps contribute the same. Pure functions.
+The model is empirical. Its constants were fitted on the demo's model over steps, budgets, ramps,
+prompts and seeds: docs/closeness.md says how, and how well it predicts. The number of computed
+tiles falls with the logarithm of the loss, so for a given error the fewest tiles are computed when
+all steps contribute equally to it. Pure functions.
 """
 
 from __future__ import annotations
@@ -23,29 +24,30 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-#: Keeps the weight finite where all is noise; measured, it levels off there, too.
+#: Keeps the weight finite at pure noise, where the measured sensitivity levels off as well.
 FLOOR = 0.05
-#: The output's error grows less than the mass that is lost: the tail makes up for more of it.
+#: Below 1 because the tail makes up for a larger share of a larger loss.
 POWER = 0.85
-#: dB at an error of 1: makes 4, 8, 20 and 50 steps right on the mean of the development videos.
+#: dB at an error of 1. Makes the estimate right on average at 4, 8, 20 and 50 steps (53 videos).
 AT_ONE = 32.0
-#: What people should know of it.
+#: The reservation that belongs beside every closeness shown to a user.
 CALIBRATION = "as it is on the demo's model; on another one, the Compare node measures it"
-#: dB around an expectation in which 35 of 42 held-out videos lay; the others came closer to dense.
-#: Seeds differ by so much.
+#: Half width in dB of the range that a report gives, since seeds differ by about as much: 35 of 42
+#: held-out videos lay within it, the others came closer to dense (docs/closeness.md).
 WITHIN = 7.0
-#: dB above what is asked for that are aimed at: videos differ by about as much.
+#: Margin in dB: a run aims this much above the closeness asked for, since seeds differ.
 ABOVE = 2.0
-#: No step loses more: there is nothing left to gain.
+#: No step loses more than this; beyond it there is nothing left to gain.
 MOST_LOST = 0.6
-#: From this noise level on a run begins at pure noise; as far from 0, it ends without any.
+#: A run that begins at this noise level or above counts as begun at pure noise; one that ends at
+#: 1 - WHOLE or below, as finished. Any other is taken for one of two runs that make a video.
 WHOLE = 0.98
-#: Share of the error that a run may make where another one goes before or after it.
+#: Share of the allowed error that each of such two runs gets.
 SHARE_OF_A_PART = 0.5
 
 
 class Expected(NamedTuple):
-    """Closeness to the dense video of the same seed in dB, and where most videos lie."""
+    """Expected closeness to the dense video of the same seed, and the range of most videos, dB."""
 
     db: float
     low: float
@@ -53,8 +55,8 @@ class Expected(NamedTuple):
 
 
 def weights(levels: Sequence[float]) -> tuple[float, ...]:
-    """What a loss costs at each step between the noise ``levels`` (one more than steps). They fall,
-    or rise where a video is turned back into noise."""
+    """The weight of each step's loss; ``levels`` holds one noise level more than there are steps.
+    They fall, or rise where a video is inverted into noise."""
     return tuple(
         abs(before - after) / (1 + FLOOR - after) ** 2 for before, after in pairwise(levels)
     )
@@ -63,8 +65,8 @@ def weights(levels: Sequence[float]) -> tuple[float, ...]:
 def allowed_losses(closeness: float, levels: Sequence[float]) -> tuple[float, ...]:
     """Lost mass to aim at in each step, so that most videos come to ``closeness`` dB.
 
-    The first step of a run is dense. A run that does not begin at pure noise or does not end
-    without any has another one before or after it, which may make the other half of the error.
+    The first step is dense. A run that begins below pure noise, or ends before all noise is gone,
+    is taken for one of two that make a video together, and gets half of the allowed error.
     """
     later = weights(levels)[1:]
     if not later:
@@ -77,8 +79,8 @@ def allowed_losses(closeness: float, levels: Sequence[float]) -> tuple[float, ..
 
 
 def expected_closeness(losses: Sequence[float], levels: Sequence[float]) -> Expected | None:
-    """What comes of the lost mass of each step; None where nothing was lost: it is the dense video,
-    but for rounding."""
+    """The closeness that follows from each step's lost mass. None where nothing was lost: then the
+    video is the dense one, up to rounding."""
     error = sum(weight * lost**POWER for weight, lost in zip(weights(levels), losses, strict=True))
     if error == 0:
         return None
@@ -91,8 +93,8 @@ def _loss(each: float, weight: float) -> float:
 
 
 def _share_out(error: float, weights: Sequence[float]) -> float:
-    """What each step contributes so that all of them make ``error``: the same, but for steps that
-    can't, since no step loses more than ``MOST_LOST``."""
+    """The contribution of each step, so that all together make ``error``: the same for all, except
+    for steps that can't contribute as much without losing more than ``MOST_LOST``."""
     most = sorted(weight * MOST_LOST**POWER for weight in weights)
     left = error
     for index, largest in enumerate(most):

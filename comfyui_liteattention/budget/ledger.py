@@ -1,8 +1,9 @@
-"""Holding an error budget: how much more may be skipped now, from what was measured so far.
+"""Holding an error budget: how much more may be skipped now, given what was measured so far.
 
-The score of a tile bounds what its rows lose with it, from above and loosely. The audit measures
-what they do lose. Their ratio, learned per layer and stream while the run goes on, turns the
-allowed loss into a threshold. Pure functions; tensors stay on their device, nothing waits.
+The score of a tile is an upper bound, and a loose one, on what its rows lose when it is skipped.
+The audit measures what they really lose. The ratio of the two, learned per layer and stream while
+the run goes on, turns the allowed loss into a threshold. How well a budget is held with the values
+below: ``benchmarks.budget``, docs/measured.md. Pure functions; tensors stay on their device.
 """
 
 from __future__ import annotations
@@ -10,24 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Aim below the budget by this factor: measurements are samples.
+#: Fraction of the budget that is aimed at, because the loss is known from samples only.
 MARGIN = 0.8
-#: Measured loss over its bound, before anything was measured; counts as PRIOR_WEIGHT measurements.
+#: Ratio of loss to bound assumed before any measurement; it counts as PRIOR_WEIGHT measurements.
 PRIOR = 0.3
 PRIOR_WEIGHT = 1.0
-#: Weight of older measurements at each new one.
+#: Older measurements are multiplied by this at each new one.
 DECAY = 0.8
 
 
 def open_ledger(device: torch.device) -> Tensor:
-    """What one layer of one stream has spent, ``[4]`` float64: the bound on the mass of all dropped
-    tiles, mean over rows; decayed sums of the audited loss and of the bound at those audits; the
-    decayed number of audits."""
+    """What one layer of one stream has lost, ``[4]`` float64: the bound on the mass of all dropped
+    tiles, averaged over rows; decayed sums of the audited losses and of the bounds at those audits;
+    the decayed number of audits."""
     return torch.zeros(4, dtype=torch.float64, device=device)
 
 
 def enter_audit(ledger: Tensor, lost: Tensor) -> Tensor:
-    """Note the mean lost mass ``[]`` of the rows audited in this call."""
+    """Add ``lost []``, the mean lost mass of the rows audited in this call."""
     bound, measured, expected, audits = ledger
     return torch.stack(
         [bound, measured * DECAY + lost, expected * DECAY + bound, audits * DECAY + 1]
@@ -35,13 +36,13 @@ def enter_audit(ledger: Tensor, lost: Tensor) -> Tensor:
 
 
 def lost_per_bound(ledger: Tensor, start: float = PRIOR) -> Tensor:
-    """True loss over its bound, ``[]``, as far as known; ``start`` before anything was measured."""
+    """Estimated ratio of loss to bound, ``[]``; ``start`` before anything was measured."""
     _, measured, expected, audits = ledger
     prior = PRIOR_WEIGHT * expected / audits.clamp(min=1)
     return (measured + start * prior + 1e-12) / (expected + prior + 1e-12 / start)
 
 
 def allowance(budget: float, ramp: float, position: float) -> float:
-    """Lost mass allowed when ``position`` (0..1] of the run is done; its mean over the run is
-    ``budget``. Strict at first: errors made early travel furthest."""
+    """Lost mass allowed when the fraction ``position`` (0..1] of the run is done; its mean over the
+    run is ``budget``. Less at first, because early errors pass through more steps."""
     return budget * (ramp + 1) * position**ramp

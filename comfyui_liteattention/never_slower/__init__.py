@@ -1,12 +1,13 @@
-"""Never slower than dense: from which step on a run skips, and how much may be lost by that.
+"""Never slower than dense: from which step on a run skips, and how much time it may lose by that.
 
-A full call of ours may take longer than the attention that the user has; it pays as far as tiles
-are skipped. How long it takes is measured once in a process for a model, a size and the settings:
-the first calls of every run are left to the user's own attention, and at the last of these the
-first run also asks ours, aside, in full and at the skipping that the settings allow later
-(rehearsal.py). From that follows the step at which to begin, or that it never pays (costs.py).
+A call of ours that computes all tiles may take longer than the user's own attention; it pays once
+enough tiles are skipped. How long ours takes is measured once per process for each model, size and
+settings: the first calls of every run are left to the user's own attention and timed, and at the
+last of them the first run also makes some calls of ours whose results it throws away, one in full
+and one with the skipping that the settings allow at the end of a run (rehearsal.py). From these
+times follows the step at which to begin, or that skipping never pays (costs.py).
 
-The clock is not asked again. What a run loses or gains from there on is reckoned from its tiles
-(account.py), so that the same seed gives the same bits: a layer begins when what it may lose is
-covered, and a run that has nothing left to lose goes on densely (pace.py).
+After that the clock plays no part. What a run loses or gains is calculated from its tiles
+(account.py), so that the same seed gives the same bits: a layer begins when the allowance covers
+what it may lose, and a run that has used up the allowance goes on densely (pace.py).
 """

@@ -1,4 +1,4 @@
-"""What a run may lose, and has lost, reckoned from its tiles."""
+"""How much time a run may lose, and has lost, calculated from its tiles."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ ALLOWANCE = 0.02
 
 
 class Account:
-    """What one run may still lose, in tiles of the user's own attention.
+    """The time that one run may still lose, in units of a tile of the user's own attention.
 
-    Each layer that has begun has the loss of its next call put aside, as if that skipped no more
-    than the one before. So not more than the allowance is lost, whatever the tiles do, unless
-    tiles come back to life.
+    For each layer that has begun, the loss of its next call is set aside, as if that skipped no
+    more than the one before. So the allowance is never exceeded, however few tiles are skipped,
+    unless skipped tiles become live again.
     """
 
     def __init__(self, costs: Costs, steps: int) -> None:
@@ -28,16 +28,17 @@ class Account:
 
     @property
     def left(self) -> float:
-        """Tiles that may still be lost; as far as is known, of the largest step so far."""
+        """Tiles that may still be lost. A step is taken to have as many as the largest so far."""
         allowance = ALLOWANCE * self._steps * max(self._step_tiles.values(), default=0)
         return allowance - self._spent
 
     def see(self, step: int, tiles: int) -> None:
-        """A call of so many tiles comes, whoever does it."""
+        """Count a call of ``tiles`` tiles, whoever computes it."""
         self._step_tiles[step] += tiles
 
     def covers(self, who: Hashable, tiles: int) -> bool:
-        """Whether a call of a layer for its streams, ``who``, can be paid for; then it is."""
+        """Whether the allowance covers a call of ``who`` (a layer and its streams); if so, the
+        loss of this call and of the next is set aside."""
         if who in self._aside:
             return True
         loss = max(self._loss(tiles, tiles), 0.0)
@@ -48,7 +49,8 @@ class Account:
         return True
 
     def settle(self, who: Hashable, tiles: int, computed: int) -> None:
-        """A call of ours computed so many of its tiles; what it lost, and may lose next time."""
+        """Enter a call of ours that computed ``computed`` of its ``tiles``: what it lost, and what
+        its next call may lose."""
         loss = self._loss(tiles, computed)
         aside = max(loss, 0.0)
         self._spent += loss + aside - self._aside.get(who, 0.0)

@@ -1,4 +1,4 @@
-"""Which calls of a run are ours, and which the user's own attention does."""
+"""Which calls of a run LiteAttention computes, and which the user's own attention does."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 from .account import Account
 from .costs import Costs, first_step
 
-#: Calls at the start of a run that are left to the user's own attention, to be timed.
+#: Calls at the start of a run that the user's own attention does, timed.
 TIMED_CALLS = 3
-#: A run that doesn't say how many steps it has is taken for one of so many.
+#: Steps assumed for a run that doesn't say how many it has.
 UNKNOWN_STEPS = 8
 
 LOST = (
@@ -20,7 +20,7 @@ LOST = (
 
 
 class Timed(NamedTuple):
-    """A call of so many tiles that the user's own attention did; ``seconds`` asks for its time."""
+    """A call that the user's own attention did; ``seconds()`` gives its time once it is known."""
 
     step: int
     tiles: int
@@ -29,10 +29,10 @@ class Timed(NamedTuple):
 
 class Pace:
     """Which calls of one run, on one device, are ours. The run has ``steps`` steps, 0 if that isn't
-    known; before the step ``first`` nothing can be marked.
+    known; before the step ``first`` no tile can be marked.
 
-    ``timed``: the calls at the start that were left to the user's own attention. ``reason`` is set
-    once no call is ours any more; ``note`` says what was decided.
+    ``timed``: the calls at the start that the user's own attention did. ``reason`` is set once all
+    further calls are left to it; ``note`` says what was decided.
     """
 
     def __init__(self, steps: int, first: int = 0) -> None:
@@ -46,7 +46,7 @@ class Pace:
 
     @property
     def times(self) -> bool:
-        """Whether the next call is left to the user's own attention to be timed."""
+        """Whether the user's own attention does the next call, to be timed."""
         return len(self.timed) < TIMED_CALLS
 
     def decide(self, costs: Costs) -> None:
@@ -69,14 +69,14 @@ class Pace:
         )
 
     def takes_part(self, who: Hashable, step: int, tiles: int) -> bool:
-        """Whether a call of so many ``tiles`` is ours; ``who``: which layer and streams."""
+        """Whether a call of ``tiles`` tiles by ``who`` (a layer and its streams) is ours."""
         if self._account is None:
             return False
         self._account.see(step, tiles)
         return step >= self._start and self._account.covers(who, tiles)
 
     def settle(self, who: Hashable, tiles: int, computed: int) -> None:
-        """What a call of ours came to; gives up where too much may be lost."""
+        """Enter the tiles of a call of ours; gives up once the allowance is used up."""
         if self._account is None:
             return
         self._account.settle(who, tiles, computed)

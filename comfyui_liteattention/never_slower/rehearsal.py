@@ -1,4 +1,4 @@
-"""Measuring what calls of ours take, once in a process for each kind of call."""
+"""Timing calls of ours, once per process for each kind of call."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..backends.clock import stopwatch
 from .costs import Costs, Rehearsal
 from .pace import Timed
 
-#: Makes a call of ours with a state, at a position in the run, for the same tokens each time.
+#: Makes a call of ours with a state, at a position in the run; always with the same q, k and v.
 Ask = Callable[[LayerState, float], Tally]
 
 
 def rehearse(ask: Ask, device: torch.device) -> Rehearsal:
-    """What calls of ours take in the course of a run. Waits for the device."""
+    """Time calls of ours as they would be in the course of a run. Waits for the device."""
     state = LayerState()
-    ask(state, 0.5)  # also loads and prepares what the following calls need
+    ask(state, 0.5)  # dense; also loads what the timed calls need
     half = ask(state, 1.0)
     watch = stopwatch(device)
     final = ask(state, 1.0)
@@ -31,7 +31,7 @@ def rehearse(ask: Ask, device: torch.device) -> Rehearsal:
 
 
 def _share(tally: Tally) -> float:
-    """Of the tiles, that were computed; with the audit it can come to more than all."""
+    """Share of the tiles that were computed; with the audit's, it could exceed 1."""
     return min(float(tally.computed) / tally.total, 1.0)
 
 
@@ -42,8 +42,8 @@ _deciding = threading.Lock()
 def decided(
     kind: Hashable, ask: Ask, timed: Sequence[Timed], tiles: int, device: torch.device
 ) -> Costs:
-    """The costs of calls of this kind, rehearsed when they are first asked for in this process.
-    ``ask``: see :func:`rehearse`, for calls of so many ``tiles``; ``timed``: calls that the user's
+    """The costs of this kind of call, rehearsed the first time it comes up in this process.
+    ``ask``: see :func:`rehearse`; its calls have ``tiles`` tiles. ``timed``: calls that the user's
     own attention did."""
     with _deciding:
         if kind not in _decided:
