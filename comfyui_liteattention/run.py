@@ -16,6 +16,7 @@ from .attention import LayerState, Part, States, Stream, Tally, all_tiles, atten
 from .backends.base import Backend, Inputs, Provider
 from .backends.clock import stopwatch
 from .backends.kernel_selftest import lacks_memory
+from .never_slower.dense import Dense
 from .never_slower.pace import Pace, Timed
 from .never_slower.rehearsal import decided
 from .plan import Plan
@@ -117,7 +118,7 @@ class Run:
         progress: Progress,
         call: Inputs,
         video: VideoTokens | None = None,
-        dense: Callable[[], Tensor] | None = None,
+        dense: Dense | None = None,
     ) -> Tensor | None:
         """:meth:`attend_parts` for a batch ``[B, H, L, D]`` of ``len(streams)`` equal parts."""
         outs = self.attend_parts(layer, progress, split(streams, call, video), dense)
@@ -134,14 +135,14 @@ class Run:
         layer: str,
         progress: Progress,
         parts: Sequence[Part],
-        dense: Callable[[], Tensor] | None = None,
+        dense: Dense | None = None,
     ) -> list[Tensor] | None:
         """Attention of one layer, for each of the parts ``[B, H, L, D]``.
 
-        ``dense`` does the same call with the user's own attention, and caches its result, so that
-        the call is made only once even if it is timed here first. None: the caller has to do this
-        call densely; the reason is counted. Nothing waits for the device (except once per process,
-        to decide which is faster): :meth:`end_call` says whether the result was finite.
+        None: the caller has to do this call densely; the reason is counted. ``dense`` is that call,
+        which is timed where its time is worth knowing; without it nothing is timed, and all calls
+        are ours. Nothing waits for the device (except once per process, to decide which is faster):
+        :meth:`end_call` says whether the result was finite.
         """
         if self._stopped or layer in self._failed:
             self.decline(self._stopped or NOT_FINITE)
@@ -158,8 +159,8 @@ class Run:
             self.decline(DENSE_LAYER)
             return None
         try:
-            timed = dense if self.settings.never_slower else None
-            if timed and not self._takes_part(layer, progress, parts, backend, timed):
+            asks = dense if self.settings.never_slower else None
+            if asks and not self._takes_part(layer, progress, parts, backend, asks):
                 return None
             stop, position, aim = stopwatch(q.device), progress.position, self._plan.aim(progress)
             with self._lasting():
@@ -171,7 +172,10 @@ class Run:
         except RuntimeError as error:
             self._lacking(error)
             return None
-        self._leave(layer, progress, parts, [tally for _, tally in done], stop(), ends)
+        streams = tuple(part.stream for part in parts)
+        tokens = tuple(part.inputs.q.shape[2] for part in parts)
+        tallies = tuple(tally for _, tally in done)
+        self._leave(Outcome(progress, layer, streams, tokens, tallies, stop(), tuple(ends)))
         return [out for out, _ in done]
 
     def report(self, maps: bool = True) -> RunReport:
@@ -212,26 +216,32 @@ class Run:
         progress: Progress,
         parts: Sequence[Part],
         backend: Backend,
-        dense: Callable[[], Tensor],
+        dense: Dense,
     ) -> bool:
-        """Whether LiteAttention computes a call; if not, calls the user's own attention, timed."""
+        """Whether LiteAttention computes a call; if not, that of the user's own is timed."""
         device = parts[0].inputs.q.device
-        tallies = [all_tiles(part, backend) for part in parts]
+        streams = tuple(part.stream for part in parts)
+        tokens = tuple(part.inputs.q.shape[2] for part in parts)
+        tallies = tuple(all_tiles(part, backend) for part in parts)
         tiles = sum(tally.total for tally in tallies)
         with self._lock:
             pace = self._paces[device]
-            who = layer, tuple(part.stream for part in parts)
-            if not pace.times and pace.takes_part(who, progress.step, tiles):
+        if pace.due:
+            self._decide(pace, parts[0], backend)
+        if pace.reason is not None:
+            self._stop(pace.reason)
+            return False
+        with self._lock:
+            if pace.takes_part((layer, streams), progress.step, tiles):
                 return True
         self.decline(TIMED if pace.times else WAITING)
-        stop = stopwatch(device)
-        dense()
-        seconds = stop()
-        self._leave(layer, progress, parts, tallies, seconds)
-        if pace.times:
-            pace.timed.append(Timed(progress.step, tiles, seconds))
-            if not pace.times:
-                self._decide(pace, parts[0], backend)
+
+        def tell(seconds: Callable[[], float]) -> None:  # holds none of the tensors
+            self._leave(Outcome(progress, layer, streams, tokens, tallies, seconds))
+            if pace.times:
+                pace.timed.append(Timed(progress.step, tiles, seconds))
+
+        dense.time(device, tell)
         return False
 
     def _decide(self, pace: Pace, part: Part, backend: Backend) -> None:
@@ -247,22 +257,9 @@ class Run:
         q, tiles = part.inputs.q, all_tiles(part, backend).total
         kind = self._kind, self.settings, self.backend.name, q.device, q.dtype, q.shape
         pace.decide(decided(kind, ask, pace.timed, tiles, q.device))
-        if pace.reason is not None:
-            self._stop(pace.reason)
 
-    def _leave(
-        self,
-        layer: str,
-        progress: Progress,
-        parts: Sequence[Part],
-        tallies: Sequence[Tally],
-        seconds: Callable[[], float],
-        ends: Sequence[Tensor] = (),
-    ) -> None:
+    def _leave(self, outcome: Outcome) -> None:
         """Keep a call's figures on the device until the model has returned."""
-        streams = tuple(part.stream for part in parts)
-        tokens = tuple(part.inputs.q.shape[2] for part in parts)
-        outcome = Outcome(progress, layer, streams, tokens, tuple(tallies), seconds, tuple(ends))
         with self._lock:
             self._open[threading.get_ident()].append(outcome)
 

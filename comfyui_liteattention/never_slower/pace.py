@@ -49,6 +49,11 @@ class Pace:
         """Whether the user's own attention does the next call, to be timed."""
         return len(self.timed) < TIMED_CALLS
 
+    @property
+    def due(self) -> bool:
+        """Whether enough calls were timed, and nothing has been decided yet."""
+        return not self.times and self._account is None and self.reason is None
+
     def decide(self, costs: Costs) -> None:
         """Begin at the step that pays best, or not at all."""
         start = first_step(costs, self._steps, self._first)

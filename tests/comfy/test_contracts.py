@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import scaled_dot_product_attention as attention
 
 from comfyui_liteattention.integrations.comfy.layers import LayerCalls, Names
@@ -258,6 +259,51 @@ def test_what_is_ours_empties_the_containers(setup, usual):
     assert all(container.tensor is None for container in containers)
     assert not usual
     assert len(run.finish().calls) == 1
+
+
+def test_whoever_takes_the_containers_owns_them_alone(comfy, usual, monkeypatch):
+    """What MiniMax H3 hands over can be freed at once: while its own attention is timed, while it
+    is still faster, and where a call is declined."""
+    import comfy.ldm.modules.attention as host
+
+    from comfyui_liteattention import run as run_module
+    from comfyui_liteattention.backends import backend_for
+    from comfyui_liteattention.integrations.comfy.calls import Forward
+    from comfyui_liteattention.integrations.comfy.families import Form
+    from comfyui_liteattention.never_slower.costs import Costs
+    from comfyui_liteattention.settings import Settings
+
+    alive = []
+
+    def frees(*containers_and_heads, **named):
+        *containers, _ = containers_and_heads
+        tensors = [container.take() for container in containers]
+        shape = tensors[0].shape
+        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        del tensors
+        alive.append([storage for storage in storages if not storage.expired()])
+        return torch.zeros(shape[0], shape[2], shape[1] * shape[3])
+
+    def ask(tokens):
+        """As its layers do: views of one buffer, and values of their own."""
+        q, k, v = torch.randn(1, tokens, 3, HEADS, SIZE).transpose(1, 3).unbind(2)
+        containers = [Container(q), Container(k), Container(v.clone())]
+        del q, k, v
+        return installed().container_function(*containers, HEADS, mask=None, skip_reshape=True)
+
+    monkeypatch.setattr(host, "optimized_attention", frees)
+    begins_later = Costs(1.26, 0.0, 0.5, 0.2)
+    monkeypatch.setattr(run_module, "decided", lambda *_: begins_later)
+    cpu = backend_for(torch.device("cpu"))
+    run = run_module.Run(Settings(min_tokens=0), cpu, [1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    form = Form(frozenset({200}), None)
+    with Forward(run, run.locate(1.0), [COND], form, no_layers()).entered():
+        for tokens in (200, 200, 200, 200, 200, 199):
+            ask(tokens)
+    assert alive == [[]] * 6
+    counted = run.finish().reasons
+    assert (counted[run_module.TIMED], counted[run_module.WAITING]) == (3, 2)
+    assert len(counted) == 3
 
 
 @pytest.mark.parametrize("contained", [True, False])

@@ -6,7 +6,9 @@ import pytest
 import tiny_comfy
 import torch
 from packaging.version import parse
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from comfyui_liteattention.never_slower.costs import Costs
 from comfyui_liteattention.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,6 +76,32 @@ def test_declined_calls_are_untouched_and_keep_their_containers(plain, monkeypat
     assert not report.calls
     assert without
     assert len(taken) == 2 * without
+
+
+def test_the_users_attention_may_free_what_it_takes(plain, monkeypatch):
+    """While it is timed, and while it is still faster: nothing of ours holds q, k, v then."""
+    from comfy.ldm.modules import attention
+
+    from comfyui_liteattention import run as run_module
+
+    usual, alive = attention.optimized_attention.__wrapped__, []
+
+    def frees(*arguments, **named):
+        *containers, heads = arguments
+        tensors = [container.take() for container in containers]
+        out = usual(*tensors, heads, **named)
+        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        del tensors
+        alive.append([storage for storage in storages if not storage.expired()])
+        return out
+
+    monkeypatch.setattr(attention.optimized_attention, "container_function", frees)
+    monkeypatch.setattr(run_module, "decided", lambda *_: Costs(1.5, 0.0, 0.6, 0.3))
+    _, report = generate(plain, Settings(min_tokens=0), steps=5)
+    assert report.reasons[run_module.TIMED] == 3
+    assert report.reasons[run_module.WAITING]
+    assert len(alive) > 3
+    assert not any(alive)
 
 
 def test_a_few_heads_at_a_time(plain):

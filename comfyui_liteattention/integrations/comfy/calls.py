@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...attention import Part, split
 from ...backends.base import Inputs
 from ...eligibility import CROSS_ATTENTION, dense_reason
+from ...never_slower.dense import Dense
 from ...run import Run
 from ...schedule import Progress
 from .families import Form, FormOrReason, at_the_call
@@ -172,7 +173,7 @@ def answer(
     except TypeError as error:
         forward.decline(f"arguments that LiteAttention does not know ({error})")
         return user(*arguments, **named)
-    dense = cache(partial(user, *arguments, **named))
+    dense = Dense(partial(user, *arguments, **named))
     out = _attend(forward, module, call, user, dense)
     if out is None:
         return dense()
@@ -186,9 +187,10 @@ def _preferred(module: nn.Module | None) -> User | None:
 
 
 def _attend(
-    forward: Forward, module: nn.Module | None, call: Asked, user: User, dense: User
+    forward: Forward, module: nn.Module | None, call: Asked, user: User, dense: Dense
 ) -> Tensor | None:
-    """Attention ``[B, H, L, D]``; None: the user has to do it, as ``dense`` does."""
+    """Attention ``[B, H, L, D]``; None: ``dense`` has to do it, when this has returned: what is
+    passed in containers may be freed by whoever takes it, so nothing here may live on."""
     run, options = forward.run, call.others.get("transformer_options") or {}
     form = forward.form_of(options)
     q, k, v = call.split()
@@ -226,7 +228,7 @@ def _attend_kept(
     kept: list[Kept],
     qkv: Sequence[Tensor],
     scale: float,
-    dense: User,
+    dense: Dense,
     bare: User,
 ) -> Tensor | None:
     """Attention to the tokens that count, of each stream or the same ones of all. ``bare`` is the

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...attention import Part
 from ...backends.base import Inputs
 from ...eligibility import CROSS_ATTENTION, dense_reason
+from ...never_slower.dense import Dense
 from ...run import Run
 from ...schedule import Progress
 from ...token_order import VideoTokens, arrange_part, put, take
@@ -110,7 +111,7 @@ class TransformerCall:
         k: Tensor,
         v: Tensor,
         scale: float,
-        dense: Callable[[], Tensor] | None = None,
+        dense: Dense | None = None,
     ) -> Tensor | None:
         """Attention of all tokens to all tokens; ``dense`` does the same as without us."""
         video = self._video(q.shape[2])
@@ -153,7 +154,7 @@ class TransformerCall:
         stream: str,
         call: Inputs,
         padding: Padding,
-        dense: Callable[[], Tensor] | None,
+        dense: Dense | None,
     ) -> Tensor | None:
         """Attention to the first tokens, of each row as many as count; rows in which as many do are
         one part."""

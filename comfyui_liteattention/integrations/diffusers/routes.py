@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet, finalize
@@ -33,6 +33,7 @@ except ImportError as error:
         f"LiteAttention: diffusers 0.40 or newer is needed (pip install -U diffusers): {error}"
     ) from error
 
+from ...never_slower.dense import Dense
 from .parallel import attend_across, declined
 
 NAME = "liteattention"
@@ -52,7 +53,7 @@ class Extra(NamedTuple):
     mask: Any = None
     reason: str | None = None
     row: int = 0
-    dense: Callable[[], Tensor] | None = None
+    dense: Dense | None = None
     across: bool = False
     first: int = 0
 
@@ -154,14 +155,14 @@ class _Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         self.ran |= func is F.linear
         if func is F.scaled_dot_product_attention:
-            dense = cache(partial(func, *args, **kwargs))
+            dense = Dense(partial(func, *args, **kwargs))
             out = self._attend(dense, *args, **kwargs)
             return dense() if out is None else out
         return func(*args, **kwargs)
 
     def _attend(
         self,
-        dense: Callable[[], Tensor],
+        dense: Dense,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -193,7 +194,7 @@ def _attend(
     ``_parallel_config`` a piece of the sequence, of several processes' each."""
     site = _site.get()
     reason = _ineligible(dropout_p, is_causal, enable_gqa) or _others_step_in()
-    dense = partial(
+    asked = partial(
         dispatch_attention_fn,
         query,
         key,
@@ -206,6 +207,7 @@ def _attend(
         backend=site.backend,
         parallel_config=_parallel_config,
     )
+    dense = Dense(asked)
     if _parallel_config is None:
         return _answer(site, query, key, value, scale, dense, Extra(attn_mask, reason))
     reason = reason or declined(_parallel_config, query, key, value, attn_mask)
@@ -215,8 +217,8 @@ def _attend(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
         # What is declined here, after the exchange, needs no more of it.
-        dense = partial(dispatch_attention_fn, q, k, v, scale=scale, backend=site.backend)
-        return _answer(site, q, k, v, scale, dense, Extra(across=True, first=first))
+        asked = partial(dispatch_attention_fn, q, k, v, scale=scale, backend=site.backend)
+        return _answer(site, q, k, v, scale, Dense(asked), Extra(across=True, first=first))
 
     return attend_across(_parallel_config, query, key, value, attend)
 
@@ -227,12 +229,11 @@ def _answer(
     key: Tensor,
     value: Tensor,
     scale: float | None,
-    dense: Callable[[], Tensor],
+    dense: Dense,
     extra: Extra,
 ) -> Tensor:
     """Attention of ``query, key, value [B, L, H, D]`` in this process alone: ours, or dense."""
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    dense = cache(dense)
     out = site.call.attend(site.layer, q, k, v, scale, extra._replace(dense=dense))
     return dense() if out is None else out.transpose(1, 2)
 
