@@ -78,8 +78,8 @@ class Settings:
     min_tokens
         Shorter sequences stay dense.
     never_slower
-        Leave calls to the user's own attention as long as that is faster, and switch off for a run
-        in which it stays so (never_slower/).
+        Leave calls to the user's own attention as long as that is the faster one, and switch
+        off for a run in which it stays so (never_slower.py).
     qk
         How a graphics card multiplies queries and keys: ``native``, in their own dtype, or
         ``int8``, meant to be faster on some cards, and less precise. Where there is no INT8 kernel,

@@ -1,7 +1,7 @@
 """What a backend is: the mechanism, without any policy.
 
-A backend computes attention over the tiles that its lists name and reports, for every tile that it
-computed, how much that tile mattered. What to do with the scores is decided elsewhere.
+A backend computes attention over the tiles that its lists name and gives every tile that it
+computed a score: how much that tile mattered. What to do with the scores is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ class Attended(NamedTuple):
     ``score [B, H, Tq, Tk]`` float32, log2, <= 0, ``-inf`` where a tile was not visited; None when
     no criterion was asked for.
 
-    With ``s = scale * log2(e) * q k^T`` and ``m_r``, ``L_r`` the maximum and the log2-sum of row
-    ``r``, and the outer maximum over the tile's rows below ``Lq``, the score is
+    Let ``s = scale * log2(e) * q k^T``, and ``m_r`` and ``L_r`` the maximum and the log2 of the
+    softmax sum of row ``r``. With the outer maximum over the tile's rows below ``Lq``, the score is
 
     * ``gap``: ``max_r (max_j s_rj - m_r)``, the peak gap (arXiv 2511.11062, Eq. 7, there in
       natural log and against the running maximum);
     * ``mass``: ``max_r log2(sum_j 2^(s_rj - L_r))``, the largest share of a row's softmax sum that
       falls into the tile.
 
-    A score of 0 may be above it by a rounding, which counts as 0. What a row that is not a number
-    does to its tile's score is left open (the reference passes it on, kernels take the largest of
-    the others): such a result is not used, see :meth:`.Run.end_call`.
+    Rounding may raise a score slightly above 0; it counts as 0 then. How a NaN in a row affects its
+    tile's score is not defined (the reference returns NaN, kernels the maximum of the other rows),
+    because such a result is not used: see :meth:`.Run.end_call`.
     """
 
     out: Tensor
@@ -68,8 +68,8 @@ class Attended(NamedTuple):
 
 
 class Pooled(NamedTuple):
-    """Means over each key tile, ``keys, values [B, H, Tk, D]`` contiguous and in the dtype of the
-    keys; ``length`` keys were pooled, ``rows`` at a time."""
+    """Mean key and mean value of each key tile, ``keys, values [B, H, Tk, D]``, contiguous and in
+    the dtype of the keys; ``length`` keys were averaged, ``rows`` to a tile."""
 
     keys: Tensor
     values: Tensor
@@ -99,9 +99,10 @@ class Skipped(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How far means agree with what they stand for, sums over audited queries ``[B, H]`` float32:
-    of the products of what the means would add and what is missing; of the squares of the former.
-    Their ratio is the factor by which the means should count (tail.py)."""
+    """How well the means of skipped tiles predict what is missing from the output, as sums over the
+    audited queries, ``[B, H]`` float32. ``agreement``: the products of what the means would add and
+    what is missing; ``power``: the squares of what the means would add. Their ratio is the
+    least-squares factor for the means (tail.py)."""
 
     agreement: Tensor
     power: Tensor
@@ -111,7 +112,7 @@ class Backend(Protocol):
     """One way to compute attention tile by tile."""
 
     name: str
-    #: The score is taken against the maximum and the sum of the tiles visited so far, this one
+    #: Whether scores are relative to the maximum and the sum of the tiles visited so far, this one
     #: included: never below the score defined above, and 0 for the first tile visited.
     running_scores: bool
 
@@ -122,10 +123,10 @@ class Backend(Protocol):
     def forward(
         self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
     ) -> Attended:
-        """Attention over the tiles in ``lists``; None means all of them, the same as lists that
-        name them all (bit for bit, unless a compiler made the one and the other round differently;
-        ``criterion`` likewise leaves ``out`` and ``lse`` as they are). Every query tile has at
-        least one tile to visit."""
+        """Attention over the tiles in ``lists``. None means all of them, and gives the same bits as
+        lists that name all, unless the compiler rounds the two cases differently; ``criterion``
+        does not change ``out`` and ``lse`` either, with the same reservation. Every query tile must
+        have at least one tile to visit."""
         ...
 
     def forward_and_audit(
@@ -141,7 +142,7 @@ class Backend(Protocol):
     def audit_skipped(
         self, kept: Attended, skipped: Skipped, full: Attended, audited: range
     ) -> Agreement:
-        """How far those means agree with what is missing: see :func:`.pooled.audit_skipped`."""
+        """How well those means predict what is missing: see :func:`.pooled.audit_skipped`."""
         ...
 
     def tile_map(self, device: torch.device) -> TileMap | None:
@@ -150,7 +151,7 @@ class Backend(Protocol):
 
 
 class Provider(Protocol):
-    """What a run asks for backends: one, or several of which the first that works is taken."""
+    """Gives a run its backend: the only one for a device, or the first of several that works."""
 
     name: str
 
@@ -222,14 +223,13 @@ def some_of(call: Inputs, rows: Rows) -> Inputs:
 
 
 def check_order(order: Tensor, lq: int) -> None:
-    """Refuse an order that isn't one of ``lq`` queries."""
+    """Raise ValueError for an order that doesn't fit ``lq`` queries."""
     if order.shape != (lq,) or order.dtype != torch.int64:
         raise ValueError(f"order {tuple(order.shape)}, {order.dtype}, for {lq} queries.")
 
 
 def pick(q: Tensor, rows: Rows) -> Tensor:
-    """Some of the queries ``q [B, H, Lq, D]``, with the heads inside or outside the tokens as these
-    have them."""
+    """Some of the queries ``q [B, H, Lq, D]``, in the same memory layout."""
     inside = q.stride(1) < q.stride(2)
     return take(q, rows) if inside and isinstance(rows, Tensor) else q[:, :, rows]
 
@@ -241,10 +241,9 @@ def rows_of(tiles: range, tile: TileShape, order: Tensor | None) -> Rows:
 
 
 def empty_out(q: Tensor) -> Tensor:
-    """An output for the queries ``q [B, H, Lq, D]``, with the heads inside or outside the tokens as
-    these have them.
+    """An uninitialised output in the memory layout of the queries ``q [B, H, Lq, D]``.
 
-    So that ``out.transpose(1, 2).flatten(2)`` is free where the model keeps ``[B, L, H, D]``.
+    So ``out.transpose(1, 2).flatten(2)`` takes no copy where the model keeps ``[B, L, H, D]``.
     """
     b, h, lq, d = q.shape
     if q.stride(1) < q.stride(2):

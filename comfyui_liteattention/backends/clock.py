@@ -1,4 +1,4 @@
-"""How long a device works, told without waiting for it."""
+"""How long a device works, measured without waiting for it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
-    """Starts now. What it returns stops it; what that returns says the seconds in between.
+    """Start timing. Calling the result stops it and returns a function that gives the seconds.
 
-    A card notes both moments when it comes to them: the seconds are known without waiting once its
-    later results are.
+    A card records both moments in its own queue, so asking for the seconds does not wait once
+    anything that was queued later is done.
     """
     if device.type != "cuda":
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What kernels take: data that is checked before every call, and that ``doctor`` describes."""
+"""What kernels accept, as data: checked before every call, and described by ``doctor``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _INT32 = 2**31
 
 @dataclass(frozen=True)
 class Constraints:
-    """The tensors that a kernel takes.
+    """The tensors that a kernel accepts.
 
-    ``device``: torch's device type. ``alignment`` in bytes of the addresses, ``stride`` in elements
-    of the strides but the last, that compiled code takes for granted (1: of neither).
-    ``most_heads``: batch times heads at most. ``rows``: so many rows are within the reach of a
-    32-bit offset from a tile's first one, or None where offsets are wider.
+    ``device``: torch's device type. ``alignment``, in bytes: compiled code relies on addresses
+    being multiples of it. ``stride``, in elements: likewise for all strides but the last (1: any
+    layout). ``most_heads``: limit of batch times heads. ``rows``: how many rows a 32-bit offset
+    from a tile's first row has to reach, or None where offsets are wider.
     """
 
     device: str
@@ -30,7 +30,7 @@ class Constraints:
     rows: int | None = None
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        """Why ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` can't be taken, or None."""
+        """Why ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` can't be accepted, or None."""
         if q.dtype not in self.dtypes:
             return f"dtype {short(q.dtype)} (the kernel takes {_listed(self.dtypes)})"
         if k.dtype != q.dtype or v.dtype != q.dtype:
@@ -63,7 +63,7 @@ class Constraints:
         return f"{_listed(self.dtypes)}; head_dim {_spelled(self.head_dims)}"
 
     def _layout_problem(self, x: Tensor) -> str | None:
-        """What compiled code takes for granted about memory and this tensor doesn't fulfil."""
+        """How this tensor's memory layout differs from what compiled code relies on, or None."""
         if x.stride(-1) != 1:
             return "isn't contiguous along head_dim"
         for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True):

@@ -1,7 +1,7 @@
 """Attention to two chunks of the keys -> attention to both. Pure tensor code.
 
-For whoever visits the keys chunk by chunk (ring attention): a chunk's output is normalised over the
-chunk, and its log-sum-exp says how much that is of the whole.
+For attention that visits the keys chunk by chunk (such as ring attention): each chunk's output is
+normalised over the chunk, and its log-sum-exp gives the chunk's weight in the whole.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     """The output ``[B, H, L, D]`` and LSE ``[B, H, L]`` (natural log) over the keys of both chunks.
 
     Both are float32 or wider, so that merging many chunks doesn't round many times. An LSE of
-    ``-inf`` says that a row saw no key of a chunk: whatever the output holds there doesn't count,
-    and it is 0 where a row saw none of either.
+    ``-inf`` says that a row saw no key of a chunk: the chunk's output is ignored there, and the
+    result is 0 for a row that saw no key of either.
     """
     wide = torch.promote_types(torch.promote_types(out.dtype, lse.dtype), torch.float32)
     lse, other_lse = lse.to(wide), other_lse.to(wide)
@@ -25,6 +25,6 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
 
 def _share(out: Tensor, lse: Tensor, total: Tensor) -> Tensor:
     """What a chunk contributes: ``out`` times its share of the softmax sum."""
-    # Not "greater than": a row whose LSE is not a number must not end as a row of zeros.
+    # Not ``~(lse > -inf)``: a row whose LSE is NaN has to stay NaN and not become zeros.
     unseen = (lse == -torch.inf).unsqueeze(-1)
     return torch.where(unseen, 0, out * (lse - total).exp().unsqueeze(-1))

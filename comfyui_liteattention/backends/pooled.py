@@ -1,8 +1,8 @@
-"""Tiles as one key each: the mean of their keys, with the mean of their values.
+"""Tiles reduced to one key each: the mean of their keys, with the mean of their values.
 
-A skipped tile of ``n`` keys still contributes as its mean key taken ``n`` times. How much of that
-is believed is decided elsewhere (tail.py). This is the plain PyTorch form for any device; a backend
-with a kernel of its own does the same.
+A skipped tile of ``n`` keys still contributes, as its mean key counted ``n`` times; tail.py decides
+how much weight that is given. This is plain PyTorch for any device, and the reference for backends
+with kernels of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..tiles import PART, TileShape, unpack
 from .base import Agreement, Attended, Pooled, Skipped, pick, rows_of
 from .merge import merge
 
-#: Log of the largest share that a part is taken for when it is compared.
+#: Upper limit for the log of a ratio of softmax sums, so that its square stays finite in float32.
 LARGEST_LOG_SHARE = 20.0
 
 
@@ -57,7 +57,8 @@ def skipped_part(q: Tensor, pooled: Pooled, scale: float, live: Tensor, rows: in
 
 
 def compare(kept: Attended, part: Part, full: Attended) -> Agreement:
-    """The same queries from the live tiles, from the skipped ones' means, in full."""
+    """How well ``part``, the means of skipped tiles, predicts what ``kept`` lacks of ``full``; all
+    three for the same queries."""
     share = (part.lse - kept.lse).clamp(max=LARGEST_LOG_SHARE).exp().unsqueeze(-1)
     growth = (full.lse - kept.lse).clamp(0, LARGEST_LOG_SHARE).exp().unsqueeze(-1)
     out = kept.out.float()
@@ -68,8 +69,8 @@ def compare(kept: Attended, part: Part, full: Attended) -> Agreement:
 def audit_skipped(
     kept: Attended, skipped: Skipped, full: Attended, audited: range, tile: TileShape
 ) -> Agreement:
-    """:func:`compare` for the query tiles ``audited``, whose exact result is ``full``. To be done
-    before :func:`add_skipped`."""
+    """:func:`compare` for the query tiles ``audited``, whose exact result is ``full``. Call it
+    before :func:`add_skipped`, which changes ``kept``."""
     q, pooled, scale, live, order = skipped
     rows = rows_of(audited, tile, order)
     some = unpack(live[:, :, audited.start : audited.stop], pooled.keys.shape[2])
@@ -80,8 +81,8 @@ def audit_skipped(
 def add_skipped(kept: Attended, skipped: Skipped, factor: Tensor, tile: TileShape) -> None:
     """Add what the skipped tiles contribute to ``kept.out`` in place, ``factor [B, H]`` times.
 
-    With ``t`` and ``M`` the output and LSE of the skipped part, that is a merge with ``t`` at
-    ``M + ln factor``. Rows without a skipped tile stay what they are, bit for bit.
+    With ``t`` and ``M`` the output and LSE of the skipped part, this is :func:`.merge.merge` with
+    ``t`` at ``M + ln factor``. Rows without a skipped tile keep their bits.
     """
     q, pooled, scale, live, order = skipped
     tk = pooled.keys.shape[2]

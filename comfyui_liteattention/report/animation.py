@@ -1,7 +1,7 @@
 """The tile maps of a run, step after step, as an animated WebP.
 
-The last step comes first: where only one frame is shown (in a thumbnail), it is that one. Round and
-round it makes no difference.
+The last step comes first, because thumbnails show the first frame; in a loop this makes no
+difference.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from .canvas import THEMES, Canvas, Theme, fit
 from .map_history import ALL, LAYERS, SIDE, StepMap
 from .statistics import RunReport, layer_labels
 
-FRAMES = 12  # at most: a picture takes a while to write, and of longer runs some steps will do
-SECONDS = 6.0  # for all frames
+FRAMES = 12  # at most: each takes a while to write, and a long run can do with some of its steps
+SECONDS = 6.0  # of all frames together
 LONGEST = 0.8  # seconds for a step of a short run
 LAST = 1.5  # seconds that the last one stays
-# A strip that is not much wider than a node, for there it is shown; a larger one takes longer.
+# A strip not much wider than the node that shows it; larger ones take longer to write.
 SIZE = (640, 208)
 MAP = 2 * SIDE  # two pixels for a cell
 GAP = 24
 MARGIN = (SIZE[0] - LAYERS * (MAP + GAP) + GAP) // 2
-TOP = 70  # of the maps
+TOP = 70  # upper edge of the maps
 BAR = 4
 TITLE, LABEL = 22, 16  # font sizes
 
 
 def animation(report: RunReport | None, theme: str = "dark") -> bytes | None:
-    """The file, or None where no maps were kept."""
+    """The content of the WebP file, or None where no maps were kept."""
     if report is None or not report.history:
         return None
-    # The last step has most of them: in some runs layers come one after the other.
+    # Latest first: at the last step most layers have a map, at earlier ones some may lack it.
     latest = sorted(report.history, key=lambda one: -one.step)
     dense = {one.layer: np.ones(one.live.shape) for one in latest}
     page = _page(THEMES[theme], list(dense))
@@ -48,7 +48,7 @@ def animation(report: RunReport | None, theme: str = "dark") -> bytes | None:
 
 
 def shown_steps(history: Sequence[StepMap]) -> list[int]:
-    """The step before the first map, which was dense, and those with maps; some, of a long run."""
+    """The dense step before the first map, and the steps with maps; of a long run, some of them."""
     steps = sorted({one.step for one in history})
     steps.insert(0, steps[0] - 1)
     count = min(FRAMES, len(steps))
@@ -56,7 +56,7 @@ def shown_steps(history: Sequence[StepMap]) -> list[int]:
 
 
 def _page(theme: Theme, layers: Sequence[str]) -> Canvas:
-    """What all frames have in common: drawn once."""
+    """What is the same in all frames."""
     canvas = Canvas(theme, SIZE)
     right = SIZE[0] - MARGIN
     canvas.text((right, 30), "computed", LABEL, theme.faint, "rs")
@@ -80,13 +80,13 @@ def _frame(canvas: Canvas, step: int, done: float, shares: Sequence[np.ndarray])
 
 
 def _places(count: int) -> list[float]:
-    """The left ends of so many maps, in the middle of the strip."""
+    """The left edges of ``count`` maps, centred in the strip."""
     first = (SIZE[0] - count * (MAP + GAP) + GAP) / 2
     return [first + i * (MAP + GAP) for i in range(count)]
 
 
 def _webp(frames: Sequence[Image.Image]) -> bytes:
-    """Without loss, for of few colours that is smaller, and sharp."""
+    """Lossless, which for a few colours is both sharp and smaller."""
     seconds = [LAST] + [min(SECONDS / len(frames), LONGEST)] * (len(frames) - 1)
     file = io.BytesIO()
     frames[0].save(
@@ -99,7 +99,7 @@ def _webp(frames: Sequence[Image.Image]) -> bytes:
         lossless=True,
         quality=0,
         method=1,
-        # No key frames, which are for seeking: each would be written in two ways to compare them.
+        # No key frames: they only help seeking, and the encoder would try each frame both ways.
         kmin=0,
         kmax=0,
     )

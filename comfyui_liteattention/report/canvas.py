@@ -17,13 +17,13 @@ Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 Point = tuple[float, float]
 
-# Drawn this many times larger and reduced at the end: smooth lines, which Pillow has not.
+# Drawn this many times larger and reduced at the end, because Pillow's lines have jagged edges.
 SHARP = 2
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours. ``ramp`` goes from 0 (skipped) to 1 (computed), its lightness in one direction."""
+    """Colours. ``ramp`` goes from 0 (skipped) to 1 (computed), with steadily changing lightness."""
 
     background: Colour
     panel: Colour
@@ -66,7 +66,7 @@ class Canvas:
         self._paint(Image.new("RGB", (width * SHARP, height * SHARP), theme.background))
 
     def copy(self) -> Canvas:
-        """One of its own with the same on it."""
+        """An independent canvas with the same content."""
         other = copy.copy(self)
         other._paint(self._image.copy())
         return other
@@ -104,7 +104,7 @@ class Canvas:
         area = (right - left, bottom - top)
         cells = Image.fromarray(share.astype(np.float32))
         if share.shape[1] > area[0] or share.shape[0] > area[1]:
-            # Shares are averaged, not colours: the ramp is not straight.
+            # Averaged as shares, not as colours: the ramp is not linear.
             cells = cells.resize(area, Image.Resampling.BOX)
         coloured = Image.fromarray(ramp_colours(self.theme, np.asarray(cells)))
         self._image.paste(coloured.resize(area, Image.Resampling.NEAREST), (left, top))
@@ -147,7 +147,7 @@ def ticks(upper: float, at_most: int = 4) -> list[float]:
 
 
 def labelled(count: int, at_most: int) -> range:
-    """Which of ``count`` rows to label: evenly spaced, at a round distance, from 0."""
+    """Which of ``count`` rows to label: every n-th one from 0, with n a round number."""
     distance = 1
     while -(-count // distance) > at_most:
         distance = int(distance * (2.5 if str(distance).startswith("2") else 2))
@@ -162,7 +162,7 @@ def fit(text: str, width: float, size: int) -> int:
 
 @lru_cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font: no file to find. It has no letters beyond Latin-1."""
+    """Pillow's built-in font, which needs no font file but covers only Latin-1."""
     return ImageFont.load_default(size)
 
 

@@ -1,4 +1,4 @@
-"""How close two videos are: PSNR, SSIM, LPIPS where it is at hand, and where they differ."""
+"""How close two videos are: PSNR, SSIM, LPIPS where it is available, and where they differ."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Closeness:
 
     @property
     def psnr_all(self) -> float:
-        """PSNR of the mean squared error over all frames: equal frames don't make it infinite."""
+        """PSNR of the squared error averaged over all frames, so that some equal frames don't make
+        it infinite."""
         return _decibels(sum(10 ** (-p / 10) for p in self.psnr) / len(self.psnr))
 
     @property
@@ -73,9 +74,9 @@ def compare(
     on_frame: Callable[[], object] | None = None,
     lpips: Distance | None = None,
 ) -> Closeness:
-    """Two ``[N, H, W, C]`` batches, 0..1. ValueError: they can't be compared, and why.
+    """Compare two ``[N, H, W, C]`` batches, 0..1. ValueError says why they can't be compared.
 
-    ``on_frame`` is called after each frame. ``lpips`` is measured too, if given, in frames that are
+    ``on_frame`` is called after each frame. ``lpips``, if given, is measured in frames that are
     large enough for it.
     """
     if reason := problem(reference, candidate):
@@ -135,7 +136,7 @@ def text_table(closeness: Closeness) -> str:
 
 
 def figures(closeness: Closeness) -> dict[str, Any]:
-    """Plain JSON data, which has no infinity: None stands for identical frames."""
+    """JSON-ready data. JSON has no infinity, so the PSNR of identical frames is None."""
     mean = closeness.lpips_mean
     return {
         "psnr_db": _finite(closeness.psnr_all),
@@ -180,7 +181,7 @@ def _frames(closeness: Closeness) -> Iterable[tuple[float, ...]]:
 
 
 def _labels(width: int, *texts: str) -> Tensor:
-    """A strip over panels of this width, ``[STRIP, panels * width, 3]``."""
+    """The strip with the panels' labels, ``[STRIP, panels * width, 3]``."""
     canvas = Canvas(THEMES["dark"], (width * len(texts), STRIP))
     size = min(fit(text, width - 16, 20) for text in texts)
     for i, text in enumerate(texts):
@@ -193,7 +194,7 @@ def _blur(planes: Tensor) -> Tensor:
     reach = torch.arange(WINDOW, dtype=planes.dtype, device=planes.device) - WINDOW // 2
     weight = torch.exp(-reach.square() / (2 * SIGMA**2))
     weight = weight / weight.sum()
-    # As channels of one picture, not as a batch: several times faster on a CPU.
+    # As channels of one picture rather than as a batch: several times faster on a CPU.
     flat = planes.flatten(0, -3)[None]
     down = weight[None, None, :, None].expand(flat.shape[1], 1, WINDOW, 1)
     flat = conv2d(flat, down, groups=flat.shape[1])

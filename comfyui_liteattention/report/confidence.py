@@ -1,8 +1,9 @@
 """What a layer loses at a step, with an interval, from the audits around that step. Pure functions.
 
-One audit sees a few rows and says little. But the ratio of loss to bound (budget/ledger.py) changes
-slowly from step to step, so the audits of a layer at a step and next to it are taken as samples of
-one ratio: their spread gives its standard error, and the bound of the step turns both into a loss.
+A single audit sees only a few rows. But the ratio of loss to bound (budget/ledger.py) changes
+slowly from step to step, so a layer's audits at neighbouring steps are treated as samples of the
+same ratio: their spread gives its standard error. Multiplied by the bound of the step, the ratio
+and its error become a loss with an interval.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
-#: Steps to each side whose audits count. ``benchmarks.budget`` reports how often the truth lies
-#: within the interval; with fewer it is needlessly wide, with more the ratio has moved on.
+#: Steps to each side whose audits count. With fewer, the interval is needlessly wide; with more,
+#: the ratio has changed too much. ``benchmarks.budget`` counts how often the truth lies within.
 REACH = 3
 #: 97.5 % points of Student's t distribution with 1, 2, ... degrees of freedom.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45)
@@ -22,7 +23,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Sample(NamedTuple):
-    """What an audited call lost, and the bound on that: means over its rows."""
+    """What an audited call lost, and its bound: means over the audited rows."""
 
     layer: str
     step: int
@@ -39,8 +40,8 @@ class Interval(NamedTuple):
 
 
 def intervals(samples: Iterable[Sample]) -> dict[tuple[str, int], Interval]:
-    """The interval of each (layer, step), over its conditionings; left out where the audits next to
-    it are too few to tell."""
+    """The interval of each (layer, step), over its conditionings; none where there are too few
+    audits at neighbouring steps."""
     layers: dict[str, dict[int, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         if sample.bound > 0:
@@ -56,7 +57,7 @@ def intervals(samples: Iterable[Sample]) -> dict[tuple[str, int], Interval]:
 
 
 def mean(parts: Iterable[Interval]) -> Interval:
-    """Of several losses, as wide as if they erred together."""
+    """The mean of several losses, its interval as wide as if their errors were fully correlated."""
     parts = tuple(parts)
     return Interval(*(sum(values) / len(parts) for values in zip(*parts, strict=True)))
 
@@ -79,14 +80,14 @@ def _means(parts: Iterable[tuple[K, Interval]]) -> dict[K, Interval]:
 
 
 def _mean(group: list[Sample]) -> tuple[float, float]:
-    """Loss and bound. Conditionings audit the same rows: together they are one sample."""
+    """Mean loss and bound. Conditionings audit the same rows, so together they are one sample."""
     return sum(s.lost for s in group) / len(group), sum(s.bound for s in group) / len(group)
 
 
 def _interval(near: list[tuple[float, float]], bound: float) -> Interval:
     lost, bounds = (sum(values) for values in zip(*near, strict=True))
     ratio = lost / bounds
-    # Relative deviations: both losses and their errors grow along a run.
+    # Relative deviations, because losses and their errors grow in the course of a run.
     squares = (
         sum((own_lost / own_bound / ratio - 1) ** 2 for own_lost, own_bound in near) if lost else 0
     )

@@ -1,4 +1,4 @@
-"""One report of transformers that took turns in one run, as the two experts of Wan 2.2 do."""
+"""One report for transformers that took turns in one run, as the two experts of Wan 2.2 do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .statistics import RunReport, tiles
 
 
 def merged(reports: Sequence[RunReport]) -> RunReport:
-    """All that any of them did; ``reports`` is not empty."""
+    """The reports, of which there is at least one, as one."""
     seconds: Counter[int] = Counter()
     reasons: Counter[str] = Counter()
     for report in reports:
@@ -34,7 +34,7 @@ def merged(reports: Sequence[RunReport]) -> RunReport:
 
 
 def _allowed(reports: Sequence[RunReport]) -> tuple[float, ...]:
-    """What was allowed at each step, by the transformer that made it."""
+    """What each step was allowed to lose, from the report of the transformer that made it."""
     allowed: dict[int, float] = {}
     for report in reports:
         made = {call.step for call in report.calls}
@@ -45,7 +45,7 @@ def _allowed(reports: Sequence[RunReport]) -> tuple[float, ...]:
 
 
 def _rate(reports: Sequence[RunReport]) -> float | None:
-    """Seconds for a tile with which all tiles together take what they take at each one's rate."""
+    """Seconds per tile, averaged over the tiles of all transformers."""
     timed = [
         (report.dense_rate, tiles(call for call in report.calls if not call.waits)[1])
         for report in reports

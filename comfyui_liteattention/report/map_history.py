@@ -27,15 +27,15 @@ class StepMap(NamedTuple):
 
 
 class MapHistory:
-    """Collects the maps of one run, on the device that they come from."""
+    """Collects the maps of one run, on their own device."""
 
     def __init__(self) -> None:
         self._chosen: tuple[str, ...] = ()
         self._maps: list[StepMap] = []
 
     def note(self, step: int, states: Iterable[tuple[str, LayerState]]) -> None:
-        """Keep what is live as ``step`` begins, of some of the layers, which come in the order of
-        execution: chosen once, or as they come where only a few have a map at first."""
+        """Keep what is live as ``step`` begins in some of the layers, given in the order of
+        execution. The layers are chosen once; if few have a map by then, others join later."""
         first: dict[str, LayerState] = {}
         for layer, state in states:
             if state.live is not None:
@@ -52,7 +52,7 @@ class MapHistory:
 
 
 def chosen(layers: Sequence[str], at_most: int = LAYERS) -> tuple[str, ...]:
-    """Some of the layers, evenly spaced, the first and the last among them."""
+    """Some of the layers, evenly spaced, including the first and the last."""
     count = min(at_most, len(layers))
     if count < 2:
         return tuple(layers[:count])
@@ -62,7 +62,7 @@ def chosen(layers: Sequence[str], at_most: int = LAYERS) -> tuple[str, ...]:
 def small_map(live: Tensor, key_tiles: int) -> Tensor:
     """``live [H, Tq, ceil(Tk / 32)]`` int32 bits -> ``[<= SIDE, <= SIDE]`` uint8.
 
-    One head after the other, so that no more memory is needed than for a map of one head.
+    One head after the other, so that the memory needed is that of one head's map.
     """
     query_tiles = live.shape[1]
     size = (min(SIDE, query_tiles), min(SIDE, key_tiles))
@@ -74,7 +74,7 @@ def small_map(live: Tensor, key_tiles: int) -> Tensor:
 
 
 def share_of_heads(state: LayerState) -> Tensor:
-    """What is live in a state, ``[<= SIDE, <= SIDE]`` 0..1: of its heads, its whole batch, and the
+    """What is live in a state, ``[<= SIDE, <= SIDE]`` 0..1, averaged over heads, the batch and the
     tiles that fall in a cell."""
     assert state.live is not None and state.pinned is not None
     return small_map(state.live.flatten(0, 1), state.pinned.shape[1]) / ALL

@@ -1,7 +1,6 @@
-"""What attention calls came to, as long as their figures are on a device.
+"""The figures of attention calls, which stay on the device while the model runs.
 
-Nothing is looked at while a model runs. When it has returned, all figures of its calls come to the
-host in one copy.
+When the model has returned, the figures of all its calls come to the host in one copy.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from .statistics import CallStats
 
 
 class Outcome(NamedTuple):
-    """One attention call, of which each stream is a part.
+    """One attention call of one or more streams.
 
-    ``tokens`` and ``tallies``: of each stream. ``seconds``: asks for the time of the whole call.
-    ``extremes``: the smallest and the largest value of each stream's result, either of which is not
+    ``tokens`` and ``tallies``: one per stream. ``seconds()``: the time of the whole call.
+    ``extremes``: the minimum and the maximum of each stream's result, at least one of which is not
     finite if any value is not; empty where the user's own attention did the call.
     """
 
@@ -36,12 +35,12 @@ class Outcome(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Of all streams' matrices."""
+        """Tiles of the attention matrices of all streams."""
         return sum(tally.total for tally in self.tallies)
 
 
 class Seen(NamedTuple):
-    """An outcome that was looked at: whether the result was finite, and its statistics."""
+    """An outcome on the host: whether the result was finite, and its statistics."""
 
     outcome: Outcome
     finite: bool
@@ -49,7 +48,7 @@ class Seen(NamedTuple):
 
 
 def extremes(out: Tensor) -> tuple[Tensor, ...]:
-    """Of one result: in one pass and without a copy, unlike ``torch.isfinite(out).all()``."""
+    """Minimum and maximum, in one pass and without a copy, unlike ``torch.isfinite(out).all()``."""
     return tuple(torch.aminmax(out))
 
 
@@ -61,7 +60,7 @@ def look(outcomes: Sequence[Outcome]) -> list[Seen]:
     known = [
         [next(values) if isinstance(value, Tensor) else value for value in some] for some in figures
     ]
-    # The last one first: when that is known, so are all others.
+    # The last call first: once its time is known, so are all others, and only it is waited for.
     seconds = [outcome.seconds() for outcome in reversed(outcomes)][::-1]
     return [
         _seen(outcome, some, taken)
@@ -70,7 +69,7 @@ def look(outcomes: Sequence[Outcome]) -> list[Seen]:
 
 
 def _figures(outcome: Outcome) -> list[Tensor | float | None]:
-    """Extremes, then three figures of each stream."""
+    """The extremes, then three figures for each stream."""
     tallies = [figure for t in outcome.tallies for figure in (t.computed, t.lost, t.bound)]
     return [*outcome.extremes, *tallies]
 

@@ -1,8 +1,8 @@
-"""LPIPS, a learned distance between pictures, where its package and weights are at hand.
+"""LPIPS, a learned distance between pictures, where its package and weights are installed.
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018, in the
 authors' package ``lpips``, with AlexNet. Nothing is installed or downloaded here: the network's
-weights are taken where torchvision leaves them, and read as tensors only.
+weights are read from where torchvision stores them, as tensors only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMALLEST = 31  # pixels: of less the network leaves nothing
 
 
 def lpips_distance() -> Distance | None:
-    """The distance, or None where it can't be had."""
+    """The distance function, or None where it isn't available."""
     weights = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
     if find_spec("lpips") is None or not weights.is_file():
         return None

@@ -28,7 +28,7 @@ from .statistics import (
 SIZE = (960, 720)
 MARGIN = 36
 PAGE = 12  # maps on one picture
-CELL = 16  # pixels, below which lines between cells would only darken them
+CELL = 16  # pixels; smaller cells are drawn without lines between them
 LEFT, RIGHT = 104, SIZE[0] - MARGIN  # of the charts
 TITLE, LABEL = 30, 22  # font sizes: still legible when the picture is as wide as a node
 
@@ -216,8 +216,8 @@ def _bars(
     upper: float | None = None,
     beside: Sequence[float | None] = (),
 ) -> None:
-    """A bar for every value, and a line at the height of the value ``beside`` it; ``upper``: the
-    end of the scale, if it is known beforehand."""
+    """A bar for every value, with a line at the height of the value in ``beside``; ``upper``: the
+    top of the scale, if it is fixed."""
     top = _scale(canvas, box, upper or max(v for v in (*values, *beside) if v is not None))
     left, _, right, bottom = box
     width = (right - left) / len(values)
@@ -242,8 +242,8 @@ def _curves(
     doubt: Sequence[Interval | None],
     colour: Colour,
 ) -> None:
-    """Mean and worst lost mass and what is allowed, in percent, with the intervals of the mean;
-    steps without a measurement are left out."""
+    """Curves of the mean, worst and allowed lost mass in percent, with the intervals ``doubt`` of
+    the mean; steps without a measurement are left out."""
     upper = [100 * interval.high for interval in doubt if interval is not None]
     known = [value for value in (*worst, *allowed, *upper) if value is not None]
     top = _scale(canvas, box, max(known, default=0.0) or 1.0)
@@ -294,7 +294,7 @@ def _step_labels(
 
 
 def _legend(canvas: Canvas, box: Box) -> None:
-    """The ramp with its ends: computed above, skipped below."""
+    """The colour ramp, its upper end labelled computed and its lower end skipped."""
     _, top, right, bottom = box
     canvas.shares(np.linspace(1, 0, 256)[:, None], box)
     for share in (0, 0.5, 1):

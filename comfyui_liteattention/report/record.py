@@ -17,8 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Record:
-    """Calls, seconds, reasons and maps of one run of ``steps`` steps. Not for several threads at
-    once."""
+    """Calls, seconds, reasons and maps of one run of ``steps`` steps. Not thread-safe."""
 
     def __init__(self, plan: Plan, steps: int) -> None:
         self.reasons: Counter[str] = Counter()
@@ -39,7 +38,7 @@ class Record:
         return self.reasons[reason] == 1
 
     def add(self, calls: Sequence[CallStats]) -> None:
-        """Note the streams of one attention call."""
+        """Add one attention call, as one entry per stream."""
         self._calls += calls
         seconds = sum(call.seconds for call in calls)
         tiles = sum(call.total for call in calls)
@@ -61,16 +60,15 @@ class Record:
         self._step = step
         try:
             self._history.note(step, [(one.layer, one.state) for one in states])
-        except RuntimeError as error:  # out of memory, most likely: a picture less
+        except RuntimeError as error:  # most likely out of memory; one picture fewer
             log.warning("LiteAttention: no maps of step %d: %s", step + 1, error)
 
     @property
     def dense_rate(self) -> float | None:
-        """Seconds that the user's own attention takes for a tile, None where no call was timed.
+        """Seconds that the user's own attention takes per tile, None where no call was timed.
 
-        One of the shorter ones: whatever disturbs a measurement only adds to it, and would be
-        called saved. The first doesn't count once there are others: it also loads and prepares
-        things.
+        The lower quartile of the measurements: a disturbance only makes them longer, and would look
+        like time saved. The first one is left out if there are others, because it includes loading.
         """
         rates = sorted(self._rates[1:] or self._rates)
         return rates[len(rates) // 4] if rates else None
@@ -97,8 +95,8 @@ class Record:
         stopped: str | None,
         notes: Sequence[str],
     ) -> RunReport:
-        """What the run did, on ``backend``; ``states``: what is left of it, None for a report
-        without maps."""
+        """What the run did, on ``backend``; ``states``: its skip state, for the maps; None for a
+        report without them."""
         return RunReport(
             settings=describe(self._plan.settings),
             backend=backend,
@@ -117,7 +115,7 @@ class Record:
         )
 
     def remnant(self, backend: str, error: Exception) -> RunReport:
-        """A report where none could be made."""
+        """What is left to report if :meth:`report` failed with ``error``."""
         return RunReport(
             settings=describe(self._plan.settings),
             backend=backend,
@@ -131,20 +129,20 @@ class Record:
         )
 
     def clear(self) -> None:
-        """Drop what takes room."""
+        """Free the memory of calls and maps."""
         self._calls.clear()
         self._history = MapHistory()
 
 
 def _maps(states: Iterable[Named]) -> tuple[MapStats, ...]:
-    """Final tile maps, heads and batch averaged, small and on the host; none where they can't be
-    made any more."""
+    """Final tile maps, averaged over heads and batch, small and on the host; none if making them
+    fails."""
     try:
         return tuple(
             MapStats(one.layer, one.stream, one.tokens, share_of_heads(one.state).cpu())
             for one in states
             if one.state.live is not None
         )
-    except RuntimeError as error:  # out of memory, most likely
+    except RuntimeError as error:  # most likely out of memory
         log.warning("LiteAttention: no maps of this run: %s", error)
         return ()

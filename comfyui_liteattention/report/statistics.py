@@ -22,9 +22,9 @@ NOTHING = Interval(0.0, 0.0, 0.0)
 
 
 class CallStats(NamedTuple):
-    """One attention call of one stream; ``lost`` is None where nothing was audited, ``bound`` (at
-    most that much was expected) where no budget was held either. ``waits``: the user's own
-    attention did it, since it was the faster one yet."""
+    """One attention call of one stream. ``lost``: measured lost mass, None where nothing was
+    audited. ``bound``: its upper bound, None without an audit or a budget. ``waits``: the user's
+    own attention did the call, because it was still faster."""
 
     step: int
     layer: str
@@ -51,12 +51,11 @@ class MapStats(NamedTuple):
 class RunReport:
     """What remains of a run.
 
-    ``dense_rate``: seconds that the user's own attention takes for a tile of a call, None if it
-    wasn't timed.
+    ``dense_rate``: seconds that the user's own attention takes per tile, None if it wasn't timed.
     ``history``: small maps of a few layers at each step but the first, which is dense.
     ``allowed``: lost mass that the budget or the closeness allows at each step, empty without one.
-    ``stopped``: why the run went on densely from some point. ``notes``: what else people should
-    know. ``levels``: noise at the beginning of each step and at the end, 0..1.
+    ``stopped``: why the run went on densely from some point. ``notes``: further remarks for the
+    user. ``levels``: noise levels at the beginning of each step and at the end, 0..1.
     """
 
     settings: str
@@ -86,15 +85,15 @@ class RunReport:
 
     @property
     def computed_fraction(self) -> float:
-        """Tiles computed over all tiles of the calls that LiteAttention computed or that waited for
-        it, 0..1, audits counted; 1.0 where there were none. What else was left to the user's own
-        attention doesn't count."""
+        """Share of the tiles that were computed, audits included, 0..1, over the calls that
+        LiteAttention computed and those that it left to the user's faster attention for now; 1.0
+        without any. Calls that stayed dense for another reason don't count."""
         return fraction(self.calls)
 
     @property
     def attention_speedup(self) -> float | None:
-        """How many times faster the calls of LiteAttention were than the user's own would have
-        been, estimated from some that these did; None where none was timed."""
+        """How many times faster LiteAttention's calls were than the user's own attention would have
+        been, estimated from calls of that; None where none was timed."""
         ours = [call for call in self.calls if not call.waits]
         taken = sum(call.seconds for call in ours)
         if self.dense_rate is None or taken == 0:
@@ -103,18 +102,18 @@ class RunReport:
 
     @property
     def saved_seconds(self) -> float | None:
-        """Seconds that the run took less than it would have taken densely, estimated likewise."""
+        """Seconds saved compared with a dense run, estimated in the same way."""
         return self.saved_in(self.calls)
 
     @property
     def dense_seconds(self) -> dict[int, float]:
         """Seconds that each step would have taken densely, estimated; empty where nothing was
-        timed. Attention alone is estimated: all else is taken to cost the same."""
+        timed. Everything but attention is assumed to take the same time either way."""
         dense = {}
         for step, calls in sorted(by(self.calls, "step").items()):
             seconds, saved = self.step_seconds.get(step), self.saved_in(calls)
             if seconds is not None and saved is not None:
-                # Not below 0, where a step was timed less exactly than its calls.
+                # The step is timed less exactly than its calls, so this could be negative.
                 dense[step] = max(seconds + saved, 0.0)
         return dense
 
@@ -132,8 +131,8 @@ class RunReport:
 
     @property
     def expected(self) -> Expected | None:
-        """Closeness to be expected from what was measured, None where that is not known: nothing
-        was lost, nothing measured, or the steps are not those of ``levels``."""
+        """Closeness expected from the measured losses. None if nothing was lost or measured, or if
+        the steps don't correspond to ``levels``."""
         losses = {step: mean_lost(calls) for step, calls in by(self.calls, "step").items()}
         steps = len(self.levels) - 1
         if steps < 1 or None in losses.values() or max(losses, default=0) >= steps:
@@ -142,13 +141,13 @@ class RunReport:
 
     @property
     def lost_mass_mean(self) -> float | None:
-        """Mean lost mass, from what was audited; dense calls lose nothing. None where it was not
-        measured."""
+        """Mean lost mass, estimated from the audits; dense calls lose nothing. None where it was
+        not measured."""
         return mean_lost(self.calls)
 
 
 def tiles(calls: Iterable[CallStats]) -> tuple[int, int]:
-    """Tiles computed, and tiles of the matrices."""
+    """Tiles computed, and all tiles of the attention matrices."""
     calls = tuple(calls)
     return sum(call.computed for call in calls), sum(call.total for call in calls)
 
@@ -166,15 +165,15 @@ def loss_intervals(report: RunReport) -> dict[tuple[str, int], Interval]:
 
 
 def fraction(calls: Iterable[CallStats]) -> float:
-    """Tiles computed over all tiles, 0..1. What audits compute again is no more than all."""
+    """Share of the tiles that were computed, capped at 1, which audits could exceed."""
     computed, total = tiles(calls)
     return min(computed / total, 1.0) if total else 1.0
 
 
 def mean_lost(calls: Iterable[CallStats]) -> float | None:
     """Mean lost mass of these calls. Those that computed every tile lose nothing; those that
-    skipped and were not audited lose what the audited ones do, on average. None where calls
-    skipped and none of them was audited: then it isn't known."""
+    skipped tiles without an audit are assumed to lose what the audited ones do on average. None
+    where calls skipped tiles and none of them was audited."""
     calls = tuple(calls)
     skipping = [call for call in calls if not _dense(call)]
     audited = [call.lost for call in skipping if call.lost is not None]
@@ -201,7 +200,7 @@ def _nothing_skipped(report: RunReport) -> str:
 def status_line(report: RunReport) -> str:
     """One line for the log: active or not, and the reason for that."""
     if not report.active:
-        # Cross-attention always stays dense: it explains nothing.
+        # Cross-attention is dense in every run, so it doesn't explain this one.
         reasons = [reason for reason in report.reasons if reason != CROSS_ATTENTION]
         why = "; ".join(reasons) or _nothing_skipped(report)
         return f"LiteAttention inactive: {why}"
@@ -214,7 +213,7 @@ def status_line(report: RunReport) -> str:
 
 
 def node_line(report: RunReport) -> str:
-    """The same in few words, for the node that says LiteAttention already."""
+    """The same in few words, for the node, whose title says LiteAttention already."""
     off = f"switched off: {in_short(report.stopped)}" if report.stopped else ""
     if not report.active:
         return off or status_line(report).removeprefix("LiteAttention ")
@@ -234,7 +233,7 @@ def in_short(stopped: str) -> str:
 
 
 def saving(seconds: float) -> str:
-    """An estimate of the seconds saved, in as many digits as one can believe."""
+    """An estimate of the seconds saved, rounded to its precision."""
     if abs(seconds) < 0.05:
         return "nothing saved"
     amount = f"{abs(seconds):.1f} s" if abs(seconds) < 10 else f"{abs(seconds):.0f} s"
@@ -242,7 +241,7 @@ def saving(seconds: float) -> str:
 
 
 def _speedup(report: RunReport) -> str:
-    """Both estimates, or nothing where nothing was timed."""
+    """Speed-up and seconds saved, both estimated; empty where nothing was timed."""
     speedup, saved = report.attention_speedup, report.saved_seconds
     if speedup is None or saved is None:
         return ""
@@ -250,7 +249,7 @@ def _speedup(report: RunReport) -> str:
 
 
 def _in_percent(report: RunReport) -> str:
-    """What was lost of what is allowed, in as few digits as say something: ``2.1 of 3 %``."""
+    """What was lost of what is allowed, in few digits: ``2.1 of 3 %``."""
     lost = report.lost_mass_mean
     if lost is None:
         return "not measured"
@@ -259,7 +258,7 @@ def _in_percent(report: RunReport) -> str:
 
 
 def expectation(report: RunReport) -> list[str]:
-    """A line on the closeness, or none."""
+    """A line about the expected closeness, or none."""
     expected = report.expected
     if expected is None:
         return []
@@ -270,7 +269,7 @@ def expectation(report: RunReport) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """Of 0..1, in two digits: ``36``, ``2.1``, ``0.63``, ``0``."""
+    """A share 0..1 in percent, with two digits: ``36``, ``2.1``, ``0.63``, ``0``."""
     return f"{100 * share:.2g}" if share < 0.995 else "100"
 
 
@@ -324,7 +323,7 @@ def figures(report: RunReport) -> dict[str, Any]:
 
 
 def lost_in(calls: Iterable[CallStats], interval: Interval | None) -> float | None:
-    """What calls lost: the interval's own estimate where there is one, which it holds."""
+    """What calls lost: the middle of the interval where there is one, the mean otherwise."""
     return mean_lost(calls) if interval is None else interval.lost
 
 
@@ -337,6 +336,6 @@ def _pair(calls: list[CallStats], interval: Interval | None) -> dict[str, Any]:
 
 
 def _dense(call: CallStats) -> bool:
-    """Whether a call skipped nothing. (With its audit one that skipped may have computed as many
-    tiles as there are; it lost something.)"""
+    """Whether a call skipped nothing. (A call that skipped a few tiles may have computed as many as
+    there are, counting its audit, so its loss is looked at too.)"""
     return call.computed >= call.total and not call.lost

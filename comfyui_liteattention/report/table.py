@@ -18,14 +18,14 @@ from .statistics import (
     status_line,
 )
 
-LAYER, STEP = 12, 7  # widths of the first column: with the steps' others it fits on the node
-#: Lines for layers, and for steps, where not everything is asked for.
+LAYER, STEP = 12, 7  # widths of the first column, chosen so that the table of steps fits the node
+#: Most lines for layers, and for steps, unless everything is asked for.
 LAYERS, STEPS = 8, 10
 
 
 def text_table(report: RunReport, everything: bool = True) -> str:
-    """The report as plain text. Without ``everything`` it stays within a screen: of many layers
-    those that lose most and least, of many steps groups."""
+    """The report as plain text. Without ``everything`` it fits on a screen: of many layers it shows
+    those that lose most and least, and many steps are grouped."""
     lines = [
         status_line(report),
         f"settings: {report.settings}",
@@ -79,8 +79,8 @@ def _steps(report: RunReport, everything: bool) -> list[str]:
 
 
 def chosen_layers(groups: dict[str, list[CallStats]]) -> list[str]:
-    """The layers that lose most, and two that lose least, in the order of execution; all of a few.
-    Where nothing was measured, those that compute most and least."""
+    """The layers that lose most and the two that lose least, in the order of execution; all layers
+    if there are few. Where no loss was measured, those that compute most and least."""
     names = list(groups)
     if len(names) <= LAYERS:
         return names
@@ -94,7 +94,7 @@ def chosen_layers(groups: dict[str, list[CallStats]]) -> list[str]:
 
 
 def grouped(steps: Sequence[int], at_most: int) -> list[Sequence[int]]:
-    """Steps in at most so many groups of neighbours, of equal size but for the last."""
+    """Steps in at most ``at_most`` groups of neighbours, of equal size except the last."""
     size = -(-len(steps) // at_most)
     return [steps[first : first + size] for first in range(0, len(steps), size)]
 

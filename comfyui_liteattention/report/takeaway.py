@@ -1,4 +1,4 @@
-"""The report of a run in forms to take along: data, a table, files of pictures."""
+"""The report of a run for export: data, a table, picture files."""
 
 from __future__ import annotations
 

@@ -3,11 +3,12 @@
 numba compiles the loop over tiles on the user's machine around one register-blocked matrix kernel
 written as LLVM vectors, because at 64 x 64 tiles that beats every library at hand: 97 GFLOPS per
 core (AMD EPYC, AVX2) against 60 to 64 with numba's BLAS calls (OpenBLAS) and 80 to 83 with torch's
-``sgemm`` (MKL), which pack their operands again at every call. Plain loops of torch calls lose to
-dense SDPA even at 50 % skipped.
+``sgemm`` (MKL), which pack their operands again at every call. A loop of torch calls over tiles is
+slower than dense SDPA even at 50 % skipped.
 
-Threads are our own, one numba call per run of query tiles; every query tile is computed by one
-thread in the order of its list, so neither the number of threads nor the split changes a bit.
+We start the threads ourselves, with one numba call per run of query tiles. Each query tile is
+computed by one thread in the order of its list, so the number of threads and the split change
+nothing in the result, bit for bit.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ _importing = threading.Lock()
 
 
 class Task(NamedTuple):
-    """Work for every head: ``do(slot, head, start, stop)`` for all parts of ``range(length)``;
-    heads that are worked on at once have a slot each."""
+    """Work for every head: ``do(slot, head, start, stop)`` for all parts of ``range(length)``. Each
+    of the heads that are worked on at the same time has its own slot of the workspace."""
 
     do: Callable[[int, int, int, int], None]
     length: int
@@ -82,7 +83,7 @@ class CpuBackend:
         return CONSTRAINTS.check(q, k, v)
 
     def provide(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Backend | str:
-        """Tested once, with what compiles fastest: all head_dims and dtypes are the same code."""
+        """Tested once, with the variant that compiles fastest: the code is the same for all."""
         kernels = _load_kernels()
         reason = kernels if isinstance(kernels, str) else None
         return reason or self._verdicts.of(self, 64, torch.float32, device) or self
@@ -95,7 +96,7 @@ class CpuBackend:
     def forward_and_audit(
         self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: Rows
     ) -> tuple[Attended, Attended]:
-        """The keys are packed once."""
+        """Both results from keys and values that are packed only once."""
         kept, full = self._attend((call, lists, criterion), (some_of(call, audited), None, None))
         return kept, full
 
@@ -159,7 +160,7 @@ class CpuBackend:
 
 @lru_cache(maxsize=1)
 def _load_kernels() -> Any:
-    """The compiled kernels' module, or why it can't be had."""
+    """The compiled kernels' module, or why it can't be loaded."""
     try:
         return _import_under_one_name()
     except ModuleNotFoundError as error:
@@ -171,11 +172,11 @@ def _load_kernels() -> Any:
 
 
 def _import_under_one_name() -> ModuleType:
-    """``kernels``, always as the same module.
+    """Import ``kernels`` under one fixed name, whatever name the package itself was imported by.
 
-    What numba keeps on disk remembers the module's name, and ComfyUI imports this package under
-    another name than a script does. One thread runs the file, and others wait: they would find a
-    module in which half of the kernels are missing.
+    numba's files on disk contain the module's name, and ComfyUI imports this package under another
+    name than a script does. Other threads wait for the import: otherwise they would find a module
+    in which half of the kernels are still missing.
     """
     with _importing:
         if KERNELS not in sys.modules:
@@ -199,8 +200,8 @@ def _floats(*shape: int) -> Any:
 
 
 class Packed(NamedTuple):
-    """Memory for the packed keys and values of some heads at once, and the task that fills it from
-    tensors: see ``kernels.pack``."""
+    """Memory for the packed keys and values of as many heads as are worked on at once, and the task
+    that fills it: see ``kernels.pack``."""
 
     keys: Any
     values: Any
@@ -208,7 +209,7 @@ class Packed(NamedTuple):
 
 
 def _pack(kernels: Any, k: Tensor, v: Tensor, most_bytes: int | None = None) -> Packed:
-    """``k, v [B, H, L, D]``: all heads at once, or as many as fit in so many bytes."""
+    """Memory for ``k, v [B, H, L, D]``: all heads, or as many as fit in ``most_bytes``."""
     b, h, length, d = k.shape
     tk, d_padded = -(-length // kernels.TILE), kernels.padded(d)
     heads = b * h
@@ -313,8 +314,8 @@ def _list_arrays(lists: TileLists | None, shape: tuple[int, int, int, int]) -> t
 
 
 def _run_all(pool: ThreadPoolExecutor, heads: range, *stages: Sequence[Task]) -> None:
-    """One stage after the other; the tasks of a stage for all heads in parallel, in more parts than
-    there are threads. Errors surface."""
+    """Run one stage after the other, the tasks of a stage for all heads in parallel, split into
+    more parts than there are threads. An error in any part is raised here."""
     parts = 4 * torch.get_num_threads()
     for tasks in stages:
         jobs = [

@@ -1,5 +1,5 @@
-"""Where compiled kernels are kept between programs: outside of the package, so that an uninstall
-leaves nothing in its folder, and a folder that can't be written does as well."""
+"""Where compiled kernels are kept between programs: outside the package, so that uninstalling
+leaves nothing in its folder, and the package may be installed where it can't write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "liteattention"
 
 
 def folder() -> Path:
-    """``liteattention`` in the place that the system has for such files; nothing is made here."""
+    """``liteattention`` in the system's cache folder; it is not created here."""
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA")
         return (Path(local) if local else Path.home() / "AppData" / "Local") / NAME / "Cache"
@@ -26,15 +26,15 @@ def folder() -> Path:
 
 @contextmanager
 def kept_apart() -> Iterator[None]:
-    """numba asks for its cache folder when a function is decorated, and keeps to that: what is
-    decorated in here is kept in our folder. A folder that the user has chosen (``NUMBA_CACHE_DIR``)
-    stays, and where ours can't be made numba finds another by itself."""
+    """Functions that numba compiles get our cache folder if they are decorated in this context:
+    numba looks the folder up when a function is decorated. ``NUMBA_CACHE_DIR``, where the user set
+    it, takes precedence, and where our folder can't be created numba chooses another."""
     import numba
 
     config: Any = numba.config
     chosen = config.CACHE_DIR
     if not chosen:
-        with suppress(RuntimeError):  # nobody's home is known
+        with suppress(RuntimeError):  # no home folder is known
             config.CACHE_DIR = str(folder())
     try:
         yield
