@@ -17,7 +17,7 @@ from comfyui_liteattention.integrations.comfy.layers import LayerCalls, Names
 from comfyui_liteattention.integrations.comfy.streams import Stream
 
 HEADS, SIZE = 2, 64
-COND, UNCOND = (Stream(kind, kind, None, "cpu") for kind in (0, 1))
+COND, UNCOND = (Stream(kind, kind, None, "cpu") for kind in ("positive", "negative"))
 
 
 def no_layers():

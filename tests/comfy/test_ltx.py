@@ -170,14 +170,20 @@ def test_cores_guidance(plain, patched, declined):
 
 
 @pytest.mark.parametrize(
-    ("passes", "layers"),
-    [(STG, [LAYERS, LAYERS, LAYERS - 1]), (MULTIMODAL, [LAYERS, LAYERS, LAYERS - 1, LAYERS])],
+    ("passes", "layers", "perturbed"),
+    [
+        (STG, [LAYERS, LAYERS, LAYERS - 1], 1),
+        (MULTIMODAL, [LAYERS, LAYERS, LAYERS - 1, LAYERS], 2),
+    ],
 )
-def test_the_guiders_of_lightricks(patched, passes, layers):
+def test_the_guiders_of_lightricks(patched, passes, layers, perturbed):
     guider = make_guider(patched, passes, perturbed=[1])
     guider.set_conds(*prompts())
     sampled(guider, with_sound(torch.zeros(1, 128, *SIZE)), FIRST)
-    assert_passes(report_of(patched), layers)
+    report = report_of(patched)
+    assert_passes(report, layers)
+    others = {f"positive, guidance pass {number + 1}" for number in range(perturbed)}
+    assert {call.stream for call in report.calls} == {"positive", "negative", *others}
 
 
 def test_evaluations_that_leave_the_video_alone(patched):

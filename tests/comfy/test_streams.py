@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from comfyui_liteattention.integrations.comfy.streams import Streams
+from comfyui_liteattention.integrations.comfy.streams import Streams, names_of
 
 CPU = torch.device("cpu")
 
@@ -96,3 +96,16 @@ def test_names_of_streams():
     window = SimpleNamespace(index_list=[4, 5, 6], dim=2)
     [windowed] = streams.of_call(options(context_window=window), CPU)
     assert str(windowed) == "positive 4-6"
+
+
+def test_streams_are_called_what_the_guider_calls_them():
+    """Some ask for each conditioning by itself, or for the negative one first."""
+    conds = {"positive": [{"uuid": "p"}, {"uuid": "q"}], "negative": [{"uuid": "n"}]}
+    streams = Streams(names_of(conds | {"middle": None}))
+    passes = [dict(cond_or_uncond=[0], uuids=[uuid]) for uuid in "pqn"]
+    assert [str(one) for one in evaluate(streams, *passes)] == ["positive", "positive", "negative"]
+    both = dict(cond_or_uncond=[0, 1, 2], uuids=["n", "p", "?"])
+    streams.evaluation()
+    named = [str(one) for one in streams.of_call(options(**both), CPU)]
+    assert named == ["negative", "positive", "conditioning 2"]
+    assert names_of(None) == {}

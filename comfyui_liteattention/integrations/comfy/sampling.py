@@ -18,7 +18,7 @@ from .first_words import before_a_step, in_comfyui
 from .hooks import install
 from .layers import LayerCalls, Names
 from .stale_graph import MADE_ANEW, made_anew
-from .streams import Streams
+from .streams import Streams, names_of
 from .takers import asked_first, explained, taker
 
 log = logging.getLogger(__name__)
@@ -28,12 +28,15 @@ WrappersMP = comfy.patcher_extension.WrappersMP
 
 
 class Sampling:
-    """The hooks of one run, and what only the host knows about it."""
+    """The hooks of one run, and what only the host knows about it. ``conds``: the conditionings of
+    the guider, by name."""
 
-    def __init__(self, run: Run, show: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, run: Run, show: Callable[[str], None] | None = None, conds: Any = None
+    ) -> None:
         self._run = run
         self._show = show
-        self._streams = Streams()
+        self._streams = Streams(names_of(conds))
         self._names = Names()
         self._notes: dict[str, None] = {}
         self._first: str | None = None

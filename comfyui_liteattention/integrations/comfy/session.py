@@ -67,7 +67,7 @@ class Patch:
         kind = type(guider.model_patcher.model.diffusion_model).__name__, attention_in_use(options)
         levels = noise_fractions(sigmas.tolist(), _is_flow(guider.model_patcher))
         run = Run(self.settings, backend, sigmas.tolist(), kind, paused, levels)
-        sampling = Sampling(run, self.show)
+        sampling = Sampling(run, self.show, getattr(guider, "conds", None))
         sampling.install(options)
         whole = False
         try:

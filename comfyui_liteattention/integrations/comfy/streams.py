@@ -35,15 +35,17 @@ NOT_HOW = {
     "grid_sizes",
     "img_slice",
 }
+#: What most guiders ask for first, and second.
+USUAL = {0: "positive", 1: "negative"}
 Window = tuple[int, ...]
 
 
 class Stream(NamedTuple):
-    """``kind``: 0 positive, 1 negative; ``way``: in which of the ways of the run it is asked, by
-    the order of their appearance; ``part``: which of several calls of one layer (heads or frames,
-    a few at a time)."""
+    """``kind``: what the guider calls the conditioning; ``way``: in which of the ways of the run it
+    is asked, by the order of their appearance; ``part``: which of several calls of one layer (heads
+    or frames, a few at a time)."""
 
-    kind: int
+    kind: str
     uuid: Hashable
     window: tuple[int | None, Window] | None
     device: str
@@ -51,7 +53,7 @@ class Stream(NamedTuple):
     part: int = 0
 
     def __str__(self) -> str:
-        name = {0: "positive", 1: "negative"}.get(self.kind, f"conditioning {self.kind}")
+        name = self.kind
         if self.window is not None:
             frames = self.window[1]
             name += f" {frames[0]}-{frames[-1]}"
@@ -61,9 +63,10 @@ class Stream(NamedTuple):
 
 
 class Streams:
-    """The streams of one run, call by call of the model."""
+    """The streams of one run, call by call of the model. ``names``: see :func:`names_of`."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Mapping[Hashable, str] | None = None) -> None:
+        self._names = names or {}
         self._asked: Counter[Hashable] = Counter()
         self._ways: dict[Hashable, int] = {}
         self._announced = False
@@ -84,20 +87,38 @@ class Streams:
         window = None
         if context is not None:
             window = getattr(context, "dim", None), tuple(context.index_list)
-        kinds = options.get("cond_or_uncond") or [0]
+        numbers = options.get("cond_or_uncond") or [0]
         uuids = options.get("uuids") or ()
-        if len(uuids) != len(kinds):  # some packs change one and not the other
-            uuids = range(len(kinds))
+        if len(uuids) != len(numbers):  # some packs change one and not the other
+            uuids = range(len(numbers))
         how = way_of(options)
         return [
-            self._stream(Stream(kind, uuid, window, str(device)), how)
-            for kind, uuid in zip(kinds, uuids, strict=True)
+            self._stream(Stream(self._kind(number, uuid), uuid, window, str(device)), how)
+            for number, uuid in zip(numbers, uuids, strict=True)
         ]
+
+    def _kind(self, number: int, uuid: Hashable) -> str:
+        """``number``: where it stood among the conditionings of one question to the model. A guider
+        may ask for each by itself, or list the negative one first."""
+        usual = USUAL.get(number, f"conditioning {number}")
+        return self._names.get(uuid, usual)
 
     def _stream(self, plain: Stream, how: Hashable) -> Stream:
         turn = self._asked[plain, how]
         self._asked[plain, how] += 1
         return plain._replace(way=self._ways.setdefault((how, turn), len(self._ways)))
+
+
+def names_of(conds: Any) -> dict[Hashable, str]:
+    """What a guider calls its conditionings, by their uuids; ``conds``: lists of them by name."""
+    if not isinstance(conds, Mapping):
+        return {}
+    return {
+        cond["uuid"]: str(name)
+        for name, some in conds.items()
+        for cond in some or ()
+        if isinstance(cond, Mapping) and "uuid" in cond
+    }
 
 
 def way_of(options: Mapping[str, Any]) -> Hashable:
