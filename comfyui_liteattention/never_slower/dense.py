@@ -1,4 +1,4 @@
-"""The user's own attention for one call, timed where that is worth knowing."""
+"""The user's own attention for one call, timed where the run needs its time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ..backends.clock import stopwatch
 
-#: Told how to ask for the seconds that a call took.
+#: Receives a function that gives the seconds that a call took.
 Tell = Callable[[Callable[[], float]], None]
 
 
 class Dense:
-    """A call of the user's own attention, made at most once, by whoever was going to make it.
+    """A call of the user's own attention, made at most once, by the integration and not by the run.
 
-    It may be the last to need ``q, k, v``, and free them on the way. So it is made when nothing of
-    ours refers to them any more: a run only says beforehand that it wants to know the time.
+    The attention may be the last to need ``q, k, v`` and free them early. So it is called only when
+    nothing of ours refers to them any more; the run asks beforehand for the call to be timed.
     """
 
     def __init__(self, attend: Callable[[], Tensor]) -> None:
@@ -25,7 +25,7 @@ class Dense:
         self._timed: tuple[torch.device, Tell] | None = None
 
     def time(self, device: torch.device, tell: Tell) -> None:
-        """Time the call on this device, and ``tell`` when it has been made."""
+        """Have the call timed on this device, and the time passed to ``tell``."""
         self._timed = device, tell
 
     def __call__(self) -> Tensor:

@@ -58,7 +58,7 @@ class LiteAttentionReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, latent: dict, theme: str = "dark") -> io.NodeOutput:
-        if theme not in THEMES:  # ComfyUI 0.3.75 does not look at what an API graph says
+        if theme not in THEMES:  # ComfyUI 0.3.75 does not validate this in API graphs
             theme = next(iter(THEMES))
         patch = patch_of(model)
         report = _report_of(patch, cls.hidden.dynprompt, cls.hidden.unique_id) if patch else None
@@ -73,16 +73,16 @@ class LiteAttentionReport(io.ComfyNode):
         shown = ui.PreviewImage(drawn, cls=cls).as_dict() if drawn else {}
         moving = animation(report, theme)
         if moving is not None:
-            # For our script. Among the images it would stand still, or, marked as animated, be the
-            # only one that is shown.
+            # Shown by our own script. Among the images it would not move, or, if they were marked
+            # as animated, be the only one shown.
             shown["liteattention_animation"] = (_save(moving),)
         shown |= {"text": (text,), "report": (figures(report),) if report else ()}
         return io.NodeOutput(latent, maps, text, charts, ui=shown)
 
 
 def _report_of(patch: Patch, graph: Any, node: str | None) -> RunReport | None:
-    """Of the run that made this node's latent: two samplers may use one model. A sampler that was
-    expanded from another node (in a loop) is not above it in the graph; there the last run counts.
+    """The report of the run that made this node's latent, since several samplers may use one model.
+    In a loop the sampler can't be found by following the graph; there the last run counts.
     """
     if graph is None or node is None:
         return patch.last_report
@@ -95,7 +95,7 @@ def _report_of(patch: Patch, graph: Any, node: str | None) -> RunReport | None:
 
 
 def _save(webp: bytes) -> ui.SavedResult:
-    """Into ComfyUI's temporary folder; the file as a node's ``ui`` names it."""
+    """Save into ComfyUI's temporary folder; returns the file in the form that ``ui`` expects."""
     name = f"liteattention_maps_{secrets.token_hex(8)}.webp"
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)

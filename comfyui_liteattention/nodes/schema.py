@@ -12,7 +12,7 @@ Control = io.Custom("LITEATTENTION_CONTROL")
 
 
 def control_output() -> io.Output:
-    """What the nodes that choose settings give."""
+    """The output of the nodes that choose settings."""
     return Control.Output(
         display_name="control",
         tooltip="Connect it to the control input of a LiteAttention node.",
@@ -20,7 +20,7 @@ def control_output() -> io.Output:
 
 
 def after_sampling() -> list[io.Input]:
-    """The inputs of a node that tells of a run: the latent makes it wait for the run."""
+    """The inputs of a node that reports on a run; the latent makes it wait for the run."""
     return [
         io.Model.Input("model", tooltip="The model that came out of the LiteAttention node."),
         io.Latent.Input(
@@ -36,7 +36,7 @@ def latent_output() -> io.Output:
 def advanced(*inputs: io.Input) -> list[io.Input]:
     """Inputs that few people need: newer front ends fold them away, older ones show them."""
     for one in inputs:
-        one.extra_dict["advanced"] = True  # 0.3.75 takes no argument of this name
+        one.extra_dict["advanced"] = True  # 0.3.75 has no argument of this name
     return list(inputs)
 
 

@@ -1,7 +1,7 @@
 """Text on a node while the graph runs, shown by web/liteattention.js.
 
-ComfyUI's own progress text won't do: newer front ends take it away when the run ends, it can't be
-translated, and in a subgraph it is seen from inside alone.
+ComfyUI's own progress text is not enough: newer front ends remove it when the run ends, it can't be
+translated, and in a subgraph it is visible only from inside.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ EVENT = "liteattention.status"
 
 
 def status_of(node_id: str | None) -> Callable[[str], None] | None:
-    """A function that shows a line of text on this node, or None where nobody is looking."""
+    """A function that shows a line of text on this node, or None outside ComfyUI's server."""
     try:
         from server import PromptServer
 
@@ -27,7 +27,7 @@ def status_of(node_id: str | None) -> Callable[[str], None] | None:
 
     def show(text: str) -> None:
         try:
-            # To the page that asked for this run; to all where none did.
+            # To the browser page that queued this run; to all if none did.
             server.send_sync(EVENT, {"node": node_id, "text": text}, server.client_id)
         except Exception:  # a status line must never stop a generation
             log.debug("LiteAttention: the status can't be shown", exc_info=True)

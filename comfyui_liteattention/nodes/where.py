@@ -1,4 +1,4 @@
-"""Inputs that every control node has: where nothing may be skipped, and how it is measured."""
+"""Inputs that every control node has: what is never skipped, and how the loss is measured."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ DEFAULTS = Settings()
 
 
 def where_inputs(least_audit: int = 0) -> list[io.Input]:
-    """Their order is that of the widgets on the node: new ones go to the end, and are optional, so
-    that saved graphs still run."""
+    """The inputs, in the order of the widgets on the node. New ones have to go to the end and be
+    optional, so that saved graphs still run."""
     return advanced(
         io.Float.Input(
             "warmup",

@@ -1,1 +1,1 @@
-"""ComfyUI. Imported by its nodes alone: everything here imports the host."""
+"""ComfyUI. Imported only by our nodes, since everything here imports ComfyUI itself."""

@@ -1,4 +1,4 @@
-"""ComfyUI: what is done with the attention calls of one call of a diffusion model."""
+"""ComfyUI: handling the attention calls made during one call of a diffusion model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 MASK = "a mask (regional prompt or padding)"
 FOREIGN = "attention of another network beside the model, such as a ControlNet"
-#: Arguments by name that don't change what attention is, or that are looked at.
+#: Keyword arguments that don't change what is computed, or that we handle.
 UNDERSTOOD = {
     "attn_precision",
     "transformer_options",
@@ -42,8 +42,8 @@ User = Callable[..., Tensor]
 
 
 class Asked(NamedTuple):
-    """An attention call as ComfyUI makes it: ``q, k, v`` are tensors, or containers that each hold
-    one until somebody takes it."""
+    """An attention call as ComfyUI makes it: ``q, k, v`` are tensors, or containers from which a
+    tensor can be taken once."""
 
     q: Any
     k: Any
@@ -55,14 +55,14 @@ class Asked(NamedTuple):
     others: Mapping[str, Any]
 
     def split(self) -> list[Tensor]:
-        """``q, k, v [B, H, L, D]``; containers keep what they hold."""
+        """``q, k, v [B, H, L, D]``, without taking them out of containers."""
         tensors = [t if isinstance(t, Tensor) else t.peek() for t in self[:3]]
         if self.skip_reshape:
             return tensors
         return [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in tensors]
 
     def taken(self) -> None:
-        """Nobody needs ``q, k, v`` any more."""
+        """Empty the containers: ``q, k, v`` are not needed any more."""
         for tensor in self[:3]:
             if not isinstance(tensor, Tensor):
                 tensor.take()
@@ -91,17 +91,17 @@ def asked(
     skip_output_reshape: bool = False,
     **others: Any,
 ) -> Asked:
-    """The arguments of an attention function of ComfyUI, by name."""
+    """The arguments of a ComfyUI attention function, whether given by position or by name."""
     others["attn_precision"] = attn_precision
     return Asked(q, k, v, heads, mask, skip_reshape, skip_output_reshape, others)
 
 
 class Forward:
-    """One call of the diffusion model: of which run, at which step, for which streams, and which
-    layers have asked so far. It is found through :data:`current`, in the thread of that call alone.
+    """One call of the diffusion model: its run, step and streams, and which layers have asked for
+    attention so far. Found through :data:`current`, only in the thread of that call.
 
     ``previous``: the attention override that was there before ours. ``asked``: whether any call of
-    attention has come to us yet.
+    attention has reached us yet.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Forward:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """While this call of the model runs."""
+        """Make this the current call of the model."""
         token = current.set(self)
         try:
             yield
@@ -142,11 +142,10 @@ class Forward:
         return self.form if shown is None else shown
 
     def kept(self, mask: Tensor, batch: int, length: int, form: Form) -> list[Kept] | None:
-        """See :func:`kept_tokens`. Most models give all layers the same mask: it is looked into
-        once."""
+        """:func:`kept_tokens`, remembered, because most models give all layers the same mask."""
         if self._mask is None or self._mask[0] is not mask:
             settings, kept = self.run.settings, None
-            # These count tokens of the whole sequence, not of what is kept.
+            # dense_keys and dense_queries are places in the whole sequence, not in what is kept.
             if form.video is not None and not settings.dense_keys and not settings.dense_queries:
                 kept = kept_tokens(mask, batch, length, form.video, len(self.streams))
             self._mask = mask, kept
@@ -159,14 +158,14 @@ current: ContextVar[Forward | None] = ContextVar("liteattention_forward", defaul
 def answer(
     user: User, arguments: Sequence[Any], named: Mapping[str, Any], compiled: bool = False
 ) -> Tensor:
-    """One attention call with the arguments that ComfyUI gave: ours, or that of the ``user``, who
-    then gets exactly these."""
+    """Do one attention call, or pass its arguments on unchanged to ``user``, the user's own
+    attention."""
     forward = current.get()
     if forward is None:
         return user(*arguments, **named)
     forward.asked = True
     module = None if compiled else forward.layers.module()
-    if forward.previous is None:  # an override hides what newer checkpoints ask for by layer
+    if forward.previous is None:  # any override, so ours too, hides a layer's preference
         user = _preferred(module) or user
     try:
         call = asked(*arguments, **named)
@@ -182,15 +181,16 @@ def answer(
 
 
 def _preferred(module: nn.Module | None) -> User | None:
-    """The attention that a checkpoint wants for this layer, in newer versions of ComfyUI."""
+    """The attention function that a checkpoint prefers for this layer (newer ComfyUI versions)."""
     return getattr(getattr(module, "comfy_attention", None), "function", None)
 
 
 def _attend(
     forward: Forward, module: nn.Module | None, call: Asked, user: User, dense: Dense
 ) -> Tensor | None:
-    """Attention ``[B, H, L, D]``; None: ``dense`` has to do it, when this has returned: what is
-    passed in containers may be freed by whoever takes it, so nothing here may live on."""
+    """Attention ``[B, H, L, D]``. None: the caller has to call ``dense``, after this has returned,
+    because the attention may free tensors that come in containers, to which ours still refer here.
+    """
     run, options = forward.run, call.others.get("transformer_options") or {}
     form = forward.form_of(options)
     q, k, v = call.split()
@@ -231,8 +231,8 @@ def _attend_kept(
     dense: Dense,
     bare: User,
 ) -> Tensor | None:
-    """Attention to the tokens that count, of each stream or the same ones of all. ``bare`` is the
-    user's attention without a mask."""
+    """Attention to the tokens that the mask doesn't hide: ``kept`` for all streams, or for each.
+    ``bare`` is the user's own attention without a mask."""
     shares = [streams] if len(kept) == 1 else [[stream] for stream in streams]
     parts: list[Part] = []
     groups = []
@@ -249,7 +249,7 @@ def _attend_kept(
     joined = []
     for count, one, hidden, seen in groups:
         out = torch.cat([next(outs) for _ in range(count)])
-        if hidden.shape[2]:  # no token that counts ever sees what these get
+        if hidden.shape[2]:  # the hidden tokens' own rows, which no other token ever attends to
             out = one.join(out, bare(hidden, seen.k, seen.v))
         joined.append(out)
     return torch.cat(joined)

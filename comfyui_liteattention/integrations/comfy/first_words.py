@@ -1,5 +1,5 @@
-"""What the node says where there is no whole run: before the first step has ended, which takes half
-a minute on long videos, and where a run was cut short."""
+"""What the node says before the first step has ended, which can take half a minute on long videos,
+and after an interrupted run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...report.statistics import RunReport, node_line
 from ...settings import Settings
 from .families import Form, FormOrReason
 
-#: Where the models of ComfyUI keep the blocks that attend to the video.
+#: Attributes in which ComfyUI's models keep the blocks that attend to the video.
 BLOCKS = (
     "blocks",
     "double_blocks",
@@ -23,14 +23,14 @@ BLOCKS = (
 
 
 def while_loading(steps: int) -> str:
-    """Before the model is called: ComfyUI may have to load it first."""
+    """The text before the first call of the model, which ComfyUI may have to load."""
     return f"waiting for the model; then step 1/{steps} computes everything"
 
 
 def before_a_step(
     form: FormOrReason, model: Any, step: int, steps: int, settings: Settings
 ) -> str | None:
-    """Said when the model is called; None where what was said before still holds."""
+    """The text for a call of the model; None to leave the node's text as it is."""
     if not isinstance(form, Form):
         return f"inactive: {form}"
     tokens = prod(form.video.grid) if form.video else max(form.lengths)
@@ -44,8 +44,7 @@ def before_a_step(
 
 
 def when_cut_short(report: RunReport) -> str:
-    """Of a run that was interrupted, or ended in an error: how far it came, not why it skipped
-    nothing."""
+    """The text after a run that was interrupted or failed: how far it came."""
     text = f"interrupted after {len(report.step_seconds)} of {report.steps} steps"
     return f"{text}; until then {node_line(report)}" if report.active else text
 
@@ -57,5 +56,5 @@ def _blocks(model: Any) -> list[ModuleList]:
 
 
 def in_comfyui(text: str) -> str:
-    """A line for the node, where nobody has attention of their own."""
+    """A line in the words of ComfyUI's users, who don't call an attention their own."""
     return text.replace("your own attention", "ComfyUI's attention")

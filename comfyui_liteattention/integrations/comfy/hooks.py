@@ -1,8 +1,8 @@
-"""The attention override that ComfyUI calls, as it is and inside a graph of ``torch.compile``.
+"""The attention override that ComfyUI calls, directly or inside a graph of ``torch.compile``.
 
-Everything that LiteAttention decides depends on the run, so none of it may become a part of a
-compiled graph. The graph holds one opaque operator instead, which asks when it runs. The override
-is the same object in every run, so that one graph serves them all.
+Everything that LiteAttention decides depends on the run, so none of it may become part of a
+compiled graph. The graph contains one opaque operator instead, which decides whenever it runs. The
+override is the same function in every run, so that one graph serves them all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from .calls import User, answer, asked, current
 
 OVERRIDE = "optimized_attention_override"
-#: What a call may say without ruling out the operator, beside what the operator takes.
+#: Keyword arguments that a call may have besides those of the operator, and still use it.
 GRAPHS_KNOW = {
     "attn_precision",
     "transformer_options",
@@ -44,7 +44,7 @@ def install(options: dict[str, Any]) -> User | None:
 
 
 def attention_in_use(options: Mapping[str, Any]) -> str:
-    """The name of what attends where we don't."""
+    """The name of the attention that is used where LiteAttention isn't."""
     user = options.get(OVERRIDE) or comfy_attention.optimized_attention
     while isinstance(user, partial):
         user = user.func
@@ -58,7 +58,8 @@ def is_ours(found: Any) -> bool:
 
 
 def override(previous: User | None, func: User, *arguments: Any, **named: Any) -> Tensor:
-    """What LiteAttention declines goes, as it came, to whoever was there before."""
+    """The override: calls that LiteAttention declines go unchanged to the override before ours, or
+    to ComfyUI's ``func``."""
     user = func if previous is None else partial(previous, func)
     if not torch.compiler.is_compiling():
         return answer(user, arguments, named)
@@ -76,8 +77,9 @@ def override(previous: User | None, func: User, *arguments: Any, **named: Any) -
 
 
 def override_containers(previous: User | None, *arguments: Any, **named: Any) -> Tensor:
-    """What newer versions of ComfyUI call instead where ``q, k, v`` come in containers, so that
-    whoever takes them owns them alone. Without this they would be emptied on the way to us."""
+    """The override for newer versions of ComfyUI that pass ``q, k, v`` in containers, so that they
+    can be freed early. Without it, ComfyUI would empty the containers before it calls
+    :func:`override`."""
     if not torch.compiler.is_compiling():
         return answer(partial(_behind, previous), arguments, named)
     tensors = [container.take() for container in arguments[:3]]
@@ -86,8 +88,8 @@ def override_containers(previous: User | None, *arguments: Any, **named: Any) ->
 
 
 def _behind(previous: User | None, *arguments: Any, **named: Any) -> Tensor:
-    """Who does a call that came in containers, if not we: as ComfyUI decides, had it not found our
-    override, but the one that was there before."""
+    """Do a call that came in containers as ComfyUI would have done it without our override: with
+    the one that was there before, if any."""
     if previous is None:
         return comfy_attention.optimized_attention(*arguments, **named)
     contained = not isinstance(arguments[0], Tensor)
@@ -108,7 +110,7 @@ def _compiled_call(
     skip_output_reshape: bool,
     name: str,
 ) -> Tensor:
-    """The call, made by a compiled graph. ``name``: ComfyUI's attention function behind it.
+    """The call, made by a compiled graph. ``name``: ComfyUI's attention function in its place.
 
     The model's own layer index is not known here; layers are told apart by the order of calls.
     """
@@ -145,13 +147,14 @@ def _shape(
 
 
 def _being_recorded(q: Tensor) -> bool:
-    """Whether a CUDA graph is made of what happens now, to be replayed without us."""
+    """Whether a CUDA graph is being recorded, which would be replayed without asking us."""
     return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _operator() -> Any:
-    """Named after this module, of which one process may have two: ComfyUI's pack and a package. The
-    pack's name is its path, in whatever script, and torch takes ASCII alone."""
+    """The operator. Its name contains a hash of this module's name, because a process may import
+    the module twice (as ComfyUI's pack and as a package), and because the pack's module name is a
+    path in any script, while torch accepts only ASCII."""
     name = f"liteattention_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}::attend"
     operator = torch.library.custom_op(name, _compiled_call, mutates_args=(), schema=SCHEMA)
     operator.register_fake(_shape)

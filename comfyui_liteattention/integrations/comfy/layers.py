@@ -1,8 +1,8 @@
 """Which layer asks for attention.
 
 ComfyUI tells an attention override neither the layer nor its module, and counting calls goes wrong
-as soon as one is left out. But the layer is on the call stack, whatever its ``forward`` has been
-replaced by; reading it there touches nothing of the model, which others may be using.
+as soon as guidance skips a layer. But the layer is on the call stack, even if its ``forward`` has
+been replaced. Reading it there changes nothing in the model, which others may be using.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-#: How far up the stack a layer can be: wrappers may lie between its forward and us.
+#: How many frames up the stack to look: there may be wrappers between a layer's forward and us.
 DEPTH = 32
-#: Words in the name of a list of blocks that tell nothing about it.
+#: Words in the names of block lists that don't distinguish one list from another.
 PLAIN = {"block", "blocks", "layers", "transformer", "visual"}
 
 
 class Layer(NamedTuple):
-    """``name``: the same in each call of the model; ``part``: which of its calls in this one (some
-    packs and models ask for a few heads or frames at a time)."""
+    """``name``: the same in each call of the model. ``part``: counts the layer's attention calls
+    within one call of the model (some packs and models ask for a few heads or frames at a time)."""
 
     name: str
     part: int
 
 
 class Names:
-    """Names of the layers of one run: short, and no other layer's."""
+    """Short and unique names for the layers of one run."""
 
     def __init__(self) -> None:
         self._paths: dict[int, dict[int, str]] = {}
@@ -45,7 +45,8 @@ class Names:
         return paths
 
     def beyond(self, numbers: Iterable[int]) -> list[int]:
-        """Those numbers of layers that this run has none for; none where layers have no names."""
+        """Those of the layer ``numbers`` that the run has no layer for; empty if it is not known
+        how many layers there are."""
         count = len(self._names)
         return [number for number in numbers if count and number >= count]
 
@@ -67,12 +68,11 @@ class LayerCalls:
         self._unnamed: Counter[str] = Counter()
 
     def module(self) -> nn.Module | None:
-        """The innermost module that waits for the caller's answer; None where there is none, as in
-        compiled graphs."""
+        """The innermost module on the call stack; None if there is none, as in compiled graphs."""
         return next(self._waiting(), None)
 
     def enter(self, module: nn.Module | None, options: Mapping[str, Any]) -> Layer | None:
-        """Count a call of this module, see :meth:`module`; None: it is no part of the model, but of
+        """Count a call of ``module``, which is what :meth:`module` returned. None: it belongs to
         another network, such as a ControlNet."""
         if module is None:
             return self._by_index(options)
@@ -85,8 +85,8 @@ class LayerCalls:
         return Layer(name, self._calls[name] - 1)
 
     def _by_index(self, options: Mapping[str, Any]) -> Layer:
-        """By the model's own index and the order of calls, which tells apart layers without an
-        index, and several attentions of one block."""
+        """The layer by the model's own block index, and by the order of calls for layers without an
+        index and several attentions in one block."""
         index = options.get("block_index")
         block = "" if index is None else f"{options.get('block_type', 'block')}-{index}."
         number = self._unnamed[block]
@@ -94,8 +94,8 @@ class LayerCalls:
         return Layer(f"{block}{number}", 0)
 
     def _waiting(self) -> Iterator[nn.Module]:
-        """The modules on the stack that are inside the diffusion model, innermost first: each is
-        the first argument of its method."""
+        """The modules on the call stack that are inside the diffusion model, innermost first. A
+        module is recognised as the first argument of its own method."""
         frame = sys._getframe(1)
         for _ in range(DEPTH):
             parent = frame.f_back

@@ -17,15 +17,15 @@ Places = slice | Tensor
 
 
 class Kept(NamedTuple):
-    """Which tokens count and which are hidden, as places in the sequence, and where the video lies
-    among those that count."""
+    """Which tokens a mask keeps and which it hides, as places in the sequence, and where the video
+    lies among the kept ones."""
 
     tokens: Places
     hidden: Places
     video: VideoTokens
 
     def join(self, out: Tensor, rest: Tensor) -> Tensor:
-        """The outputs ``[B, H, N, D]`` of tokens that count and of hidden ones, in one sequence."""
+        """The outputs ``[B, H, N, D]`` of kept and of hidden tokens, joined to one sequence."""
         b, h, n, d = out.shape
         whole = out.new_empty(b, h, n + rest.shape[2], d)
         whole[:, :, self.tokens], whole[:, :, self.hidden] = out, rest
@@ -35,11 +35,11 @@ class Kept(NamedTuple):
 def kept_tokens(
     mask: Tensor, batch: int, length: int, video: VideoTokens, parts: int
 ) -> list[Kept] | None:
-    """What the whole batch keeps, ``[kept]``, or each of its ``parts`` equal parts; None if the
-    mask does anything but hide keys beside the video from all queries of a part alike.
+    """What the mask keeps: one entry for the whole batch, or one for each of its ``parts`` equal
+    parts. None if the mask does anything but hide keys outside the video from all queries alike.
 
-    Understood are ``[B or 1, 1, L]`` and ``[B or 1, 1, 1, L]``: bool, which keys count, or floats
-    that are added to the scores, each 0 or as low as it gets.
+    Masks may be ``[B or 1, 1, L]`` or ``[B or 1, 1, 1, L]``: bool, True for kept keys; or floats
+    to be added to the scores, each 0 or close to the lowest number of its dtype.
     """
     keys = _counting_keys(mask, batch, length)
     if keys is None or not keys[:, video.start : video.stop].all():
@@ -53,7 +53,7 @@ def kept_tokens(
 
 
 def _counting_keys(mask: Tensor, batch: int, length: int) -> Tensor | None:
-    """``[B or 1, L]`` bool, or None."""
+    """The keys that a mask keeps, ``[B or 1, L]`` bool; None if it does anything else."""
     if mask.ndim not in (3, 4) or mask.shape[0] not in (1, batch) or mask.shape[-1] != length:
         return None
     if mask.numel() != mask.shape[0] * length:  # it differs between heads or queries
@@ -73,7 +73,7 @@ def _kept(keys: Tensor, video: VideoTokens) -> Kept:
 
 
 def _places(which: Tensor) -> Places:
-    """Where ``which [L]`` is true: a range, which needs no copy, if it is one."""
+    """Where ``which [L]`` is true: as a slice if possible, because indexing with one is no copy."""
     places = which.nonzero().flatten()
     if len(places) == 0:
         return slice(0, 0)

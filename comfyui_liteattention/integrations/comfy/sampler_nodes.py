@@ -7,7 +7,7 @@ from typing import Any
 
 
 def sampling_node() -> str | None:
-    """Id of the node that ComfyUI executes now; None outside of a graph."""
+    """Id of the node that ComfyUI is executing; None outside of a graph."""
     try:
         from comfy_execution.utils import get_executing_context
     except ImportError:  # older than any version that we know of
@@ -17,8 +17,8 @@ def sampling_node() -> str | None:
 
 
 def nearest(graph: Any, node: str, entry: str, known: Collection[str]) -> str | None:
-    """Of the ``known`` nodes that the input ``entry`` of a node comes from, the one with the
-    fewest nodes between, or None. ``graph``: ComfyUI's ``DynamicPrompt``."""
+    """The closest of the ``known`` nodes upstream of a node's input ``entry``, or None. ``graph``:
+    ComfyUI's ``DynamicPrompt``."""
     level, seen = _sources(graph, node, entry), {node}
     while level:
         for one in level:
@@ -31,7 +31,7 @@ def nearest(graph: Any, node: str, entry: str, known: Collection[str]) -> str | 
 
 
 def _sources(graph: Any, node: str, entry: str | None = None) -> list[str]:
-    """Nodes that the inputs of a node are linked to, or that one input is linked to."""
+    """Nodes that the inputs of a node, or only its input ``entry``, are linked to."""
     if not graph.has_node(node):
         return []
     inputs = graph.get_node(node)["inputs"]

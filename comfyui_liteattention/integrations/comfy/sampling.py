@@ -1,4 +1,4 @@
-"""ComfyUI: the hooks of one sampling run, which are in its transformer options and nowhere else."""
+"""ComfyUI: the hooks of one sampling run. They live only in the run's transformer options."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ WrappersMP = comfy.patcher_extension.WrappersMP
 
 
 class Sampling:
-    """The hooks of one run, and what only the host knows about it. ``conds``: the conditionings of
-    the guider, by name."""
+    """The hooks of one run, and what only the ComfyUI side knows about it. ``conds``: the guider's
+    conditionings, by name."""
 
     def __init__(
         self, run: Run, show: Callable[[str], None] | None = None, conds: Any = None
@@ -52,7 +52,7 @@ class Sampling:
             comfy.patcher_extension.add_wrapper_with_key(kind, KEY, wrapper, options)
 
     def finish(self, model_patcher: Any, options: Mapping[str, Any]) -> RunReport:
-        """End the run; its report."""
+        """End the run and return its report."""
         report, notes = self._run.finish(), [*self._notes]
         reasons = report.reasons
         if not report.calls:
@@ -71,7 +71,7 @@ class Sampling:
     def _apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         run = self._run
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
-        # torch.compile puts an object of its own around a model.
+        # torch.compile wraps the model in an object of its own.
         model = executor.class_obj.diffusion_model
         model = getattr(model, "_orig_mod", model)
         self._first = asked_first(options) or self._first
@@ -94,7 +94,7 @@ class Sampling:
         if made_anew(model, options, forward.asked):
             self._notes[MADE_ANEW] = None
         if not run.end_call(progress.step, time.perf_counter() - started):
-            out = executor(*args, **kwargs)  # not entered: nothing of it comes to us
+            out = executor(*args, **kwargs)  # not entered, so all its attention is the user's own
         if self._show is not None:
             self._show(in_comfyui(run.progress_text(progress.step)))
         return out
@@ -102,7 +102,8 @@ class Sampling:
 
 def _model_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelCall:
     """What an APPLY_MODEL call ``(x, t, c_concat, c_crossattn, control, options, **conds)`` says
-    about the sequence. Streams of several latents come packed, with their shapes beside them."""
+    about the sequence. Several latents (video and sound) come packed into one, with
+    ``latent_shapes`` giving their shapes, the video's first."""
     text = kwargs["c_crossattn"] if "c_crossattn" in kwargs else args[3]
     packed = kwargs.get("latent_shapes")
     latent = packed[0] if packed else args[0].shape

@@ -1,9 +1,9 @@
 """ComfyUI: give every sampling run of a model its own :class:`~..run.Run`.
 
 The node only adds one OUTER_SAMPLE wrapper to a clone of the model. When a run starts, the wrapper
-installs an attention override into the options of that run, around whatever override is there by
-then, so that it does not matter in which order nodes were applied; when the run ends, however it
-ends, nothing remains but a report.
+installs an attention override into the options of that run, around whatever override is there
+already, so the order of the nodes does not matter. When the run ends, in whatever way, only its
+report remains.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .sampling import KEY, Sampling
 
 log = logging.getLogger(__name__)
 
-KEPT = 8  # reports: loops sample under ever new node ids
+KEPT = 8  # reports at most: in a loop, each sampling has a new node id
 WrappersMP = comfy.patcher_extension.WrappersMP
 Show = Callable[[str], None]
 
@@ -38,8 +38,8 @@ Show = Callable[[str], None]
 class Patch:
     """What the patch node attaches to a model: the settings, and the reports of the last runs.
 
-    ``show`` gets a line of text for the user whenever there is something new to say. ``reports``:
-    by the node that sampled (None outside of a graph), the latest last.
+    ``show`` is called with a line of text for the user whenever there is something new to say.
+    ``reports``: by the id of the node that sampled (None outside of a graph), the latest last.
     """
 
     def __init__(self, settings: Settings, show: Show | None = None) -> None:
@@ -55,7 +55,7 @@ class Patch:
         """OUTER_SAMPLE wrapper: one run, from its first to its last model call."""
         guider = executor.class_obj
         options = guider.model_options.setdefault("transformer_options", {})
-        if is_ours(options.get(OVERRIDE)):  # a pack has copied this wrapper: it is there twice
+        if is_ours(options.get(OVERRIDE)):  # called twice, because a pack has copied this wrapper
             return executor(*args, **kwargs)
         sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
         backend = _backend(guider.model_patcher, self.settings)
@@ -79,7 +79,7 @@ class Patch:
 
     def _end(self, report: RunReport, whole: bool = True) -> None:
         node = sampling_node()
-        # A node in whose place others were put (a loop) doesn't sample itself any more.
+        # Drop the old report of this node, and of the node (a loop) that it was expanded from.
         for former in (node, node and node.partition(".")[0]):
             self.reports.pop(former, None)
         self.reports[node] = report
@@ -89,7 +89,7 @@ class Patch:
             text = node_line(report) if whole else when_cut_short(report)
             log.info(status_line(report) if whole else f"LiteAttention: {text}")
             self._say(in_comfyui(text))
-        except Exception as error:  # the video is finished, and nobody waits for a line
+        except Exception as error:  # a line of text must not cost a finished video
             log.warning("LiteAttention: the report can't be shown: %s", error)
 
     def _say(self, text: str) -> None:
@@ -118,12 +118,12 @@ def patch_of(model: Any) -> Patch | None:
 
 
 def _inactive(settings: Settings, reason: str, steps: int) -> RunReport:
-    """The report of a run that never asked LiteAttention."""
+    """The report of a run in which LiteAttention stayed off."""
     return RunReport(describe(settings), "none", steps, 0.0, {}, (), {reason: 1}, ())
 
 
 def _is_flow(model_patcher: Any) -> bool:
-    """Whether the model's sigmas are parts of the latent, as a rectified flow's."""
+    """Whether the model is a rectified flow, whose sigmas are noise fractions of the latent."""
     sampling = model_patcher.get_model_object("model_sampling")
     return isinstance(sampling, comfy.model_sampling.CONST)
 

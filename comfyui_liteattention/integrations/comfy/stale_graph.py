@@ -1,10 +1,10 @@
 """ComfyUI: a graph of torch.compile that was made while LiteAttention was bypassed.
 
-ComfyUI's own compile node has PyTorch leave transformer options out of the guards of a graph, and
-that is where an attention override is put. So a graph that was made without ours would be used with
-it, too, and we would never be asked. (One that was made with ours does for both: it asks when it
-runs.) Where a call of a compiled model ends without one question, graphs are made anew: the first
-step of a run is dense in any case, and the second one comes to us.
+Attention overrides are part of the transformer options, and ComfyUI's own compile node excludes
+these from the guards of a graph. So a graph that was compiled without our override would also be
+used with it, and we would never be called. (A graph compiled with ours is fine in both cases,
+because our operator decides when it runs.) If a call of a compiled model ends without one attention
+call of ours, we have it compiled again, which costs no skipping: the first step is dense anyway.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ MADE_ANEW = (
     "the first step"
 )
 
-#: Models of which that was tried, and that have not asked since.
+#: Models whose graphs were dropped, and that have not called us since.
 _tried: WeakSet[nn.Module] = WeakSet()
 
 
 def is_compiled(options: Mapping[str, Any]) -> bool:
-    """Whether ComfyUI's node compiles the model, by its transformer options."""
+    """Whether ComfyUI's compile node was applied to the model, judging by its options."""
     keys: Iterable[Any] = options.get("wrappers", {}).get("apply_model", ())
     return COMPILE_KEY in keys
 
 
 def made_anew(model: nn.Module, options: Mapping[str, Any], asked: bool) -> bool:
-    """A call of the model has returned, in which we were ``asked`` or not: whether its graphs were
-    dropped for that. Not twice if it doesn't help."""
+    """After a call of the model: drop its compiled graphs if it is compiled and we were not
+    ``asked``. Returns whether they were dropped. Not tried again if it didn't help."""
     if asked:
         _tried.discard(model)
         return False

@@ -1,10 +1,10 @@
-"""What must never share tiles: the streams of a run.
+"""The streams of a run: calls of the model that must never share tile maps.
 
-Guidance often asks the same conditioning more than once for one step, with something left out or
+Guidance often evaluates the same conditioning more than once per step, with something left out or
 replaced: skip-layer, perturbed-attention, spatio-temporal and modality guidance. Packs do this in
-their own ways, some of which nobody outside can see. Two things hold for all of them: within one
-evaluation, that is, one time that the sampler asks for the denoised latent, a conditioning is asked
-again only to be asked differently; and what is said about it stands in the transformer options.
+their own ways, some of which can't be seen from outside. Two things hold for all of them. Within
+one evaluation (the sampler asking once for the denoised latent) a conditioning is repeated only to
+be computed differently. And what differs, if it can be seen at all, is in the transformer options.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-#: Options that say when and for whom a model is called, or that the model itself writes: not how.
+#: Options that say when and for which conditioning a model is called, or that the model itself
+#: writes, rather than how it computes.
 NOT_HOW = {
     "sigmas",
     "sample_sigmas",
@@ -41,9 +42,9 @@ Window = tuple[int, ...]
 
 
 class Stream(NamedTuple):
-    """``kind``: what the guider calls the conditioning; ``way``: in which of the ways of the run it
-    is asked, by the order of their appearance; ``part``: which of several calls of one layer (heads
-    or frames, a few at a time)."""
+    """``kind``: the guider's name for the conditioning. ``way``: numbers the ways in which guidance
+    computes it, in the order in which they come up in the run. ``part``: numbers several calls of
+    one layer (a few heads or frames at a time)."""
 
     kind: str
     uuid: Hashable
@@ -73,12 +74,12 @@ class Streams:
         self._sigma: float | None = None
 
     def evaluation(self) -> None:
-        """The sampler asks for a denoised latent: all calls until the next time are for that."""
+        """The sampler asks for a denoised latent; the calls until the next time belong to it."""
         self._announced = True
         self._asked.clear()
 
     def of_call(self, options: Mapping[str, Any], device: torch.device) -> list[Stream]:
-        """One for each part of the batch of this call."""
+        """The stream of each part of the batch of this call."""
         sigma = float(options["sigmas"][0])
         if not self._announced and sigma != self._sigma:
             self._asked.clear()
@@ -110,7 +111,7 @@ class Streams:
 
 
 def names_of(conds: Any) -> dict[Hashable, str]:
-    """What a guider calls its conditionings, by their uuids; ``conds``: lists of them by name."""
+    """A guider's names for its conditionings, by uuid; ``conds``: its conditionings by name."""
     if not isinstance(conds, Mapping):
         return {}
     return {
@@ -122,13 +123,14 @@ def names_of(conds: Any) -> dict[Hashable, str]:
 
 
 def way_of(options: Mapping[str, Any]) -> Hashable:
-    """How a model is called: all options, but for what they are at this moment of the run."""
+    """How a model is called: its options, without what changes from step to step."""
     return _summary({name: value for name, value in options.items() if name not in NOT_HOW})
 
 
 def _summary(value: Any, depth: int = 4) -> Hashable:
-    """What stays the same from step to step. Numbers don't, such as those of steps, unless they
-    stand in a list, such as those of blocks; nor do objects that are made anew for each step."""
+    """What of an option stays the same from step to step. Single numbers are left out, since they
+    may be step numbers; numbers in a list are kept, since they may be blocks to skip. Of objects,
+    which may be created anew for each step, only the name counts."""
     if isinstance(value, (bool, str, type(None))):
         return value
     if depth and isinstance(value, Mapping):

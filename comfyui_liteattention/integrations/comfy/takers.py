@@ -1,4 +1,4 @@
-"""Who took the attention, where a run ends without one call of ours."""
+"""Which other node took the attention, if a run ends without one call of ours."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ COMPILED = (
     "torch.compile uses a graph that was made without LiteAttention: restart ComfyUI, with the "
     "LiteAttention node switched on in the first run"
 )
-#: How reasons begin that say nothing about attention over the video.
+#: Beginnings of reasons that are not about the attention over the video.
 BESIDE = (CROSS_ATTENTION, "not the model's video attention", "the model asks for exact attention")
 
 
 def asked_first(options: Mapping[str, Any]) -> str | None:
-    """Whose override is asked instead of ours, with these transformer options, or None."""
+    """The name of the override that ComfyUI asks before ours, or None."""
     found = options.get(OVERRIDE)
     return None if found is None or is_ours(found) else name_of(found)
 
 
 def taker(model_patcher: Any, options: Mapping[str, Any], first: str | None) -> str | None:
-    """Why LiteAttention was never asked about the video, as far as one can see; ``first``: see
-    :func:`asked_first`."""
+    """Why LiteAttention was never asked for the video's attention, as far as can be seen; None if
+    it can't. ``first``: from :func:`asked_first`."""
     for path, patch in getattr(model_patcher, "object_patches", {}).items():
         if re.search(r"\d", path) and path.endswith(".forward"):
             return f"{name_of(patch)} has put its own attention into this model"
@@ -42,7 +42,7 @@ def taker(model_patcher: Any, options: Mapping[str, Any], first: str | None) -> 
 
 
 def explained(reasons: Mapping[str, int], cause: str | None) -> dict[str, int]:
-    """The reasons of a run without a call of ours, and why there was none."""
+    """The reasons of a run without a call of ours, with ``cause``, why there was none, first."""
     about_video = [reason for reason in reasons if not reason.startswith(BESIDE)]
     if about_video:
         return dict(reasons)
@@ -50,7 +50,7 @@ def explained(reasons: Mapping[str, int], cause: str | None) -> dict[str, int]:
 
 
 def name_of(function: Any) -> str:
-    """The pack or the part of ComfyUI that a function comes from, for people."""
+    """A readable name for the pack, or the part of ComfyUI, that a function comes from."""
     while isinstance(function, partial):
         function = function.func
     function = getattr(function, "__func__", function)

@@ -1,1 +1,1 @@
-"""diffusers. Imported when one of its functions is used: everything here imports the host."""
+"""diffusers. Imported only when one of its functions is used, since all of it imports diffusers."""

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class UnknownSettingError(TypeError, ValueError):
-    """There is no such setting: a wrong argument, and a wrong choice."""
+    """There is no such setting. Both a TypeError, as for a wrong argument, and a ValueError."""
 
 
 def enable(
@@ -43,14 +43,14 @@ def enable(
 ) -> Handle:
     """Let the self-attention of a pipeline, or of one transformer, skip negligible tiles.
 
-    Give at most one of ``preset`` ("Safe", "Balanced", "Fast"; Balanced if there is nothing),
-    ``closeness``: dB of PSNR to the dense video of the same seed, at least; ``budget``: the
-    fraction of the attention, 0..1, that may be lost; and ``threshold`` (log2, negative). What is
-    lost is measured while the run goes on, and held. Other fields of :class:`Settings` by name.
-    What was enabled here before is replaced; after ``with enable(...):`` it is back.
+    Give at most one of ``preset`` ("Safe", "Balanced" or "Fast"; Balanced without any),
+    ``closeness`` (dB of PSNR to the dense video of the same seed, at least), ``budget`` (fraction
+    of the attention, 0..1, that may be lost) and ``threshold`` (log2, negative). Unless a threshold
+    is given, the loss is measured during the run and held. Other fields of :class:`Settings` are
+    arguments, too. What was enabled here before is replaced; ``with enable(...):`` restores it.
 
-    ValueError says which setting is wrong; TypeError, that ``target`` is neither a pipeline nor a
-    transformer. Then all is as it was before.
+    Raises ValueError for a wrong setting, and TypeError if ``target`` is neither a pipeline nor a
+    transformer. In both cases nothing changes.
     """
     transformers = _transformers(target)
     choices = {"preset": preset, "closeness": closeness, "budget": budget, "threshold": threshold}
@@ -79,14 +79,14 @@ def enabled(
 
 
 def disable(target: Any) -> None:
-    """Take LiteAttention off again; nothing of it stays. Fine to call where it isn't enabled."""
+    """Take LiteAttention off and leave nothing behind. Does nothing where it isn't enabled."""
     for session in _sessions(_found(target)):
         session.detach()
 
 
 def summary(target: Any, everything: bool = False) -> str:
-    """What is enabled and what the last run did, or the run that is going on, as text; of many
-    layers and steps a choice, or ``everything``."""
+    """What is enabled, and what the current or the last run did, as text. Of many layers and steps
+    only a selection is shown, unless ``everything`` is asked for."""
     sessions = _sessions(_found(target))
     return "\n".join(Handle(one).summary(everything) for one in sessions) or NOT_ENABLED
 
@@ -116,7 +116,7 @@ def _found(target: Any) -> dict[str, nn.Module]:
 
 
 def _components(target: Any) -> Any:
-    """The parts of a pipeline; of a class, or of something else, nothing that is a dict."""
+    """The components of a pipeline; not a dict if ``target`` is a class or no pipeline."""
     return None if isinstance(target, type) else getattr(target, "components", None)
 
 
@@ -132,7 +132,7 @@ def _sessions(transformers: dict[str, nn.Module]) -> list[Session]:
 
 
 def _settings(choices: dict[str, Any], others: dict[str, Any]) -> Settings:
-    """The settings of one choice of how much to skip, with other fields replaced."""
+    """Settings from the one choice of how much to skip, and the other fields."""
     if len(choices) > 1:
         raise ValueError(f"LiteAttention: {' and '.join(choices)} exclude each other; give one.")
     known = [field.name for field in fields(Settings)]

@@ -1,4 +1,4 @@
-"""diffusers: what is done with the attention calls of one call of a transformer."""
+"""diffusers: handling the attention calls made during one call of a transformer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...run import Run
 from ...schedule import Progress
 from ...token_order import VideoTokens, arrange_part, put, take
 
-# First: it says which diffusers is needed where this one is too old.
+# Before the other imports: it raises a clear error where diffusers is too old.
 from .routes import Extra  # isort: split
 
 from .masks import Padding, tail_padding
@@ -33,7 +33,7 @@ PINNED = "ring attention with tokens that are never skipped (use Ulysses)"
 
 class Place(NamedTuple):
     """Where a call happens: step and position, conditioning, device, and which transformer.
-    ``cached``: it keeps results of its own from call to call, so that none can be repeated."""
+    ``cached``: the transformer uses a step cache, so that its calls can't be repeated."""
 
     progress: Progress
     stream: str
@@ -43,8 +43,8 @@ class Place(NamedTuple):
 
 
 class TransformerCall:
-    """One call of a transformer. ``video`` says where the video lies in a sequence of so many
-    tokens, or why that can't be told; ``end`` is called when the transformer has returned."""
+    """One call of a transformer. ``video``, given a sequence length, says where the video lies in
+    it, or why that is unknown; ``end`` is called when the transformer has returned."""
 
     def __init__(
         self,
@@ -57,14 +57,14 @@ class TransformerCall:
         self._place = place
         self._video = video
         self._end = end
-        # Checkpointed layers run once without gradients before they run with them.
+        # Asked here, because checkpointed layers first run without gradients even in training.
         self._training = torch.is_grad_enabled()
 
     def attend(
         self, layer: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, extra: Extra
     ) -> Tensor | None:
         """See :class:`.routes.Call`."""
-        # What is kept for the next call could not be written to outside of inference mode then.
+        # State created in inference mode could not be updated outside of it later.
         with torch.inference_mode(False), torch.no_grad():
             out = self._attend_if_eligible(layer, q, k, v, scale, extra)
             return None if out is None or (self._place.cached and not self._run.sound()) else out
@@ -73,7 +73,7 @@ class TransformerCall:
         self, layer: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, extra: Extra
     ) -> Tensor | None:
         reason = extra.reason or self._ineligible(q)
-        # Of a sequence that processes share there may be only some of the queries.
+        # With context parallelism, q may hold only this process's queries.
         whole = k if extra.across else q
         reason = reason or dense_reason(whole, k, v, 1, self._run.settings, self._run.backend)
         padding = None
@@ -113,7 +113,7 @@ class TransformerCall:
         scale: float,
         dense: Dense | None = None,
     ) -> Tensor | None:
-        """Attention of all tokens to all tokens; ``dense`` does the same as without us."""
+        """Attention of all tokens to all tokens; ``dense`` does the call without us."""
         video = self._video(q.shape[2])
         if isinstance(video, str):
             self.decline(video)
@@ -125,7 +125,8 @@ class TransformerCall:
         self, name: str, stream: str, q: Tensor, k: Tensor, v: Tensor, scale: float, extra: Extra
     ) -> Tensor | None:
         """Attention of all tokens, or of the piece ``q [B, H, Lq, D]``, to all tokens of a sequence
-        that processes share. Pieces of text and video come in turns there, if there is text."""
+        that is spread over processes. With text, each process has a piece of text and one of video,
+        so the video would not be contiguous: such calls stay dense."""
         length = k.shape[2]
         video = self._video(length)
         if video is not None and (isinstance(video, str) or video.stop - video.start < length):
@@ -156,8 +157,8 @@ class TransformerCall:
         padding: Padding,
         dense: Dense | None,
     ) -> Tensor | None:
-        """Attention to the first tokens, of each row as many as count; rows in which as many do are
-        one part."""
+        """Attention without the padding at the end of each batch row. If all rows have the same
+        length, they form one part; otherwise each row is a part of its own."""
         batch = call.q.shape[0]
         alike = len(set(padding.kept)) == 1
         rows = [slice(0, batch)] if alike else [slice(i, i + 1) for i in range(batch)]
@@ -188,13 +189,14 @@ class TransformerCall:
 
 
 def _stream(name: str, batch: int) -> str:
-    """A pipeline may stop guiding in the middle of a run: the batch halves, and starts afresh."""
+    """The stream's name with the batch size: if a pipeline stops guiding in the middle of a run,
+    the batch halves, and has to start over."""
     return name if batch == 1 else f"{name} x{batch}"
 
 
 def _fill(out: Tensor, rest: Tensor, seen: Inputs, blind: bool) -> Tensor:
-    """``out`` and, behind it, what the queries ``rest`` of the padding would have got: no token
-    that counts ever sees it."""
+    """``out``, followed by the padding's own rows: what its queries ``rest`` get with the mask. No
+    other token ever attends to them."""
     if not rest.shape[2]:
         return out
     if blind:

@@ -1,8 +1,8 @@
-"""Which transformers of diffusers are understood, and what is known of each. Pure functions.
+"""Which transformers of diffusers are supported, and what is known of each. Pure functions.
 
 Skipping needs four facts about a transformer: which modules do self-attention over the video, which
-classes of attention processor do it as plain attention, how the video is cut into tokens, and where
-these tokens lie in the sequence. Everything else in a sequence (text, references) is never skipped.
+attention processor classes compute plain attention there, how the video is cut into tokens, and
+where these tokens lie in the sequence. All others (text, references) are never skipped.
 """
 
 from __future__ import annotations
@@ -19,29 +19,28 @@ from ...token_order import Grid, TokenRanges, VideoTokens
 #: Arguments of a transformer's ``forward``, by name.
 Arguments = dict[str, Any]
 
-#: The last timestep of models whose timesteps rise.
 
 NOT_FOUND = "where the video lies in the sequence could not be told"
 
 
 def latent_grid(arguments: Arguments, config: Any) -> Grid:
-    """Of a transformer that is given a latent ``[B, C, T, H, W]``."""
+    """The token grid of a transformer whose input is a latent ``[B, C, T, H, W]``."""
     return _cut(arguments["hidden_states"].shape[2:], config)
 
 
 def frames_first_grid(arguments: Arguments, config: Any) -> Grid:
-    """Of a transformer that is given a latent ``[B, T, C, H, W]``."""
+    """The token grid of a transformer whose input is a latent ``[B, T, C, H, W]``."""
     frames, _, rows, columns = arguments["hidden_states"].shape[1:]
     return _cut((frames, rows, columns), config)
 
 
 def channels_last_grid(arguments: Arguments, config: Any) -> Grid:
-    """Of a transformer that is given a latent ``[B, T, H, W, C]``."""
+    """The token grid of a transformer whose input is a latent ``[B, T, H, W, C]``."""
     return _cut(arguments["hidden_states"].shape[1:4], config)
 
 
 def told_grid(arguments: Arguments, config: Any) -> Grid | None:
-    """Of a transformer that is given tokens and told their grid."""
+    """The token grid of a transformer whose input is tokens, with their grid as arguments."""
     frames, rows, columns = (arguments.get(n) for n in ("num_frames", "height", "width"))
     if frames is None or rows is None or columns is None:
         return None
@@ -49,8 +48,8 @@ def told_grid(arguments: Arguments, config: Any) -> Grid | None:
 
 
 def packed_grid(arguments: Arguments, config: Any) -> Grid | None:
-    """Of MiniMax H3, whose sequence is packed: text, given frames and sound come before the video,
-    and each token is told its place in time and picture, ``position_ids [L, 3]``."""
+    """The token grid of MiniMax H3, whose sequence is packed: text, given frames and sound come
+    before the video, and ``position_ids [L, 3]`` gives each token's frame, row and column."""
     first = int(arguments["audio_indices"].max()) + 1 if len(arguments["audio_indices"]) else 0
     places = arguments["position_ids"][first:]
     if not len(places):
@@ -62,13 +61,13 @@ def packed_grid(arguments: Arguments, config: Any) -> Grid | None:
 
 
 def packed_timestep(arguments: Arguments) -> Tensor:
-    """Of the last token, which is video: ``timestep [N]`` lists what there is, ``timestep_indices
-    [L]`` which of these is each token's."""
+    """The timestep of the last token, which is video: ``timestep [N]`` lists the distinct ones,
+    ``timestep_indices [L]`` says which of them each token has."""
     return arguments["timestep"][arguments["timestep_indices"][-1:]]
 
 
 def told_timestep(arguments: Arguments) -> Any:
-    """There is no other than the video's."""
+    """The timestep of a model that has only one."""
     return arguments["timestep"]
 
 
@@ -83,8 +82,8 @@ def video_last(arguments: Arguments, others: int) -> int:
 
 
 def video_between(arguments: Arguments, others: int) -> int:
-    """Earlier frames come before the video; picture and text after it. (Only of a single sample is
-    the padding cut off, so that the text's length tells where the video is.)"""
+    """Earlier frames come before the video, picture and text after it. The length of the text tells
+    where, but only for a single sample: in a batch its padding is not cut off."""
     mask = arguments["encoder_attention_mask"]
     if len(mask) > 1:
         return -1
@@ -101,14 +100,14 @@ def first_frame(arguments: Arguments, config: Any) -> int:
 
 
 def replaced_frame(arguments: Arguments, config: Any) -> int:
-    """HunyuanVideo's image-to-video can take the first frame as it is given."""
+    """HunyuanVideo's image-to-video models may keep the given first frame as it is."""
     return int(config.image_condition_type == "token_replace")
 
 
 def vace_references(arguments: Arguments, config: Any) -> int:
-    """VACE's pictures of reference come first. Of its control ``[B, 2 C + mask, T, H, W]`` the
-    pipeline leaves all but the first C channels at exactly zero in their frames, and in no other,
-    because an encoded picture isn't zero."""
+    """VACE's reference pictures come first. They are the frames of its control
+    ``[B, 2 C + mask, T, H, W]`` in which all but the first C channels are exactly zero; in other
+    frames these hold an encoded picture, which never is."""
     control = arguments.get("control_hidden_states")
     if control is None:
         return 0
@@ -116,7 +115,7 @@ def vace_references(arguments: Arguments, config: Any) -> int:
 
 
 def conditioned_frames(arguments: Arguments, config: Any) -> int:
-    """Cosmos is told of given frames by a mask ``[B, 1, T, H, W]``."""
+    """Cosmos gets a mask ``[B, 1, T, H, W]`` of the given frames."""
     mask = arguments.get("condition_mask")
     return 0 if mask is None else _leading((mask == 1).all(dim=(0, 1, 3, 4)))
 
@@ -131,12 +130,12 @@ def marked_frames(arguments: Arguments, config: Any) -> int:
 class Family(NamedTuple):
     """What is known of one class of transformers.
 
-    ``layers``: patterns of the names of its self-attention modules. ``processors``: classes that
-    are known to do plain attention there. ``grid``: from the arguments of ``forward`` and the
-    config, or None if it isn't told. ``start``: how many of so many other tokens of the sequence
-    come before the video. ``given``: how many frames, from the first, the model is shown rather
-    than asked for. ``rising``: its timestep goes from 0 to this; 0: it falls, as most do.
-    ``noise``: the timestep of the video, of all that the model is told of.
+    ``layers``: patterns for the names of its self-attention modules. ``processors``: the attention
+    processor classes that compute plain attention there. ``grid``: the video's token grid from the
+    arguments of ``forward`` and the config, or None if it can't be told. ``start``: how many of the
+    sequence's other tokens come before the video. ``given``: how many leading frames are given to
+    the model rather than generated. ``rising``: the last timestep of a model whose timesteps rise
+    from 0; 0 if they fall, as most do. ``noise``: the timestep of the video among the arguments.
     """
 
     layers: tuple[str, ...]
@@ -227,18 +226,18 @@ FAMILIES = {
 }
 
 
-#: Families of classes that users told us about.
+#: Families of classes that users have registered.
 _registered: dict[type, Family] = {}
 
 
 def register_family(cls: type, like: type | str | Family) -> None:
-    """Let ``enable`` take transformers of the class ``cls`` as those of another class, or as a
-    :class:`Family` says.
+    """Let ``enable`` treat transformers of the class ``cls`` like those of another class, or as a
+    :class:`Family` describes.
 
-    ``lite.register_family(MyTransformer, like="WanTransformer3DModel")``: its self-attention, the
-    processors of that, the arguments of ``forward`` and the places of video tokens are as there. A
-    subclass of a known class that leaves ``forward`` alone needs no registration. ValueError names
-    the classes that there are.
+    ``lite.register_family(MyTransformer, like="WanTransformer3DModel")`` says that the names and
+    processors of its self-attention, the arguments of ``forward`` and the places of the video
+    tokens are the same as in that class. A subclass of a known class that doesn't override
+    ``forward`` needs no registration. ValueError lists the known classes.
     """
     if isinstance(like, Family):
         _registered[cls] = like
@@ -270,7 +269,7 @@ def family_of(transformer: nn.Module) -> Family | str:
 
 
 def self_attention(transformer: nn.Module, family: Family) -> list[str]:
-    """Names of the modules that attend from the video to itself."""
+    """Names of the modules that do self-attention over the video."""
     return [
         name
         for name, _ in transformer.named_modules()
@@ -281,9 +280,9 @@ def self_attention(transformer: nn.Module, family: Family) -> list[str]:
 def video_tokens(
     family: Family, arguments: Arguments, grid: Grid | None, length: int
 ) -> VideoTokens | str | None:
-    """Where the video lies in a sequence of ``length`` tokens, or why that can't be told.
+    """Where the video lies in a sequence of ``length`` tokens, or why that is unknown.
 
-    None: all tokens are video, on a grid that isn't known.
+    None: all tokens are video, on an unknown grid.
     """
     if grid is None:
         return None
@@ -295,7 +294,7 @@ def video_tokens(
 def given_tokens(
     family: Family, arguments: Arguments, config: Any, grid: Grid | None
 ) -> TokenRanges:
-    """Video tokens that the model is shown rather than asked for: they are never skipped."""
+    """Video tokens that are given to the model rather than generated; they are never skipped."""
     timestep = torch.as_tensor(arguments["timestep"])
     frame = None if grid is None else grid[1] * grid[2]
     levels = timestep.flatten(1) if timestep.dim() > 1 else None
@@ -309,8 +308,7 @@ def given_tokens(
 def less_noisy(levels: Tensor) -> TokenRanges:
     """Ranges of tokens that are less noisy than the others, from noise levels ``[B, L]``.
 
-    Image-to-video models that give each token, or each frame, a noise level of its own mark the
-    given frames in this way.
+    These are the given frames in image-to-video models that have a noise level per token or frame.
     """
     clean = [False, *(levels < levels.max()).any(0).tolist(), False]
     edges = [i for i in range(len(clean) - 1) if clean[i] != clean[i + 1]]
@@ -318,7 +316,7 @@ def less_noisy(levels: Tensor) -> TokenRanges:
 
 
 def _cut(sizes: Any, config: Any) -> Grid:
-    """Frames, rows and columns of tokens of a latent of ``sizes``."""
+    """The token grid of a latent with ``sizes`` frames, rows and columns."""
     patch = config.patch_size
     if isinstance(patch, int):
         patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
@@ -327,5 +325,5 @@ def _cut(sizes: Any, config: Any) -> Grid:
 
 
 def _leading(flags: Tensor) -> int:
-    """How many entries of ``flags [T]`` bool are set before the first that isn't."""
+    """How many of ``flags [T]`` bool are true before the first that is false."""
     return int(flags.long().cumprod(0).sum())

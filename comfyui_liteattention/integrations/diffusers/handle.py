@@ -1,4 +1,4 @@
-"""diffusers: what ``enable`` returns, to see what LiteAttention does and to end it."""
+"""diffusers: what ``enable`` returns, for watching LiteAttention and for ending it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOT_ENABLED = "LiteAttention is not enabled"
 class Handle:
     """LiteAttention on one pipeline or transformer, from ``enable`` on.
 
-    ``with enable(pipe) as h:`` brings back at the end what was enabled before, or nothing.
+    At the end of ``with enable(pipe) as h:``, what was enabled before, if anything, is restored.
     """
 
     def __init__(self, session: Session, replaced: Sequence[Session] = ()) -> None:
@@ -33,12 +33,12 @@ class Handle:
 
     @property
     def declined(self) -> dict[str, str]:
-        """Why transformers stay dense altogether, by their names in the pipeline."""
+        """Why some transformers stay dense altogether, by their names in the pipeline."""
         return self._session.declined
 
     @property
     def status(self) -> str:
-        """One line: what is enabled, or what the last run did, or the one that is going on."""
+        """One line: what the current or the last run did or, before the first, what is enabled."""
         report = self._session.report(maps=False)
         if report is not None:
             return status_line(report)
@@ -50,13 +50,13 @@ class Handle:
         return f"LiteAttention enabled, no run yet; {describe(self.settings)}"
 
     def report(self) -> Report | None:
-        """Figures of the run that is going on, or of the last one; None before the first."""
+        """Figures of the current run, or of the last one; None before the first."""
         report = self._session.report()
         return None if report is None else Report.of(report)
 
     def summary(self, everything: bool = False) -> str:
-        """The report as text, and why transformers stay dense. Of many layers and steps those that
-        lose most and least are listed, and groups; or ``everything``."""
+        """The report as text, and why transformers stay dense. Unless ``everything`` is asked for,
+        it lists only the layers that lose most and least, and steps in groups."""
         report = self._session.report(maps=False)
         lines = [self.status if report is None else text_table(report, everything)]
         if not self._session.idle:
@@ -64,19 +64,19 @@ class Handle:
         return "\n".join(lines)
 
     def reset(self) -> None:
-        """End the run: the next call of a transformer starts a new one, and nothing is kept in
-        memory until then. Pipelines do it alone; call it at the end of a loop of your own."""
+        """End the run and free its state; the next call of a transformer starts a new one.
+        Pipelines do this by themselves; call it at the end of a loop of your own."""
         self._session.reset()
 
     def disable(self) -> None:
-        """Take LiteAttention off; settings and the last report stay with this object."""
+        """Take LiteAttention off; this object keeps the settings and the last report."""
         self._session.detach()
 
     def callback(
         self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """For ``callback_on_step_end``: shows on the pipeline's progress bar what is skipped and
-        saved so far."""
+        """For ``callback_on_step_end``: shows on the pipeline's progress bar how much has been
+        skipped and saved so far."""
         report = self._session.report(maps=False)
         if report is not None:
             progress_bar.annotate(so_far(report))
@@ -101,7 +101,7 @@ class Handle:
 
 
 def so_far(report: RunReport) -> str:
-    """A few words for people who are waiting: ``41 % skipped, saved about 3.1 s``."""
+    """A few words for the progress bar: ``41 % skipped, saved about 3.1 s``."""
     if report.stopped is not None:
         return f"switched off: {in_short(report.stopped)}"
     if not report.calls:

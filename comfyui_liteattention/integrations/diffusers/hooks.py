@@ -1,14 +1,14 @@
 """diffusers: how calls of a transformer and of its self-attention reach us, and how we leave.
 
-No class is patched. PyTorch's own hooks on the transformer see each of its calls (accelerate's CPU
-offload rebuilds ``forward`` after every run, and would lose a hook there). Each self-attention
-module gets a ``forward`` of ours around its own, inside whatever else is around that
+No class is patched. PyTorch's own hooks on the transformer see each of its calls (a wrapper around
+its ``forward`` would be lost when accelerate's CPU offload rebuilds that after every run). Each
+self-attention module gets a ``forward`` of ours around its own, inside all other wrappers
 (:mod:`.places`); it routes the module's attention to us (:mod:`.routes`). A listener among
 diffusers' hooks is told of cache contexts and of the end of a run.
 
-What belongs to a call belongs to the thread that makes it: several pipelines in several threads may
-share one transformer. Copies of a transformer, pickled ones too, are not enabled: whatever of ours
-they hold gives way to the plain thing.
+The state of a call belongs to the thread that makes it, because several pipelines in several
+threads may share one transformer. Copies of a transformer, pickled ones too, are not enabled: in a
+copy, our wrappers are replaced by what they wrap.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-# First: it says which diffusers is needed where this one is too old.
+# Before the other imports: it raises a clear error where diffusers is too old.
 from .routes import (  # isort: split
     NAME,
     Call,
@@ -50,7 +50,7 @@ RESET = "_reset_stateful_cache"
 
 
 class Context(NamedTuple):
-    """What a pipeline says about a call of its transformer; in diffusers 0.40 only the name."""
+    """The cache context of a transformer's call; in diffusers 0.40 only its name."""
 
     name: str
     step_index: int | None = None
@@ -62,7 +62,7 @@ Begin = Callable[[dict[str, Any], Context | None], Call | None]
 
 
 def _outside_graphs(reason: str) -> Callable[[Any], Any]:
-    """``torch.compiler.disable``, with the reason where this torch takes one."""
+    """``torch.compiler.disable``, with the reason where this version of torch accepts one."""
     takes = "reason" in signature(torch.compiler.disable).parameters
     return torch.compiler.disable(**({"reason": reason} if takes else {}))
 
@@ -70,9 +70,9 @@ def _outside_graphs(reason: str) -> Callable[[Any], Any]:
 class TransformerHook:
     """Hooks on one transformer: its calls, and its self-attention modules' calls.
 
-    ``layers`` are the names of those modules; ``processors`` are the only classes of attention
-    processors that we know to do plain attention over all tokens. ``end`` is called when a pipeline
-    says that its run has ended.
+    ``layers`` are the names of those modules; ``processors`` are the attention processor classes
+    known to compute plain attention over all tokens. ``end`` is called when a pipeline signals the
+    end of its run.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class TransformerHook:
             self._undo = undo.pop_all()
 
     def _put_on(self, layers: list[str], end: Callable[[], None], undo: ExitStack) -> None:
-        """Put all hooks on; ``undo`` takes off those that are."""
+        """Put all hooks on, adding to ``undo`` how each is taken off."""
         root, listener = self.root, _Listener(self.contexts, end)
         listener.put_on(root)
         undo.callback(listener.take_off, root)
-        if not hasattr(root, RESET):  # some models have no caches, and so don't have it
+        if not hasattr(root, RESET):  # models without step caches lack it
             setattr(root, RESET, Callback(end))
             undo.callback(delattr, root, RESET)
         for layer in layers:
@@ -120,8 +120,8 @@ class TransformerHook:
         return self._mine.call
 
     def form(self) -> Hashable:
-        """Which hooks of others are on the blocks: guiders put them there for one pass, and so
-        change what it computes."""
+        """Which hooks of others are on the blocks: with them, guiders change what a single pass
+        computes."""
         return tuple(
             (index, name)
             for index, module in enumerate(self._blocks)
@@ -139,11 +139,11 @@ class TransformerHook:
         call, self._mine.call = self._mine.call, None
         if call is None or call.end(time.perf_counter() - self._mine.started):
             return output
-        return module.forward(*args, **kwargs)  # without these hooks, and so without us
+        return module.forward(*args, **kwargs)  # bypasses these hooks, so it runs without us
 
 
 class _OfThread(threading.local):
-    """The call of a transformer that a thread is in, and when that started."""
+    """The transformer call that a thread is in, and when it started."""
 
     call: Call | None = None
     started = 0.0
@@ -173,8 +173,8 @@ class AttentionForward:
             return forward(*args, **kwargs)
 
     def take_off(self) -> None:
-        """Put back what was there. Someone may have put a ``forward`` of his own around this one;
-        then it stays, and does what the module's own does, since no call is open from now on."""
+        """Restore the module's own ``forward``. If someone has wrapped this one, it has to stay; it
+        then only calls the module's own, since from now on no call is open."""
         place = place_of(self, self._module)
         if place is None:
             return
@@ -184,13 +184,13 @@ class AttentionForward:
             del holder.forward
 
     def __reduce__(self) -> Any:
-        """A copy has its module's own ``forward``."""
+        """In a copy, the module's own ``forward`` takes the place of this one."""
         own = self._own
         return own.__reduce__() if isinstance(own, MethodType) else (partial, (own,))
 
 
 class Callback:
-    """A function of ours that someone else's module holds; in a copy of that it does nothing."""
+    """A function of ours registered with someone else's module; in a copy of it, a no-op."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -208,7 +208,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class Contexts(StateManager):
-    """The cache context that diffusers sets, apart for every thread."""
+    """The cache context that diffusers sets, kept per thread."""
 
     def __init__(self) -> None:
         self._mine = threading.local()
@@ -221,7 +221,7 @@ class Contexts(StateManager):
         self._mine.context = None
 
     def told(self) -> Context | None:
-        """What is known of the call that this thread is about to make."""
+        """The cache context of this thread, or None."""
         found = getattr(self._mine, "context", None)
         if found is None or isinstance(found, str):  # diffusers 0.40 gives the name alone
             return None if found is None else Context(found)
@@ -229,7 +229,7 @@ class Contexts(StateManager):
 
 
 class _Listener(ModelHook):
-    """Stands among diffusers' hooks for what these are told, and wraps nothing."""
+    """A diffusers hook that wraps nothing, but is told of cache contexts and of a run's end."""
 
     _is_stateful = True
 
@@ -240,7 +240,7 @@ class _Listener(ModelHook):
 
     def put_on(self, root: nn.Module) -> None:
         registry = HookRegistry.check_if_exists_or_initialize(root)
-        # First: taking off another hook, diffusers mends what comes after it, never what is before.
+        # First in the list: removing a hook, diffusers relinks those after it, never those before.
         registry.hooks[NAME] = self
         registry._hook_order.insert(0, NAME)
         registry._fn_refs.insert(0, HookFunctionReference())
@@ -252,7 +252,7 @@ class _Listener(ModelHook):
         del registry.hooks[NAME], registry._hook_order[index], registry._fn_refs[index]
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        """A pipeline does this when its run has ended."""
+        """Called by a pipeline when its run has ended."""
         self.contexts.reset()
         self._end()
         return module
@@ -262,7 +262,7 @@ class _Listener(ModelHook):
 
 
 def sweep(root: nn.Module) -> None:
-    """Take off what a copy of an enabled transformer still holds of ours; it does nothing."""
+    """Remove the no-op remains of our hooks from a copy of an enabled transformer."""
     for hooks in (root._forward_pre_hooks, root._forward_hooks):
         for key in [key for key, hook in hooks.items() if _is_left_over(hook)]:
             del hooks[key]
@@ -278,11 +278,11 @@ def _is_left_over(hook: object) -> bool:
 
 
 def _is_of_class(forward: Any, module: nn.Module) -> bool:
-    """Whether this is what the module has without anybody's doing."""
+    """Whether ``forward`` is simply the one of the module's class."""
     return isinstance(forward, MethodType) and forward.__func__ is type(module).forward
 
 
 def _around(root: nn.Module, layers: list[str]) -> list[nn.Module]:
-    """The blocks that hold these layers, and what is in them."""
+    """The blocks that contain these layers, and all modules inside."""
     blocks = dict.fromkeys(name.rpartition(".")[0] for name in layers)
     return [module for name in blocks for module in root.get_submodule(name).modules()]

@@ -1,7 +1,7 @@
 """How much LiteAttention says, with the same functions as ``diffusers.utils.logging``.
 
-Messages go to Python's logging, under the name of this package. Warnings are shown, one line a run
-is at level INFO. Nothing is printed.
+Messages go to Python's logging under the name of this package, one line per run at level INFO.
+Warnings are shown by default. Nothing is printed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _shown = logging.StreamHandler(sys.stderr)
 
 
 def get_verbosity() -> int:
-    """The level from which on messages are shown."""
+    """The lowest level at which messages are shown."""
     return _root.getEffectiveLevel()
 
 
 def set_verbosity(level: int) -> None:
-    """Show messages from ``level`` on, on standard error if nobody else shows them."""
+    """Show messages from ``level`` up; on standard error if no other handler shows them."""
     _root.setLevel(level)
     if not _root.hasHandlers():
         _root.addHandler(_shown)
@@ -36,7 +36,7 @@ def set_verbosity_debug() -> None:
 
 
 def set_verbosity_info() -> None:
-    """Show what each run did, too."""
+    """Also show one line about each run."""
     set_verbosity(INFO)
 
 

@@ -13,18 +13,18 @@ from torch import Tensor
 
 
 class Padding(NamedTuple):
-    """The first ``kept[b]`` keys of batch row ``b`` count. ``blind``: queries behind them see
-    nothing, so that their output is zero; otherwise they see the kept keys, too."""
+    """The mask keeps the first ``kept[b]`` keys of batch row ``b``. ``blind``: the queries after
+    them see no key, so that their output is zero; otherwise they see the kept keys as well."""
 
     kept: tuple[int, ...]
     blind: bool
 
 
 def tail_padding(mask: Tensor, batch: int, length: int) -> Padding | None:
-    """What ``mask`` cuts off, None if it does anything else.
+    """The padding that ``mask`` cuts off; None if it does anything else.
 
-    Understood are ``[B or 1, 1, 1, L]`` bool, which keys count, and ``[B or 1, 1, L, L]`` bool,
-    which pairs of tokens count.
+    Masks may be ``[B or 1, 1, 1, L]`` bool, True for kept keys, or ``[B or 1, 1, L, L]`` bool, True
+    for kept pairs of tokens.
     """
     rows = mask.shape[0] if mask.dim() == 4 else 0
     if mask.dtype != torch.bool or rows not in (1, batch) or mask.shape[3] != length:

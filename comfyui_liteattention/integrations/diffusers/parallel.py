@@ -1,13 +1,13 @@
 """diffusers: attention when several processes hold a piece of the sequence each.
 
-``Ulysses`` exchanges pieces of the sequence for heads: diffusers' own template does that, and asks
-for the attention of all tokens for a few of the heads. ``Ring`` leaves the queries where they are;
-diffusers gathers all keys and values in every process and then visits them chunk by chunk. Here
-they are gathered as well and visited at once: only with all keys in one call is a tile's share of
-the whole row's softmax sum known, which is what thresholds and budgets speak of.
+``Ulysses`` exchanges pieces of the sequence for heads: diffusers' own template does the exchange
+and then asks for the attention of all tokens in a few of the heads. ``Ring`` leaves the queries
+where they are: diffusers gathers all keys and values in every process and visits them chunk by
+chunk. We gather them, too, but visit them in one call, because thresholds and budgets refer to a
+tile's share of the whole row's softmax sum, which a single chunk doesn't show.
 
-Everything is exchanged before anything is decided. So processes may decide differently (each
-measures its own heads or rows) and never wait for one that has gone another way.
+All communication comes before any decision. So processes may decide differently (each measures its
+own heads or rows), and none waits for another that has decided otherwise.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def declined(config: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> str | N
 
 
 def attend_across(config: Any, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
-    """Attention of this process's piece ``q, k, v [B, S, H, D]`` of the sequence to all of it."""
+    """Attention of this process's piece ``q, k, v [B, S, H, D]`` to the whole sequence."""
     if config.context_parallel_config.ring_degree > 1:
         return _ring(config.context_parallel_config, q, k, v, attend)
 
@@ -66,7 +66,7 @@ def _ring(parallel: Any, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Ten
 
 
 def _gather(mine: Tensor, group: Any) -> Tensor:
-    """All processes' pieces ``[2, B, S, H, D]``, one after the other: ``[2, B, L, H, D]``."""
+    """The pieces ``[2, B, S, H, D]`` of all processes, concatenated: ``[2, B, L, H, D]``."""
     pieces = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(pieces, mine, group=group)
     return torch.cat(pieces, dim=2)

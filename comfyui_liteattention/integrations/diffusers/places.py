@@ -1,9 +1,9 @@
 """Where a module's own ``forward`` is called from.
 
-Libraries that hook a module put a function in place of its ``forward`` and keep what was there:
-diffusers in the registry of its hooks, accelerate as ``_old_forward``. Ours goes around the
-module's own, inside all of them: then it knows whose ``forward`` it calls, hooks come and go around
-it, and those that answer for the module, as caches do, keep us out of it.
+Libraries that hook a module replace its ``forward`` and keep the old one: diffusers in its hook
+registry, accelerate as ``_old_forward``. Our wrapper goes directly around the module's own
+``forward``, inside all of theirs. So it is certain what it calls, other hooks may come and go
+around it, and it isn't called when a hook answers in place of the module, as step caches do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Place = tuple[Any, str]
 
 
 def own_place(module: nn.Module) -> Place:
-    """Where the module's own ``forward`` is; the outermost place where that isn't known."""
+    """Where the module's own ``forward`` is held; the outermost place if it can't be found."""
     for holder, name in _places(module):
         forward = getattr(holder, name, None)
         if isinstance(forward, MethodType) and forward.__self__ is module:
@@ -28,7 +28,7 @@ def own_place(module: nn.Module) -> Place:
 
 
 def place_of(forward: object, module: nn.Module) -> Place | None:
-    """Where ``forward`` is on the module, or None."""
+    """Where ``forward`` is held on the module, or None."""
     for holder, name in _places(module):
         if getattr(holder, name, None) is forward:
             return holder, name

@@ -1,6 +1,6 @@
 """A few words on the progress bar that a pipeline shows.
 
-diffusers makes its bars with tqdm, and tells nobody of them; tqdm knows which are open.
+diffusers' bars are tqdm's and can't be reached through the pipeline, but tqdm lists the open ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 
 def annotate(text: str) -> None:
-    """Put ``text`` behind the newest bar that is open, if there is one."""
+    """Show ``text`` after the newest open bar, if there is one."""
     bar: Any = max(
         (bar for bar in list(getattr(tqdm, "_instances", ())) if not bar.disable),
         key=lambda bar: bar.start_t,

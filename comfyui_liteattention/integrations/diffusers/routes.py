@@ -1,9 +1,9 @@
-"""diffusers: how the attention of one module reaches us, for the length of its call.
+"""diffusers: how the attention of one module reaches us for the duration of its call.
 
-A processor that goes through diffusers' dispatch gets, in a stand-in for the module, a backend of
-ours. One that calls PyTorch's
-attention itself, or dispatches to whatever is set globally, runs in a mode of PyTorch in which its
-calls of that function come to us. Either way, what we decline goes where it would have gone.
+If the module's processor goes through diffusers' dispatch, the call runs on a stand-in for the
+module whose processor has a backend of ours. If it calls PyTorch's attention itself, or dispatches
+to the globally set backend, the call runs in a PyTorch function mode that intercepts that function.
+Either way, a call that we decline goes where it would have gone without us.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ ELSEWHERE = "this model attends through the attention backend that is set for al
 
 
 class Extra(NamedTuple):
-    """What a call of attention asks for beside plain attention over all tokens.
+    """What a call of attention asks for besides plain attention over all tokens.
 
-    ``mask`` as PyTorch's attention takes it, or None. ``reason`` rules the call out. ``row``
-    counts the calls of attention in one call of a module: some models attend one row of the batch
-    after the other. ``dense`` does the call as it would have been done without us. ``across``:
-    the sequence was put together from several processes; of the queries there may be only those
-    from the token ``first`` on.
+    ``mask`` as PyTorch's attention takes it, or None. ``reason``: why the call has to stay dense.
+    ``row`` counts the attention calls in one call of a module, since some models attend to one row
+    of the batch after the other. ``dense`` does the call as it would have been done without us.
+    ``across``: the sequence was gathered from several processes; the queries may be only a part of
+    it, beginning with the token ``first``.
     """
 
     mask: Any = None
@@ -72,7 +72,7 @@ class Call(Protocol):
         ...
 
     def end(self, seconds: float) -> bool:
-        """The transformer returned; False: its result is not to be used, see Run.end_call."""
+        """The transformer returned; False: don't use its result, see :meth:`.Run.end_call`."""
         ...
 
 
@@ -82,7 +82,7 @@ Forward = Callable[..., Any]
 def routed(
     module: nn.Module, forward: Forward, call: Call, layer: str
 ) -> AbstractContextManager[Forward]:
-    """A ``forward`` of the module whose attention comes to ``call`` as that of ``layer``."""
+    """The module's ``forward``, with its attention going to ``call`` as that of ``layer``."""
     own = isinstance(forward, MethodType) and forward.__self__ is module
     if own and hasattr(module.processor, "_attention_backend"):
         return _dispatched(module, forward, call, layer)
@@ -90,7 +90,7 @@ def routed(
 
 
 def attention_in_use(root: nn.Module) -> str:
-    """The name of what attends where we don't."""
+    """The name of the attention that is used where LiteAttention isn't."""
     processors = (getattr(module, "processor", None) for module in root.modules())
     chosen = (getattr(processor, "_attention_backend", None) for processor in processors)
     backend = next((one for one in chosen if one is not None), None)
@@ -98,7 +98,7 @@ def attention_in_use(root: nn.Module) -> str:
 
 
 class _Site(NamedTuple):
-    """Who is asking for attention, and which backend would have served them."""
+    """Which layer of which call asks for attention, and the backend that it would have used."""
 
     call: Call
     layer: str
@@ -110,9 +110,9 @@ _site: ContextVar[_Site] = ContextVar(f"{NAME}_site")
 
 @contextmanager
 def _dispatched(module: Any, forward: Any, call: Call, layer: str) -> Iterator[Forward]:
-    """The module's own ``forward``, of a stand-in whose processor dispatches to our backend.
+    """The module's own ``forward``, bound to a stand-in whose processor dispatches to our backend.
 
-    The module and its processor are left alone: other threads may be using them.
+    The module and its processor are not changed, because other threads may be using them.
     """
     token = _site.set(_Site(call, layer, module.processor._attention_backend))
     try:
@@ -122,7 +122,7 @@ def _dispatched(module: Any, forward: Any, call: Call, layer: str) -> Iterator[F
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
-    """The same module, weights and all, but for its processor's backend."""
+    """A shallow copy of the module with the same weights, whose processor has our backend."""
     twin: nn.Module = object.__new__(type(module))
     processor: Any = copy.copy(module.processor)
     processor._attention_backend = LITE
@@ -139,9 +139,10 @@ def _intercepted(forward: Forward, call: Call, layer: str) -> Iterator[Forward]:
 
 
 class _Interception(TorchFunctionMode):
-    """While it is entered, in this thread, calls of PyTorch's attention are offered to us.
+    """While it is entered, calls of PyTorch's attention in this thread are offered to us.
 
-    ``seen`` counts them. ``ran``: the module made projections (a cache may answer for it instead).
+    ``seen`` counts them. ``ran``: the module really ran (a step cache may answer in its place),
+    which its projections show.
     """
 
     def __init__(self, call: Call, layer: str) -> None:
@@ -172,7 +173,7 @@ class _Interception(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor | None:
-        """The arguments of PyTorch's function; None: it has to do the call itself."""
+        """Ours, from the arguments of PyTorch's function; None: that has to do the call itself."""
         reason = _ineligible(dropout_p, is_causal, enable_gqa) or _others_step_in()
         extra = Extra(attn_mask, reason, self.seen, dense)
         self.seen += 1
@@ -190,8 +191,8 @@ def _attend(
     enable_gqa: bool = False,
     _parallel_config: Any = None,
 ) -> Tensor:
-    """The backend: ``query, key, value [B, L, H, D]`` -> ``[B, L, H, D]``; with a
-    ``_parallel_config`` a piece of the sequence, of several processes' each."""
+    """The backend: ``query, key, value [B, L, H, D]`` -> ``[B, L, H, D]``. With a
+    ``_parallel_config``, each of several processes has a piece of the sequence."""
     site = _site.get()
     reason = _ineligible(dropout_p, is_causal, enable_gqa) or _others_step_in()
     asked = partial(
@@ -216,7 +217,7 @@ def _attend(
         return dense()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
-        # What is declined here, after the exchange, needs no more of it.
+        # Without a parallel config: the exchange is already done.
         asked = partial(dispatch_attention_fn, q, k, v, scale=scale, backend=site.backend)
         return _answer(site, q, k, v, scale, Dense(asked), Extra(across=True, first=first))
 
@@ -232,7 +233,7 @@ def _answer(
     dense: Dense,
     extra: Extra,
 ) -> Tensor:
-    """Attention of ``query, key, value [B, L, H, D]`` in this process alone: ours, or dense."""
+    """Attention of ``query, key, value [B, L, H, D]`` without communication: ours, or dense."""
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     out = site.call.attend(site.layer, q, k, v, scale, extra._replace(dense=dense))
     return dense() if out is None else out.transpose(1, 2)
@@ -250,8 +251,8 @@ def _ineligible(dropout: float, causal: bool, gqa: bool) -> str | None:
 
 
 def _others_step_in() -> str | None:
-    """Whether someone else waits for calls of PyTorch's functions, to change what attention does:
-    perturbed-attention guidance comes in this way."""
+    """The reason to stay dense if another function mode is active, which may change what attention
+    computes, as perturbed-attention guidance does; or None."""
     for mode in _get_current_function_mode_stack():
         if not isinstance(mode, (_Interception, DeviceContext)):
             return f"{type(mode).__name__} steps in at PyTorch's own attention"
@@ -259,7 +260,7 @@ def _others_step_in() -> str | None:
 
 
 def _backend_name() -> AttentionBackendName:
-    """A name that dispatch accepts; it doesn't join the names that users can set."""
+    """A name that dispatch accepts, but that users can't choose as a backend."""
     name = str.__new__(AttentionBackendName, NAME)
     name._name_ = name._value_ = NAME
     return name
@@ -268,13 +269,14 @@ def _backend_name() -> AttentionBackendName:
 LITE = _backend_name()
 
 
-#: Who needs our backend. It is registered with diffusers as long as there are any of them.
+#: Sessions that need our backend. It stays registered with diffusers as long as there is one.
 _users: WeakSet[Any] = WeakSet()
 
 
 def register_backend(user: object) -> None:
-    """Register our backend for ``user``, until it says otherwise or is gone."""
-    # Before the set's own note of it: of an object's notes the latest is called first.
+    """Register our backend for ``user``, until it unregisters or is garbage-collected."""
+    # Before adding to the set: weak references call back in reverse order of their creation, and
+    # ``user`` has to have left the set by then.
     finalize(user, _unregister_unused).atexit = False
     _users.add(user)
     _AttentionBackendRegistry.register(LITE, supports_context_parallel=True)(_attend)
@@ -286,7 +288,7 @@ def unregister_backend(user: object) -> None:
 
 
 def _unregister_unused() -> None:
-    """Leave nothing in diffusers once nobody needs it."""
+    """Remove our backend from diffusers if no session needs it any more."""
     if next(iter(_users), None) is not None:
         return
     for table in ("_backends", "_constraints", "_supported_arg_names"):

@@ -38,24 +38,24 @@ SAFE = "the threshold is at its safest"
 
 
 class _OfThread(threading.local):
-    """The run that a thread is in, and whether it is within a call of a transformer."""
+    """The run of a thread, and whether the thread is within a call of a transformer."""
 
     trajectory: Trajectory | None = None
     calling = False
 
 
 class Session:
-    """LiteAttention on one pipeline, with the state of the runs that are going on.
+    """LiteAttention on one pipeline, with the state of its current runs.
 
     ``declined`` says why a transformer stays dense, by its name in the pipeline. Each thread has a
-    run of its own: several pipelines may share the transformers, in a thread each.
+    run of its own, since several pipelines in different threads may share the transformers.
     """
 
     def __init__(self, target: Any, transformers: dict[str, nn.Module], settings: Settings) -> None:
         self.settings = settings
         self.declined: dict[str, str] = {}
         self.last: RunReport | None = None
-        # Weak: whoever keeps this for its report doesn't keep the model.
+        # Weak, so that keeping a report's handle doesn't keep the model in memory.
         self._pipeline = weakref.ref(target)
         self._roots = {name: weakref.ref(root) for name, root in transformers.items()}
         self.attached = False
@@ -66,16 +66,16 @@ class Session:
 
     @property
     def idle(self) -> bool:
-        """Whether no transformer is one that is understood."""
+        """Whether no transformer of the pipeline is supported."""
         return len(self.declined) >= max(len(self._roots), 1)
 
     def transformers(self) -> dict[str, nn.Module]:
-        """Those that are still there, by their names in the pipeline."""
+        """The transformers that still exist, by their names in the pipeline."""
         found = {name: root() for name, root in self._roots.items()}
         return {name: root for name, root in found.items() if root is not None}
 
     def attach(self) -> None:
-        """Put all hooks on; if that fails, none stays."""
+        """Put all hooks on; if that fails, remove those that were put on."""
         register_backend(self)
         self.attached = True
         try:
@@ -87,7 +87,7 @@ class Session:
             raise
 
     def detach(self) -> None:
-        """Take all hooks off, and end all runs; the last report stays with this object."""
+        """Take all hooks off and end all runs; the last report is kept."""
         self.reset()
         for trajectory in list(self._trajectories):
             self._end(trajectory)
@@ -100,7 +100,7 @@ class Session:
         unregister_backend(self)
 
     def replace(self, others: Sequence[Session]) -> None:
-        """Be enabled instead of ``others``; if that fails, they stay."""
+        """Attach this session in place of ``others``; if that fails, these stay attached."""
         attached = [other for other in others if other.attached]
         for other in attached:
             other.detach()
@@ -112,7 +112,7 @@ class Session:
             raise
 
     def replace_by(self, others: Sequence[Session]) -> None:
-        """Let ``others`` be enabled again, and nothing else."""
+        """Attach ``others`` again, and detach everything else from their transformers."""
         roots = [root for session in (self, *others) for root in session.transformers().values()]
         for session in dict.fromkeys(map(session_on, roots)):
             if session is not None and session not in others:
@@ -123,13 +123,13 @@ class Session:
                 other.attach()
 
     def decline(self, reason: str, name: str) -> None:
-        """Note, and warn, that there is nothing to do here."""
+        """Record that a transformer stays dense, and warn about it."""
         self.declined[name] = reason
         log.warning("LiteAttention: %s stays dense: %s", name, reason)
 
     def report(self, maps: bool = True) -> RunReport | None:
-        """Figures of the run that is going on, this thread's first, or of the last one. Without
-        ``maps`` they cost next to nothing."""
+        """Figures of the current run (this thread's, if it has one), or of the last one. Without
+        ``maps`` this is cheap."""
         others = sorted(self._trajectories, key=lambda one: one.started, reverse=True)
         for trajectory in (self._mine.trajectory, *others):
             report = None if trajectory is None else trajectory.report(maps)
@@ -151,7 +151,7 @@ class Session:
             self._say(report)
 
     def _say(self, report: RunReport) -> None:
-        """Log what a run did; that it could do nothing at all is worth a warning, once."""
+        """Log what a run did; if it could do nothing at all, as a warning, once."""
         line = status_line(report)
         log.log(logging.INFO if report.calls or line in self._warned else logging.WARNING, line)
         if not report.calls:
@@ -185,9 +185,9 @@ class Session:
         config: Any,
         form: Hashable,
     ) -> TransformerCall | None:
-        """One call of the transformer ``name`` starts: find its run, or start one."""
+        """A call of the transformer ``name`` starts: find its run, or start one."""
         mine = self._mine
-        if mine.calling:  # the call before this one raised an exception
+        if mine.calling:  # the previous call raised an exception
             self.reset()
         device = arguments["hidden_states"].device
         backend = backend_for(device, self.settings.qk)
@@ -220,15 +220,15 @@ class Session:
         return TransformerCall(run, place, video, self._returned)
 
     def _returned(self) -> None:
-        """A transformer has returned. After a run's last step its state is of no more use: videos
-        are decoded then, which takes much memory."""
+        """A transformer has returned. After a run's last step its state is freed, before the video
+        is decoded, which takes much memory."""
         self._mine.calling = False
         trajectory = self._mine.trajectory
         if trajectory is not None and trajectory.complete:
             self._end(trajectory)
 
     def _stay_dense(self, reason: str) -> None:
-        """Note that nothing is done in this call, nor in others."""
+        """Report that no call is computed by LiteAttention, and for which reason."""
         self.last = RunReport(describe(self.settings), "none", 0, 0, {}, (), {reason: 1}, ())
         if reason not in self._warned and reason != SAFE:
             log.warning("LiteAttention stays inactive, attention runs as before: %s", reason)
@@ -237,7 +237,7 @@ class Session:
     def _moment(
         self, family: Family, arguments: Arguments, context: Context | None, form: Hashable
     ) -> Moment:
-        """What this call tells about where it is."""
+        """What this call tells about its place in the run."""
         stream = context.name if context else name_stream(arguments.get("encoder_hidden_states"))
         step, steps = (context.step_index, context.num_inference_steps) if context else (None, None)
         timestep = torch.as_tensor(family.noise(arguments))
@@ -245,7 +245,7 @@ class Session:
         mean = float(timestep.double().mean()) if timestep.dim() > 1 else level
         scheduler = getattr(self._pipeline(), "scheduler", None)
         levels = noise_levels(scheduler, level, timestep.dtype)
-        # A new list of timesteps is a new run, in whatever form the model is told of them.
+        # The list itself, because a new list means a new run.
         schedule = getattr(scheduler, "timesteps", None) if levels else None
         if family.rising:
             level, mean = family.rising - level, family.rising - mean
@@ -256,18 +256,18 @@ class Session:
         return Moment(stream, step, steps, level, schedule, levels, mean, form, latent, fractions)
 
     def __reduce__(self) -> Any:
-        """A copy of a pipeline, or of a transformer, is not enabled."""
+        """None, so that a copy of a pipeline or of a transformer is not enabled."""
         return type(None), ()
 
 
 def session_on(root: nn.Module) -> Session | None:
-    """The session that a transformer carries."""
+    """The session that a transformer is attached to, or None."""
     return getattr(root, ATTRIBUTE, None)
 
 
 def _asked(arguments: Arguments) -> Hashable:
-    """What a call asks of the model beside its tensors. Guidance that leaves out blocks or streams
-    says so in arguments that it gives for one pass and not for another."""
+    """The arguments of a call that are not tensors. Guidance that leaves out blocks or streams
+    passes them for one pass and not for another."""
     return tuple(
         (name, value if isinstance(value, (bool, str)) else _numbers(value))
         for name, value in sorted(arguments.items(), key=lambda item: item[0])
@@ -276,14 +276,15 @@ def _asked(arguments: Arguments) -> Hashable:
 
 
 def _numbers(value: object) -> Hashable:
-    """A list of whole numbers, such as of blocks; nothing of what may change from step to step."""
+    """A list of whole numbers, such as block numbers; None for anything that may change from step
+    to step."""
     if isinstance(value, (list, tuple)) and all(isinstance(x, int) for x in value):
         return tuple(value)
     return None
 
 
 def _pin(settings: Settings, tokens: TokenRanges) -> Settings:
-    """Settings that also never skip at these tokens."""
+    """The settings, with these tokens never skipped."""
     return replace(
         settings,
         dense_keys=settings.dense_keys + tokens,

@@ -1,7 +1,7 @@
-"""Where in which sampling run a model call happens, told from the model calls alone.
+"""Which sampling run a model call belongs to, and where in it, found out from the calls alone.
 
-A pipeline doesn't announce its runs. What it tells differs: Wan's gives a cache context with step
-and number of steps, others only the name of the conditioning, a loop of one's own nothing at all.
+A pipeline doesn't announce its runs, and what it does tell differs: Wan's gives a cache context
+with step and number of steps, others only the name of the conditioning, a user's own loop nothing.
 When in doubt a new run starts, which costs one dense step and never carries state over.
 """
 
@@ -24,25 +24,25 @@ from ...report.statistics import RunReport
 from ...run import Run
 from ...schedule import Progress, noise_fractions
 
-#: Position of a call before which no noise was removed, where only the noise level is known: the
-#: ramp is at its strictest then. (0 itself has no logarithm.)
+#: Position given to calls at the first noise level where no schedule is known. Nearly 0, at which
+#: the ramp is at its strictest; 0 itself has no logarithm.
 START = 2.0**-10
-#: Values of a latent that are kept to know it again.
+#: How many values of a latent are kept to recognise it.
 SKETCH = 1024
-#: Two latents that correlate less than this don't follow each other: a step takes away a part of
-#: the noise, while another run's noise has nothing to do with this one's.
+#: Latents whose cosine similarity is below this are taken for those of different runs. A step
+#: removes only a part of the noise, while the noise of two runs is independent.
 SAME_VIDEO = 0.5
 
 
 class Moment(NamedTuple):
-    """What one call of a transformer tells about itself.
+    """What one call of a transformer tells about its place in a run.
 
-    ``stream`` names the conditioning; ``step`` and ``steps`` come from a cache context, or are
-    None; ``timestep`` is the noise level, falling over a run; ``schedule`` is the pipeline's own
+    ``stream`` names the conditioning. ``step`` and ``steps`` come from a cache context, or are
+    None. ``timestep`` is the noise level, falling over a run. ``schedule`` is the pipeline's own
     list of timesteps, or None, and ``levels`` are the noise levels that follow from it. ``mean`` is
-    the noise level's mean over the frames, where each has its own. ``form`` tells passes apart that
-    differ in what is computed rather than in the text. ``latent`` is a :func:`sketch` of what the
-    model is given. ``fractions`` are the levels as parts of the latent.
+    the noise level averaged over the frames, where each has its own. ``form`` distinguishes passes
+    that differ in what is computed rather than in the text. ``latent`` is a :func:`sketch` of the
+    model's input. ``fractions`` are the levels as noise fractions.
     """
 
     stream: str
@@ -58,7 +58,7 @@ class Moment(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """Where a call is in its run, and the name of its stream there."""
+    """Where in its run a call is, and the name of its stream."""
 
     progress: Progress
     stream: str
@@ -66,8 +66,9 @@ class Visit(NamedTuple):
 
 @dataclass
 class _Place:
-    """A place in the run that a conditioning came to: its latest visit there, with the noise and
-    the latent of that, and how many passes of each form were made on this latent."""
+    """A place in the run (a step or noise level) that a conditioning has reached: mean noise level
+    and latent of its latest visit, the number of visits, and how many passes of each form were made
+    on that latent."""
 
     mean: float | None
     latent: Tensor | None
@@ -78,8 +79,8 @@ class _Place:
 class Trajectory:
     """One sampling run of a pipeline, over all its transformers.
 
-    ``started``: the time then. ``over``: nothing more is expected, and the runs are gone; what
-    comes all the same stays dense.
+    ``started``: when it began. ``over``: it has ended and its state is freed; a call that comes all
+    the same stays dense.
     """
 
     def __init__(self, first: Moment) -> None:
@@ -87,11 +88,11 @@ class Trajectory:
         self.runs: dict[str, Run] = {}
         self.over = False
         self.started = time.perf_counter()
-        # A run that begins late, as from a video, is asked about the last ones alone.
+        # A run that begins late (video to video) uses only the end of the schedule.
         begin = first.levels.index(first.timestep) if first.timestep in first.levels else 0
         self._noise_levels = first.levels[begin:]
         listed = [] if first.schedule is None else first.schedule.tolist()[begin:]
-        #: The step of each timestep. Samplers that ask twice about a noise level list it twice.
+        #: The step of each timestep. Samplers that evaluate a noise level twice list it twice.
         self._steps = [*accumulate((a != b for a, b in pairwise(listed)), initial=0)]
         self._fractions = first.fractions[begin:]
         self._first = self._last = first
@@ -102,12 +103,12 @@ class Trajectory:
         self._counted = 0
 
     def continues(self, transformer: str, now: Moment) -> bool:
-        """Whether a call still belongs to this run; :meth:`advance` to it then.
+        """Whether a call still belongs to this run; if so, :meth:`advance` is to be called.
 
-        It doesn't if the pipeline made a new schedule, if the noise or the step went back, or if
-        the same conditioning comes again at the same place with another latent. (Heun's method
+        It doesn't if the pipeline made a new schedule, if the noise level or the step went back, or
+        if the same conditioning comes again at the same place with another latent. (Heun's method
         visits a noise level twice, but lists it twice, too.) With the same latent it is another
-        pass: guidance by skipped layers, or by perturbed attention.
+        pass of guidance: with skipped layers, or with perturbed attention.
         """
         last = self._last
         if (now.step is None) != (last.step is None):
@@ -123,7 +124,7 @@ class Trajectory:
         )
 
     def advance(self, transformer: str, now: Moment) -> Visit:
-        """Count a call; its step, the part of the run that is done after it, and its stream."""
+        """Enter a call; returns its step and position in the run, and its stream."""
         self._counted += now.timestep < self._last.timestep
         self._last = now
         key = _key(transformer, now)
@@ -140,7 +141,7 @@ class Trajectory:
 
     @property
     def complete(self) -> bool:
-        """Whether the last step was made for all streams that the step before it had."""
+        """Whether the last step has been done for all streams that the step before it had."""
         step, position = self._progress
         return (
             position >= 1
@@ -156,20 +157,20 @@ class Trajectory:
         return range(steps, -1, -1) if steps else ()
 
     def levels(self) -> tuple[float, ...]:
-        """The noise at the beginning of each step of :meth:`countdown`, and at the end; empty where
-        a scheduler doesn't tell."""
+        """The noise fraction at the beginning of each step of :meth:`countdown`, and at the end;
+        empty if the scheduler doesn't give it."""
         steps = len(self.countdown()) - 1
         listed = [*dict.fromkeys(self._fractions)]
         falls = all(before > after for before, after in pairwise(listed))
         return (*listed[-steps:], 0.0) if falls and 0 < steps <= len(listed) else ()
 
     def report(self, maps: bool = True) -> RunReport | None:
-        """What all transformers did so far, see :meth:`.Run.report`; None if none was asked."""
+        """What all transformers did so far, see :meth:`.Run.report`; None before the first call."""
         reports = [run.report(maps) for run in list(self.runs.values())]
         return merged(reports) if reports else None
 
     def finish(self) -> RunReport | None:
-        """The last report; all state is dropped."""
+        """Drop all state and return the last report."""
         reports = [run.finish() for run in self.runs.values()]
         self.runs.clear()
         self.over = True
@@ -179,23 +180,23 @@ class Trajectory:
         if now.step is not None and now.steps:
             return Progress(now.step, min(1.0, (now.step + 1) / now.steps))
         if now.timestep in self._noise_levels:
-            # Visited again: the next of equal levels in the list.
+            # On another visit of a level, take the next of the equal entries in the list.
             visits = min(visits, self._noise_levels.count(now.timestep))
             place = self._noise_levels.index(now.timestep) + visits - 1
             return Progress(self._steps[place], (place + 1) / len(self._noise_levels))
-        # Not ahead of the step count for evenly spaced noise levels, nor for those that video
-        # models use, which stay high for longer.
+        # Never ahead of the true position, neither for evenly spaced noise levels nor for those
+        # of video models, which stay high for longer.
         removed = 1 - now.timestep / self._first.timestep if self._first.timestep else 0.0
         return Progress(self._counted, max(START, removed))
 
     def _comes_again(self, place: _Place, now: Moment) -> bool:
-        """Whether a conditioning may be at this place again with another latent: the schedule lists
-        it again, or some frames have become less noisy while others wait."""
+        """Whether a conditioning may come to this place again with another latent: because the
+        schedule lists it again, or because some frames are denoised while others wait."""
         listed = now.step is None and place.visits < self._noise_levels.count(now.timestep)
         return listed or _less_noise(now, place)
 
     def _name(self, now: Moment, place: _Place) -> str:
-        """The stream of a call: its conditioning, and which of several passes with that it is."""
+        """The stream of a call: its conditioning and, if it has several passes, which of them."""
         form = now.form, place.passes[now.form]
         place.passes[now.form] += 1
         forms = self._forms[now.stream]
@@ -206,9 +207,9 @@ class Trajectory:
 
 
 def name_stream(text: Tensor | tuple[Tensor, ...] | None) -> str:
-    """A name for a call without a cache context, from its text states ``[B, L, C]``.
+    """A stream name for a call without a cache context, from its text states ``[B, L, C]``.
 
-    The text tells the conditionings apart in any order of calls, and stays the same over a run.
+    The text stays the same over a run, and tells the conditionings apart whatever their order.
     """
     if isinstance(text, tuple):  # text and picture
         text = text[0]
@@ -220,25 +221,25 @@ def name_stream(text: Tensor | tuple[Tensor, ...] | None) -> str:
 
 
 def sketch(latent: Tensor) -> Tensor:
-    """Some values of the first sample of ``latent [B, ...]``, ``[at most SKETCH]`` float32, to know
-    it by: the same ones for every latent of its size."""
+    """Some values of the first sample of ``latent [B, ...]``, ``[at most SKETCH]`` float32, to
+    recognise it; from the same places in every latent of its size."""
     values = latent[0].detach().reshape(-1)
     return values[:: -(-values.numel() // SKETCH)].to(torch.float32, copy=True)
 
 
 def noise_levels(scheduler: Any, level: float, dtype: torch.dtype) -> tuple[float, ...]:
-    """The scheduler's noise levels in the form in which a model is told that it is at ``level``.
+    """The scheduler's noise levels in the form in which the model was given ``level``.
 
-    Models are told the timestep, the noise's standard deviation sigma, or sigma / (sigma + 1), in
-    their own ``dtype``, in which neighbours may coincide. Empty if ``level`` is none of these: the
-    caller goes by other noise levels.
+    Models are given the timestep, the standard deviation sigma, or sigma / (sigma + 1), in their
+    own ``dtype``, in which neighbouring levels may coincide. Empty if ``level`` is none of these,
+    because the caller doesn't follow this scheduler.
     """
     timesteps, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
     if not isinstance(timesteps, Tensor):
         return ()
     forms = [timesteps]
     if isinstance(sigmas, Tensor):
-        sigmas = sigmas[: len(timesteps)]  # they end with 0, which no model is ever asked about
+        sigmas = sigmas[: len(timesteps)]  # without the final 0, at which no model is called
         forms += [sigmas, sigmas / (sigmas + 1)]
     for form in forms:
         levels = tuple(form.to(dtype).tolist())
@@ -252,12 +253,12 @@ def _key(transformer: str, now: Moment) -> Hashable:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two sketches are of one latent; not if one is missing."""
+    """Whether two sketches are of the same latent; False if one is missing."""
     return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
 
 
 def _follows(latent: Tensor | None, before: Tensor | None) -> bool:
-    """Whether a latent can come of the one before it; yes where that isn't known."""
+    """Whether a latent may follow from the one before; True if one is missing."""
     if latent is None or before is None:
         return True
     if latent.shape != before.shape:
@@ -270,15 +271,15 @@ def _less_noise(now: Moment, place: _Place) -> bool:
 
 
 def fractions_of(scheduler: Any) -> tuple[float, ...]:
-    """The part of the latent that is noise at each of the scheduler's timesteps, 0..1; empty where
-    it doesn't tell."""
+    """The noise fraction of the latent at each of the scheduler's timesteps, 0..1; empty if the
+    scheduler doesn't give it."""
     timesteps, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
     if not isinstance(timesteps, Tensor):
         return ()
     if isinstance(sigmas, Tensor):
         listed = sigmas[: len(timesteps)].double()
         return noise_fractions(listed.tolist(), flow=bool(listed.max() <= 1))
-    kept = getattr(scheduler, "alphas_cumprod", None)  # part of the signal's variance
+    kept = getattr(scheduler, "alphas_cumprod", None)  # the signal's share of the variance
     if not isinstance(kept, Tensor):
         return ()
     signal = kept.double()[timesteps.long().cpu()].clamp(min=1e-12)

@@ -1,8 +1,8 @@
-"""Which models are understood: where the video tokens of a self-attention call lie.
+"""Which models are supported: where the video tokens of a self-attention call lie.
 
-A self-attention call shows nothing but its length. What else is in the sequence (text, reference
-images, guides) follows from what the model is called with, so the exact length is known before the
-model runs. A call of another length is not the one that is meant, and stays dense.
+All that a self-attention call shows is its length. What else is in the sequence (text, reference
+images, guides) follows from the arguments of the model, so the exact length is known before the
+model runs. A call of any other length is not the video's self-attention, and stays dense.
 
 **A new model is added** in the file of its family: a function that gives the :class:`Form` of its
 calls, and an entry in that file's ``FAMILY``.
@@ -27,13 +27,13 @@ FAMILIES: Family = {
     **others.FAMILY,
 }
 
-#: Patch sizes that an unknown video model may use: tokens of 2 x 2, or single latent pixels.
+#: Patch sizes that an unknown video model may use: 2 x 2 latent pixels to a token, or one.
 USUAL_PATCHES = ((1, 2, 2), (1, 1, 1))
 
 
 def describe_call(diffusion_model: Any, call: ModelCall) -> FormOrReason:
-    """The form of the self-attention calls in one call of a ComfyUI diffusion model, or the reason
-    why all of them stay dense."""
+    """The form of the video's self-attention in one call of a ComfyUI diffusion model, or the
+    reason why it stays dense."""
     kind = type(diffusion_model)
     describe = FAMILIES.get((kind.__module__, kind.__name__), _generic)
     try:
@@ -43,10 +43,10 @@ def describe_call(diffusion_model: Any, call: ModelCall) -> FormOrReason:
 
 
 def _generic(model: Any, call: ModelCall) -> FormOrReason:
-    """A video model that nobody has looked at: only calls that see the video and nothing else.
+    """The form for an unknown video model: only calls over the video and nothing else.
 
-    The order of the tokens is not known either. Text or references in the sequence would make it
-    longer than the video, so such calls stay dense.
+    Text or references in the sequence would make it longer than the video, and such calls stay
+    dense. The order of the tokens is not known.
     """
     name = type(model).__name__
     if len(call.latent) != 5:

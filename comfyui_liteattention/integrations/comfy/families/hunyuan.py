@@ -8,8 +8,9 @@ from .sequence import Family, FormOrReason, ModelCall, grid_of, sequence, tokens
 
 
 def _hunyuan(model: Any, call: ModelCall) -> FormOrReason:
-    """Joint with text, glyphs (ByT5) and image features. The video came first in older versions of
-    ComfyUI, which their blocks say, and comes last in newer ones; a reference is right before."""
+    """Joint attention with text, glyphs (ByT5) and image features. The video comes last; in older
+    versions of ComfyUI, whose blocks set ``flipped_img_txt``, it comes first. A reference comes
+    right before the video."""
     conds = call.conds
     text = call.text
     if conds.get("txt_byt5") is not None and model.byt5_in is not None:

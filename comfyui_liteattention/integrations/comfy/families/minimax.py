@@ -14,8 +14,8 @@ LAYOUT = "minimax_h3_layout"
 
 
 def _minimax(model: Any, call: ModelCall) -> FormOrReason:
-    """The layout that ComfyUI makes once a run is the one that the model goes by, unless the latent
-    has changed since."""
+    """From the layout that ComfyUI makes once per run. The model follows it unless the latent has
+    changed since."""
     layout = (call.conds.get("minimax_payload") or {}).get("layout")
     if layout is None or len(call.latent) != 5:
         return NO_LAYOUT
@@ -25,14 +25,15 @@ def _minimax(model: Any, call: ModelCall) -> FormOrReason:
 
 
 def at_the_call(options: Mapping[str, Any]) -> Form | None:
-    """The form that newer versions show with every attention call, or None."""
+    """The form, from the layout that newer versions pass to each attention call; or None."""
     layout = options.get(LAYOUT)
     return None if layout is None else _form(layout)
 
 
 def _form(layout: Any) -> Form:
-    """Segments are ``(start, stop, kind)``; of all kinds only ``video`` is what is being made. The
-    signature is ``(text, frames, rows, columns, sound)`` of the latent; a token is 2 x 2 of it."""
+    """A layout's segments are ``(start, stop, kind)``; the video being made is the kind ``video``.
+    Its signature is ``(text, frames, rows, columns, sound)`` of the latent, of which a token covers
+    2 x 2 pixels."""
     [(start, stop)] = [(a, b) for a, b, kind in layout.segments if kind == "video"]
     _, frames, rows, columns, _ = layout.signature
     video = VideoTokens((frames, rows // 2, columns // 2), start)

@@ -1,4 +1,4 @@
-"""Video models with a sequence as simple as it gets, and image models."""
+"""Video models with a simple sequence, and image models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _cogvideo(model: Any, call: ModelCall) -> FormOrReason:
 
 
 def _mochi(model: Any, call: ModelCall) -> FormOrReason:
-    """Only as many text tokens as the prompt has follow the video."""
+    """The video, then the prompt's text tokens without padding."""
     text = min(int(call.conds.get("num_tokens", 256)), call.text)
     return sequence(grid_of(call.latent, (1, model.patch_size, model.patch_size)), after=text)
 

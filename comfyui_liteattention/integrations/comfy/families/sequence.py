@@ -1,4 +1,4 @@
-"""What a model is called with, and what its self-attention over the video looks like then."""
+"""What a model is called with, and the form of its self-attention over the video that results."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class ModelCall(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a self-attention call over the video looks like.
+    """The form of a self-attention call over the video.
 
-    ``lengths`` that it can have (one, but for unknown models) and the place of the video in it;
-    ``video`` is None where all tokens are video on an unknown grid. ``note`` is for the report.
-    ``unknown``: the class of a model that nobody has looked at.
+    ``lengths``: the sequence lengths that it can have (one, except for unknown models). ``video``:
+    where the video lies in it; None where all tokens are video, on an unknown grid. ``note`` goes
+    to the report. ``unknown``: the class of a model that has no family here.
     """
 
     lengths: frozenset[int]
@@ -35,7 +35,7 @@ class Form(NamedTuple):
     unknown: str = ""
 
     def misfit(self, length: int) -> str | None:
-        """Why a call of this length is not the one that is meant, or None."""
+        """Why a call of this length is not the video's self-attention, or None."""
         if length in self.lengths:
             return None
         expected = " or ".join(map(str, sorted(self.lengths)))
@@ -49,12 +49,12 @@ class Form(NamedTuple):
 
 FormOrReason = Form | str
 Describe = Callable[[Any, ModelCall], FormOrReason]
-#: A family: how the sequence is found, by the module and the name of ComfyUI's class.
+#: The functions that find the form, by the module and the name of ComfyUI's model class.
 Family = Mapping[tuple[str, str], Describe]
 
 
 def sequence(grid: Grid, before: int = 0, after: int = 0) -> Form:
-    """The video's tokens with others before and after them."""
+    """The form of a sequence with other tokens before and after the video's."""
     video = VideoTokens(grid, before)
     return Form(frozenset({video.stop + after}), video)
 
@@ -68,7 +68,7 @@ def grid_of(shape: Sequence[int], patch: Sequence[int]) -> Grid:
 
 
 def tokens_of(latent: Any, patch: Sequence[int]) -> int:
-    """Tokens that a conditioning latent is cut into; None has none."""
+    """Number of tokens of a conditioning latent; 0 for None."""
     return 0 if latent is None else prod(grid_of(latent.shape, patch))
 
 

@@ -8,7 +8,7 @@ from .sequence import Family, FormOrReason, ModelCall, grid_of, sequence, tokens
 
 
 def _wan(model: Any, call: ModelCall) -> FormOrReason:
-    """``ref_conv`` puts a reference image in front; references may follow as further frames."""
+    """``ref_conv`` puts a reference image first; references may follow the video as more frames."""
     conds, before = call.conds, 0
     if model.ref_conv is not None and "reference_latent" in conds:
         before = tokens_of(conds["reference_latent"], model.patch_size[1:])
