@@ -58,7 +58,7 @@ class Settings:
         :class:`.backends.base.Attended`.
     ramp
         The threshold at position ``u`` (0..1] of the run is ``threshold + ramp * log2(u)``: strict
-        at first, because errors made early travel furthest. 0 switches the ramp off.
+        at first, because early errors do the most damage. 0 switches the ramp off.
     warmup
         Fraction of the run, from its start, in which nothing is marked for skipping.
     dense_layers

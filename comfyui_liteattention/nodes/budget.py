@@ -31,7 +31,7 @@ class LiteAttentionBudget(io.ComfyNode):
                     step=0.0005,
                     round=0.0001,
                     tooltip="Fraction of the attention weight that may be lost, on average over "
-                    "the run. 0.01: close to the original. 0.1: most skipped. Ignored where "
+                    "the run. 0.01: close to the original. 0.1: most skipped. Ignored if "
                     "closeness is not 0.",
                 ),
                 *advanced(
@@ -41,8 +41,8 @@ class LiteAttentionBudget(io.ComfyNode):
                         min=0.0,
                         max=8.0,
                         step=0.1,
-                        tooltip="How much less of the budget the first steps get: early errors "
-                        "travel furthest. 0: the same at every step.",
+                        tooltip="How much less of the budget the first steps get: early errors do "
+                        "the most damage. 0: the same at every step.",
                     )
                 ),
                 *where_inputs(least_audit=1),  # what is lost has to be measured
@@ -53,9 +53,9 @@ class LiteAttentionBudget(io.ComfyNode):
                     max=80.0,
                     step=1.0,
                     optional=True,
-                    tooltip="Other than 0: dB of PSNR to come to, in place of the budget, whatever "
-                    "the number of steps; budget and ramp are ignored. The presets are 50, 42 and "
-                    "35, as calibrated on the demo's model.",
+                    tooltip="If not 0: how close the video should come to the one without "
+                    "LiteAttention, in dB of PSNR, whatever the number of steps; budget and ramp "
+                    "are ignored. The presets are 50, 42 and 35, calibrated on the demo's model.",
                 ),
             ],
             outputs=[control_output()],

@@ -39,8 +39,8 @@ class LiteAttentionPatch(io.ComfyNode):
                     default=DEFAULT,
                     tooltip="How close the video comes to the one without LiteAttention, in dB of "
                     "PSNR, whatever the number of steps. Safe: 50 dB or more. Balanced: 42 or "
-                    "more, start here. Fast: 35 or more. That is meant for most videos of the "
-                    "demo's small model; on other models, LiteAttention Compare measures it. "
+                    "more, start here. Fast: 35 or more. Calibrated on most videos of the demo's "
+                    "small model; on other models, LiteAttention Compare measures it. "
                     "Ignored when a control is connected.",
                 ),
                 Control.Input(

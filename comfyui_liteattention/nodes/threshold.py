@@ -46,8 +46,8 @@ class LiteAttentionThreshold(io.ComfyNode):
                         min=0.0,
                         max=8.0,
                         step=0.1,
-                        tooltip="How much stricter the first steps are: early errors travel "
-                        "furthest. 0: the same threshold at every step.",
+                        tooltip="How much stricter the first steps are: early errors do the "
+                        "most damage. 0: the same threshold at every step.",
                     )
                 ),
                 *where_inputs(),
