@@ -1,1 +1,1 @@
-"""The tables of the README: ``python -m benchmarks.speed``."""
+"""The measurements behind the figures of README.md and docs/: ``python -m benchmarks.NAME``."""

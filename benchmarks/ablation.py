@@ -1,9 +1,9 @@
-"""What parts are worth that no setting switches: ``python -m benchmarks.ablation``.
+"""What parts are worth that no setting switches off: ``python -m benchmarks.ablation``.
 
-Samples the demo's model at lost-mass budgets, on development seeds, as it is; with every layer for
-itself, so that none takes over what another leaves (budget/allocation.py); with skipped tiles'
-means counted once for every head, in place of a factor for each (tail.py); and with tiles of the
-shapes that cards' kernels have, by the plain PyTorch backend.
+Samples the demo's model at lost-mass budgets, on development seeds: as it is; with a separate
+budget for every layer instead of a shared one (budget/allocation.py); with the means of skipped
+tiles weighted by 1 instead of by a factor for each head (tail.py); and with the tile shapes of the
+graphics cards' kernels, computed by the plain PyTorch backend.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from comfyui_liteattention.tiles import TileShape
 
 @contextmanager
 def layers_alone() -> Iterator[None]:
-    """Every layer holds the allowance for itself."""
+    """Every layer holds the allowance separately, instead of all together."""
 
     def alone(*asked: Any) -> allocation.Choice:
         *own, _, aim = asked
@@ -47,7 +47,7 @@ def layers_alone() -> Iterator[None]:
 
 @contextmanager
 def means_count_once() -> Iterator[None]:
-    """No factor for each head."""
+    """The means of skipped tiles count with the factor 1 in every head."""
 
     def one(fit: Agreement) -> Tensor:
         return torch.ones_like(fit.power)

@@ -1,8 +1,8 @@
 """Is the error budget held? ``python -m benchmarks.budget``.
 
-Samples the demo model with a budget and computes, beside every call, what it really loses over all
-rows (a dense shadow of each call), on prompts and seeds that were kept out of tuning. The true loss
-should lie between 0.5 and 1.0 of the budget, and no layer's own above 2.
+Samples the demo model with a budget, on prompts and seeds that were kept out of tuning. Every call
+is computed a second time, densely, which gives its true loss over all rows. Divided by the budget,
+the true loss should lie between 0.5 and 1.0, and that of a single layer not above 2.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BUDGETS = (0.002, 0.01, 0.03, 0.1)
 
 
 class ShadowedBackend(CpuBackend):
-    """Also computes each call densely: ``lost`` is the true mean lost mass of the last one."""
+    """Also computes each call densely; ``lost`` is the true mean lost mass of the last call."""
 
     lost = 0.0
 
@@ -75,9 +75,9 @@ def main() -> None:
 
 
 def measure(videos: DemoVideos, case: Case, budget: float) -> tuple[dict[str, Any], RunReport]:
-    """One video with a budget: its true and its audited loss, means over the run, the share of its
-    aim that the first marks lost, and the share of the (layer, step) cells whose true loss lies
-    within the interval that the run gives; and the run's report."""
+    """One video with a budget: true and audited loss, averaged over the run; the loss of the second
+    step, at which the first marks take effect, relative to what was aimed at; and the share of the
+    (layer, step) cells whose true loss lies within the run's interval. Also the run's report."""
     backend = ShadowedBackend()
     settings = Settings(budget=budget)
     run = Run(settings, backend, range(case.steps, -1, -1))

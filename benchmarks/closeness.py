@@ -49,7 +49,7 @@ def main() -> None:
         for steps in options.steps:
             rows += measure(videos, case._replace(steps=steps), options.presets)
             if options.json:
-                write_json(options.json, rows=rows)  # each time: it takes long
+                write_json(options.json, rows=rows)  # each time, because it takes long
     print(table(rows))
 
 

@@ -37,14 +37,14 @@ class Case(NamedTuple):
     steps: int = 20
 
 
-#: What things are tuned on.
+#: Videos on which everything is tuned.
 DEVELOPMENT = (
     Case("red circle moving right and blue square moving up", 7),
     Case("white cross moving down-left and yellow circle moving left", 23),
     Case("green triangle moving up", 31),
     Case("cyan square moving left and orange circle moving right", 47),
 )
-#: Never looked at while anything was tuned.
+#: Videos that were kept out of all tuning.
 HELD_OUT = (
     Case("yellow square moving left", 101),
     Case("blue triangle moving up-right and green circle moving down", 102),
@@ -67,9 +67,8 @@ Attend = Callable[[Moment, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Sampled(NamedTuple):
-    """``video [F, H, W, 3]`` in 0..1; the other fields are over the whole run: tiles computed over
-    all tiles, mean measured lost mass (NaN: none was measured), seconds; the report is
-    LiteAttention's."""
+    """``video [F, H, W, 3]`` in 0..1. The other fields are about the whole run: share of the tiles
+    computed, mean measured lost mass (NaN: not measured), seconds, and LiteAttention's report."""
 
     video: Tensor
     computed: float
@@ -94,13 +93,13 @@ class DemoVideos:
         return Sampled(video, 1.0, 0.0, seconds)
 
     def lite(self, case: Case, settings: Settings) -> Sampled:
-        """With ``settings``, skipping to the end, however busy the machine is."""
+        """With ``settings``, but without ``never_slower``: timings must not affect the video."""
         sampled = self._enabled(case, _choices(settings) | {"never_slower": False})
         assert not math.isnan(sampled.lost)
         return sampled
 
     def shipped(self, case: Case, preset: str) -> Sampled:
-        """With a preset, as users have it."""
+        """With a preset, and everything else as by default."""
         return self._enabled(case, {"preset": preset})
 
     def _enabled(self, case: Case, choices: dict[str, Any]) -> Sampled:
@@ -128,7 +127,7 @@ class DemoVideos:
         return Sampled(video, computed, lost, seconds)
 
     def through(self, attend: Attend, case: Case) -> tuple[Tensor, float]:
-        """The video whose self-attention is ``attend``, and the seconds."""
+        """The video with ``attend`` as its self-attention, and the seconds that it took."""
         with _routed(self.pipe.transformer, attend):
             return self._sample(case)
 
@@ -150,7 +149,7 @@ class DemoVideos:
 
 @contextmanager
 def _routed(transformer: Any, attend: Attend) -> Iterator[None]:
-    """All self-attention goes through ``attend``."""
+    """Send all self-attention of the transformer to ``attend``."""
 
     class Call:
         def __init__(self, context: Any) -> None:
@@ -179,7 +178,7 @@ def _routed(transformer: Any, attend: Attend) -> Iterator[None]:
 
 
 def _audit(call: int, q: Tensor, k: Tensor, v: Tensor, scale: float, live: Tensor) -> float:
-    """Mean lost mass of one rotating query tile, as LiteAttention measures its own."""
+    """Mean lost mass of one query tile, another one at each call, as in LiteAttention's audits."""
     tiles = audited_tiles(call, live.shape[2], live.shape[2])
     rows = q[:, :, tiles.start * TILE : tiles.stop * TILE]
     kept = BACKEND.forward(

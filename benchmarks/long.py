@@ -1,9 +1,10 @@
-"""What a person waits for a video, without and with LiteAttention: ``python -m benchmarks.long``.
+"""How long a whole video takes, without and with LiteAttention: ``python -m benchmarks.long``.
 
-Samples the demo's model end to end at 4k to 16k tokens (``--tokens 32768`` for once as many again):
-dense with torch's SDPA, then every preset as it ships, in turns, so that a machine that slows down
-slows all of them down. Beside PSNR, SSIM and, where its weights are present, LPIPS to the dense
-video stands the noise floor: the same video, nothing skipped, by another kernel and in bfloat16.
+Samples the demo's model end to end at 4k to 16k tokens (or other sizes: ``--tokens 32768``): dense
+with torch's SDPA, then with every preset as it ships. Several rounds alternate between them, so
+that a machine that slows down affects all alike. Closeness to the dense video is given as PSNR,
+SSIM and, where its weights are present, LPIPS. For comparison there is a noise floor: the same
+video with nothing skipped, computed by another kernel and in bfloat16.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from comfyui_liteattention.report.compare import compare
 from comfyui_liteattention.report.perceptual import lpips_distance
 
 TOKENS = (4096, 8192, 16384)
-#: A latent frame of the demo's model; diffusers counts four pictures for each but the first.
+#: Of the demo's model: tokens per latent frame, and the pictures that diffusers counts for each
+#: latent frame but the first.
 TOKENS_PER_FRAME, PICTURES_PER_FRAME = 256, 4
 DENSE = "dense"
-#: The same attention otherwise computed: what is no closer than these is no closer than rounding.
+#: Dense attention computed in other ways. How far these are from dense is due to rounding alone.
 NOISE_FLOOR = {
     "dense, our kernel": torch.float32,
     "dense, bfloat16": torch.bfloat16,
@@ -53,8 +55,8 @@ def main() -> None:
 
 
 def measure(ways: dict[str, Sample], rounds: int) -> list[dict[str, Any]]:
-    """A row for every way to make the video. ``seconds`` are of the fastest round; a slower one had
-    company on the machine. The first way is what the others are compared with."""
+    """A row for every way to make the video. ``seconds`` is the time of the fastest round, the one
+    least disturbed by other programs. The others are compared with the first way."""
     made: dict[str, Sampled] = {}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -81,12 +83,12 @@ def measure(ways: dict[str, Sample], rounds: int) -> list[dict[str, Any]]:
 
 
 def pictures(tokens: int) -> int:
-    """Pictures of a video that is so many tokens long."""
+    """Number of pictures of a video with so many tokens."""
     return (tokens // TOKENS_PER_FRAME - 1) * PICTURES_PER_FRAME + 1
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Seconds and how many times as fast as dense, for every size, number of steps and way."""
+    """Seconds and speed-up over dense, for every size, number of steps and way."""
     lines = [
         f"{'tokens':>7} {'steps':>5}  {'':<18} {'seconds':>8} {'':>6} {'tiles':>6} {'PSNR':>8}"
     ]

@@ -1,9 +1,10 @@
 """What it costs a card to list tokens in another order: ``python -m benchmarks.order_cost``.
 
-Arithmetic from public data sheets; nothing is run. Passes read and write k and v once a call, as
-built; q and out are looked up by the kernel, and passes over those as well are there to compare. A
-kernel that gathered the rows of k and v as it loads them would move no more bytes for them, but
-find the address of every row again for every query tile that visits it.
+Arithmetic from public data sheets; nothing is run. "k and v" is what LiteAttention does: before
+each call one pass reads k and v and writes them in the new order, while the kernel itself looks up
+the rows of q and out. "All four" adds passes over q and out, for comparison. A kernel could also
+gather the rows of k and v while loading them. That would move no more bytes, but it would compute
+the address of every row again for every query tile that visits it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from comfyui_liteattention.backends.gpu.kernel_table import TILE
 
 TOKENS = (32760, 75600)  # Wan at 480p and at 720p, 81 frames
 HEAD_DIM = 128
-BYTES = 2  # of an element
+BYTES = 2  # per element
 
 
 class Card(NamedTuple):
-    """As NVIDIA states them: dense bf16 with float32 sums, and memory bandwidth, per second."""
+    """From NVIDIA's data sheets, per second: dense bf16 operations with float32 sums, and bytes of
+    memory bandwidth."""
 
     name: str
     operations: float
@@ -36,12 +38,12 @@ CARDS = (
 
 
 def attention_seconds(card: Card, tokens: int, computed: float) -> float:
-    """Of one head, at the full speed of the matrix units."""
+    """Attention of one head, at the full speed of the matrix units."""
     return 4 * tokens**2 * HEAD_DIM * computed / card.operations
 
 
 def pass_seconds(card: Card, tokens: int, tensors: int) -> float:
-    """To read and write so many tensors of one head, at the full bandwidth."""
+    """Reading and writing so many tensors of one head, at the full memory bandwidth."""
     return tensors * 2 * tokens * HEAD_DIM * BYTES / card.bytes
 
 

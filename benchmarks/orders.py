@@ -55,16 +55,17 @@ def raster(grid: Grid) -> np.ndarray:
 
 
 def blocks(size: Grid, grid: Grid) -> np.ndarray:
-    """Block by block, each in raster order. Blocks at the edges are smaller, so that from there on
-    tiles are no longer blocks."""
+    """Block by block, each in raster order. Blocks at the edges are smaller, so that the tiles
+    after them are no longer whole blocks."""
     at = places(grid)
     inside, block = at % size, at // size
     return np.lexsort([*inside.T[::-1], *block.T[::-1]])
 
 
 def hilbert(grid: Grid) -> np.ndarray:
-    """Along a Hilbert curve through the smallest cube of a power of two, what lies outside left
-    out (Skilling, "Programming the Hilbert curve", AIP Conf. Proc. 707, 2004)."""
+    """Along a Hilbert curve through the smallest cube whose side is a power of two, without the
+    points outside the grid (Skilling, "Programming the Hilbert curve", AIP Conf. Proc. 707, 2004).
+    """
     bits = max(1, int(np.ceil(np.log2(max(grid)))))
     x = places(grid).T.copy()
     bit = 1 << (bits - 1)

@@ -1,9 +1,9 @@
-"""What each way of choosing tiles costs and keeps: ``python -m benchmarks.quality``.
+"""Ways of choosing tiles, by tiles computed and closeness: ``python -m benchmarks.quality``.
 
 Samples the demo model (4,096 tokens, guidance, a few prompts) under every method at several
-operating points, with 64 x 64 tiles. Recorded are the computed fraction (all tiles that were
-computed, audits and dense steps included, over all tiles), the measured lost mass, and PSNR and
-SSIM of the video to the dense one of the same seed. `--json`, `--csv` and `--plot` write it all.
+operating points, with 64 x 64 tiles. Records the share of the tiles that was computed (audits and
+dense steps included), the measured lost mass, and PSNR and SSIM of the video to the dense one of
+the same seed. `--json`, `--csv` and `--plot` write the results.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def all_points() -> list[Point]:
-    """Rivals, ours, and ours with one thing changed."""
+    """Other methods, ours, and ours with one thing changed."""
     points = [
         rival("upstream", f"threshold {t}", UpstreamSemantics, t)
         for t in (-7, -5.5, -4, -2, -1, -0.3)
@@ -150,8 +150,8 @@ def measure(points: list[Point], cases: Iterable[Case]) -> list[dict[str, Any]]:
 
 
 def computed_at(points: list[tuple[float, float]], goal: float) -> float | None:
-    """Computed fraction at which a curve of (computed fraction, PSNR) reaches ``goal`` dB, by
-    straight lines between its points; None where it doesn't cross."""
+    """Computed fraction at which a curve of (computed fraction, PSNR) reaches ``goal`` dB,
+    interpolated linearly; None where it doesn't cross it."""
     points = sorted(points)
     crossings = [
         x0 + (x1 - x0) * (goal - y0) / (y1 - y0)
@@ -162,7 +162,7 @@ def computed_at(points: list[tuple[float, float]], goal: float) -> float | None:
 
 
 def goal_table(rows: list[dict[str, Any]]) -> dict[str, dict[float, list[float | None]]]:
-    """Per method and goal, the computed fraction of each seed."""
+    """For each method and goal, the computed fraction of each seed."""
     curves: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         curves[row["method"]][row["seed"]].append((row["computed_fraction"], row["psnr_db"]))
@@ -173,7 +173,7 @@ def goal_table(rows: list[dict[str, Any]]) -> dict[str, dict[float, list[float |
 
 
 def document(rows: list[dict[str, Any]], goals: Any, steps: int) -> dict[str, Any]:
-    """What ``--json`` writes beside the machine."""
+    """What ``--json`` writes besides the machine."""
     at_35 = {method: _mean(by_goal[35.0]) for method, by_goal in goals.items()}
     return {
         "steps": steps,
@@ -212,8 +212,8 @@ def summary(goals: dict[str, dict[float, list[float | None]]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """PSNR against computed fraction, the mean of the cases: a line for every method, a mark for
-    every change to ours, and how much rounding alone changes."""
+    """PSNR against computed fraction, averaged over the cases: a line for every method, a mark for
+    every change to ours, and what rounding alone changes."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -259,7 +259,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    """None if any is missing: a mean over other seeds would compare unequal things."""
+    """The mean, or None if any value is missing, since means over fewer seeds aren't comparable."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 

@@ -1,4 +1,4 @@
-"""Results as files, with the machine that they were found on."""
+"""Results as files, with the machine that they were measured on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def write_json(path: Path, **found: object) -> None:
-    """What a benchmark found, with the machine that it found it on."""
+    """Write a benchmark's results, with the machine that they were measured on."""
     path.write_text(json.dumps({"machine": describe_machine()} | found, indent=1))
 
 

@@ -1,6 +1,6 @@
-"""Other ways to choose tiles, written from their descriptions, for comparison on equal terms.
+"""Other ways to choose tiles, implemented from their descriptions, for a comparison on equal terms.
 
-Every method sees one self-attention call at a time and computes the tiles that it keeps with the
+Every method gets one self-attention call at a time and computes the tiles that it keeps with the
 same backend as LiteAttention, so that only the choice of tiles differs.
 """
 
@@ -98,8 +98,8 @@ class UpstreamSemantics:
 
 @dataclass
 class SolAttention:
-    """Sol-Attn (arXiv 2607.24027), which ComfyUI's own block-sparse node uses: every call routes by
-    pooled keys and queries; a block that is not routed counts as one pooled term.
+    """Sol-Attn (arXiv 2607.24027), which ComfyUI's own block-sparse node uses. Every call chooses
+    blocks by pooled keys and queries; a block that is not chosen counts as one pooled term.
 
     Checked against comfy_kitchen's reference, see :func:`check_sol_attention`.
     """
@@ -153,8 +153,8 @@ class Window:
 
 @dataclass
 class Everything:
-    """Every tile, through LiteAttention's backend and in a dtype of choice: what rounding alone
-    changes."""
+    """Every tile, through LiteAttention's backend and in a given dtype, which shows what rounding
+    alone changes."""
 
     dtype: torch.dtype
 

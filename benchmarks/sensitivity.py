@@ -1,11 +1,11 @@
 """How much does an error at one step matter? ``python -m benchmarks.sensitivity``.
 
 The least important tiles are left out at one step only, all other steps are dense, and the video is
-compared with the dense one. Sensitivity of a step: mean square error of the video over the square
-of the lost mass. docs/closeness.md has it beside the weight that a step gets. What it says of the
-ramp of a budget: with errors that add in squares, and computed tiles that fall with the logarithm
-of the loss, the error at a given number of tiles is least where the loss of a step goes with its
-sensitivity to the power -1/2.
+compared with the dense one. The sensitivity of a step is the mean square error of the video divided
+by the square of the lost mass. docs/closeness.md compares a measure like it with the weights that
+closeness gives to steps. For the ramp of a budget it means this: if squared errors add up, and the
+number of computed tiles falls with the logarithm of the loss, the error for a given number of tiles
+is least when the loss of a step is proportional to its sensitivity to the power -1/2.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from comfyui_liteattention.tiles import make_lists
 from demo.model import SHIFT
 
 STEPS = (0, 1, 2, 4, 7, 10, 14, 19)
-#: Mean over the query tiles of what the tiles left out hold at most; about a third of it is lost.
+#: The bound on the mass of the tiles left out, averaged over query tiles; about a third of it is
+#: really lost.
 LEFT_OUT = 0.06
 
 
 def noise_levels(steps: int) -> list[float]:
-    """Of the demo's schedule; one more than steps."""
+    """The noise levels of the demo's schedule, one more than ``steps``."""
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(steps)
     levels: list[float] = scheduler.sigmas.tolist()
@@ -43,7 +44,7 @@ def noise_levels(steps: int) -> list[float]:
 
 
 class OneStep:
-    """Dense attention, but for one step."""
+    """Dense attention, except at one step."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -66,7 +67,7 @@ class OneStep:
 
 
 def _worth_keeping(score: Tensor) -> Tensor:
-    """All tiles of ``score [B, H, Tq, Tk]`` (log2 of their mass) but the least important ones."""
+    """All tiles of ``score [B, H, Tq, Tk]`` (log2 of their mass) except the least important."""
     mass, order = score.exp2().flatten().sort()
     left_out = mass.cumsum(0) <= LEFT_OUT * score[..., 0].numel()
     live = torch.ones_like(mass, dtype=torch.bool)
@@ -92,13 +93,13 @@ def measure(videos: DemoVideos, case: Case) -> list[dict[str, Any]]:
 
 
 def best_ramp(rows: list[dict[str, Any]]) -> float:
-    """The ramp ``p`` for which ``position ** p`` follows the sensitivity to the power -1/2 best."""
+    """The ramp ``p`` for which ``position ** p`` best fits the sensitivity to the power -1/2."""
     x, y = (np.log([row[key] for row in rows]) for key in ("position", "sensitivity"))
     return float(-np.polyfit(x, y, 1)[0] / 2)
 
 
 def by_step(rows: list[dict[str, Any]]) -> dict[int, float]:
-    """Sensitivity of each step over that of the seed's most sensitive one, geometric mean of the
+    """Sensitivity of each step relative to the seed's most sensitive step, geometric mean over the
     seeds."""
     most: dict[int, float] = {}
     for row in rows:

@@ -1,9 +1,9 @@
-"""How fast skipping is: our backend against SDPA at given shares of skipped tiles.
+"""Speed of one attention call: our backend against SDPA at given shares of skipped tiles.
 
     python -m benchmarks.speed [--json FILE] [--tokens 4096 8192] [--head-dim 64 128] [--quick]
 
-On the CPU for now. A row's ratio is our time / SDPA's time, below 1 is faster; its GFLOPS count
-only the tiles that were computed. Our calls return the tile scores too, as they do while sampling.
+On the CPU only. A row's ratio is our time divided by SDPA's, below 1 is faster; its GFLOPS count
+only the tiles that were computed. Our calls also return the tile scores, as they do when sampling.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def filled(page: Path) -> str:
-    """The text of a page with every table made anew."""
+    """The text of a page, with every table written from the results."""
     text = page.read_text(encoding="utf-8")
     for name, make in PAGES[page].items():
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
@@ -162,7 +162,7 @@ def speed() -> str:
 
 
 def closeness() -> str:
-    """What the presets came to at each number of steps, and how often the report foresaw it."""
+    """The closeness of the presets at each number of steps, and how often the report was right."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in _load("closeness_cpu.json")["rows"]:
         groups[row["preset"], row["steps"]].append(row)
@@ -178,7 +178,7 @@ def closeness() -> str:
 
 
 def sensitivity() -> str:
-    """What an error at one step alone came to, beside the formula's weight of it."""
+    """The effect of an error at one step alone, beside the weight that the formula gives it."""
     levels = noise_levels(20)
     found: dict[int, list[float]] = defaultdict(list)
     for row in _load("sensitivity_cpu.json")["rows"]:
@@ -188,7 +188,7 @@ def sensitivity() -> str:
     steps = sorted(found)
     weight = {step: weights(levels)[step] / (levels[step] - levels[step + 1]) for step in steps}
     means = {step: geometric_mean(found[step]) for step in steps}
-    # Of the two only the proportions can be compared.
+    # Only proportions can be compared, so the means are scaled to the weights' level.
     unit = geometric_mean(means[step] / weight[step] for step in steps)
     rows = [
         [

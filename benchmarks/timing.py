@@ -1,4 +1,4 @@
-"""Paired timing: two functions in turn, so that whatever else the machine does hits both."""
+"""Paired timing: two functions alternate, so that disturbances by other programs affect both."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def time_once(call: Callable[[], object]) -> float:
 
 
 def time_pairs(baseline: Callable[[], object], ours: Callable[[], object], repeats: int) -> Paired:
-    """Both calls ``repeats`` times, who goes first alternating, after one untimed call of each.
+    """Both calls ``repeats`` times, in alternating order, after one untimed call of each.
 
     The ratio is the median of the pairs' ratios: slow drifts of the machine cancel in a pair.
     """

@@ -1,4 +1,4 @@
-"""Closeness against speed on real weights, unattended; started again, it goes on where it was.
+"""Closeness against speed on real weights. Runs unattended; started again, it continues.
 
     python -m benchmarks.real_model --pipeline Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     python -m benchmarks.real_model --comfyui 127.0.0.1:8188 --workflow FILE.json
@@ -46,7 +46,7 @@ class Host(Protocol):
 
 
 def make_videos(host: Host, store: Store, wanted: Sequence[Job]) -> None:
-    """Those that aren't there yet. Each variant is warmed up before its first."""
+    """Make the videos that are missing. Each variant is warmed up before its first video."""
     warm: set[str] = set()
     missing = [job for job in wanted if not store.has(job)]
     for n, job in enumerate(missing):
@@ -60,7 +60,7 @@ def make_videos(host: Host, store: Store, wanted: Sequence[Job]) -> None:
 
 
 def conclude(store: Store, wanted: Sequence[Job]) -> str:
-    """The JSON, the pictures, and the table of what is done."""
+    """Write the JSON, the pictures, and the table of the runs that are done."""
     runs = measure(store, wanted, lpips_distance())
     rows = summarise(runs)
     result = {"machine": describe_machine() | _card(), "runs": runs}

@@ -1,8 +1,8 @@
-"""A ComfyUI server that runs, and a workflow with a LiteAttention node in it, as a host of runs.
+"""Videos from a running ComfyUI server, by a workflow that contains a LiteAttention node.
 
-The workflow's own prompt, or others in its place; every seed in it is set. Frames come back as PNG
-files, whatever the workflow saves. Dense is the workflow without the node, with whatever attention
-the server was started with: for a server with ``--use-sage-attention`` take another folder.
+Uses the workflow's own prompt, or others in its place, and sets every seed in it. Frames come back
+as PNG files, whatever the workflow saves. Dense is the workflow without the node, with whatever
+attention the server was started with: use another folder for one with ``--use-sage-attention``.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class ComfyHost:
         return [self.graph[node]["inputs"][name]]
 
     def warm_up(self, variant: str, prompt: str) -> None:
-        """A whole run: the steps are set in too many ways to be shortened here. Of a seed that no
-        video has, since ComfyUI would take that video from its cache."""
+        """A whole run, because workflows set the number of steps in too many ways to change it.
+        Its seed is one that no video uses, or ComfyUI would take that video from its cache."""
         self.run(Job(variant, prompt, WARM_UP_SEED))
 
     def run(self, job: Job) -> Made:
@@ -86,7 +86,7 @@ class ComfyHost:
 
 
 def graph_of(workflow: Graph, job: Job) -> Graph:
-    """The workflow as this job runs it: nothing but what its frames depend on."""
+    """The workflow as this job runs it, reduced to the nodes that its frames depend on."""
     graph: Graph = json.loads(json.dumps(workflow))
     node, name = text_of(graph)
     graph[node]["inputs"][name] = job.prompt
@@ -109,7 +109,7 @@ def graph_of(workflow: Graph, job: Job) -> Graph:
 
 
 def text_of(graph: Graph) -> tuple[str, str]:
-    """Where the positive prompt stands: node and input. ValueError: nowhere."""
+    """The node and the input that hold the positive prompt. ValueError if there is none."""
     for part in graph.values():
         link = part["inputs"].get("positive")
         for i in ancestors(graph, link[0]) if isinstance(link, list) else ():
@@ -120,7 +120,7 @@ def text_of(graph: Graph) -> tuple[str, str]:
 
 
 def frames_of(graph: Graph) -> list[Any]:
-    """What the workflow saves: the link of an input called images."""
+    """The frames that the workflow saves: the link of an input called images."""
     for part in graph.values():
         if isinstance(link := part["inputs"].get("images"), list):
             return link
@@ -128,7 +128,7 @@ def frames_of(graph: Graph) -> list[Any]:
 
 
 def ancestors(graph: Graph, node: str) -> list[str]:
-    """A node and all that it depends on, the nearest first."""
+    """A node and all nodes that it depends on, the nearest first."""
     found = [node]
     for i in found:
         links = (value[0] for value in graph[i]["inputs"].values() if isinstance(value, list))
@@ -137,6 +137,6 @@ def ancestors(graph: Graph, node: str) -> list[str]:
 
 
 def seconds_of(history: dict[str, Any]) -> float:
-    """From the server's own clock."""
+    """The seconds that a run took, by the server's own clock."""
     times = {name: data["timestamp"] for name, data in history["status"]["messages"]}
     return float(times["execution_success"] - times["execution_start"]) / 1000

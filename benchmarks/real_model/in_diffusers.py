@@ -1,4 +1,4 @@
-"""A diffusers pipeline, from a folder or a repository, as a host of runs."""
+"""Videos from a diffusers pipeline, loaded from a folder or a repository."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from comfyui_liteattention.presets import PRESETS, PresetName
 
 from .store import DENSE, Job, Made
 
-#: Another attention in 8 bits: what it is called here, its package, its name in diffusers.
+#: SageAttention, an attention in 8 bits: its name here, its package, its name in diffusers.
 SAGE, _PACKAGE, _BACKEND = "SageAttention", "sageattention", "sage"
 
 
@@ -41,7 +41,7 @@ class DiffusersHost:
         return [DENSE, *eight_bit, *PRESETS]
 
     def warm_up(self, variant: str, prompt: str) -> None:
-        """What is loaded or compiled once doesn't count."""
+        """Load and compile what is needed once, so that it isn't timed."""
         self._video(Job(variant, prompt, 0), self.call | {"num_inference_steps": 2})
 
     def run(self, job: Job) -> Made:

@@ -18,8 +18,8 @@ from .store import DENSE, Job, Store
 
 EQUAL = 100.0  # dB, where frames are equal: JSON has no infinity
 AMPLIFY = 4.0
-#: Differences of a dense run from another are the model's; these are read from the papers, on other
-#: prompts, cards and base lines: no more than a hint where one stands.
+#: Figures from the papers of other methods. They were measured on other prompts, cards and base
+#: lines, so they are only a rough orientation.
 THEIRS = (
     ("SVG-EAR", "Wan 2.2", 1.77, 29.8),
     ("SVOO", "Wan 2.2", 1.93, 29.0),
@@ -28,7 +28,7 @@ THEIRS = (
 
 
 class Row(NamedTuple):
-    """Means over the videos that a variant and dense both have."""
+    """Means over the videos that exist both for a variant and for dense."""
 
     variant: str
     videos: int
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 def measure(store: Store, jobs: Sequence[Job], lpips: Distance | None) -> list[dict[str, Any]]:
-    """Figures of every run that is done, with its closeness to the dense run of its prompt and
+    """Figures of every finished run, with its closeness to the dense run of the same prompt and
     seed."""
     rows = []
     for job in jobs:

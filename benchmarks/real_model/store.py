@@ -1,4 +1,4 @@
-"""Videos and figures of every run, kept as they come: whoever starts again loses nothing."""
+"""Videos and figures of every run, stored as soon as they are made: a restart loses nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Made(NamedTuple):
 
 
 class Store:
-    """A folder. ``about``: what all its runs have in common; another choice, another folder."""
+    """A folder of runs. ``about``: what they have in common; other choices need another folder."""
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder = folder
@@ -55,7 +55,7 @@ class Store:
         return self._path(job, "json").exists()
 
     def keep(self, job: Job, made: Made) -> None:
-        """The figures come last: where they are, the video is whole."""
+        """Store a run, its figures last: where they exist, the video is complete."""
         partial = self._path(job, "part")
         with open(partial, "wb") as file:
             np.save(file, made.video.numpy())
