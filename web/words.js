@@ -48,7 +48,7 @@ function translated(text) {
   const indent = text.match(/^\s*/)[0];
   const bare = text.trim();
   // A list whose parts are known is read part by part; else "..." might take several of them.
-  const list = headings(bare) ?? listed(bare);
+  const list = row(bare) ?? listed(bare);
   if (list !== null) return indent + list;
   return indent + (known(bare) ?? bare);
 }
@@ -63,12 +63,12 @@ function known(text) {
   return null;
 }
 
-// The heads of a table's columns, each ending where it did: the numbers below stay where they are.
-function headings(text) {
+// A row of a table, each cell ending where it did: those above and below stay where they are.
+function row(text) {
   const cells = [...text.matchAll(/\S+(?: \S+)*/g)];
   const words = cells.map(([cell]) => known(cell));
-  if (cells.length < 2 || words[0] === null) return null;
-  let line = words[0];
+  if (cells.length < 2 || words.every((word) => word === null)) return null;
+  let line = words[0] ?? cells[0][0];
   cells.slice(1).forEach(({ 0: cell, index }, i) => {
     const word = words[i + 1] ?? cell;
     line += " ".repeat(Math.max(1, index + cell.length - columns(line) - columns(word))) + word;
