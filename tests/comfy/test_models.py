@@ -12,6 +12,7 @@ import torch
 from packaging.version import parse
 from recorder import TILE, Recorder
 from tiny_comfy import (
+    ANIMATE_2,
     CASES,
     HUNYUAN_CASE,
     NEWER,
@@ -20,6 +21,7 @@ from tiny_comfy import (
     find,
     make_model,
     noise,
+    sample,
     version,
 )
 
@@ -269,6 +271,23 @@ def test_conditionings_in_one_call_and_in_two_agree(build, name):
 def test_models_with_an_attention_of_their_own_stay_dense(module, name, why):
     model = type(name, (), {"__module__": f"comfy.ldm.wan.{module}", "patch_size": (1, 2, 2)})()
     assert why in describe_call(model, ModelCall((1, 16, 3, 8, 16), 12, {}))
+
+
+def test_wan_animate_2_is_as_if_we_were_not_there(build):
+    """Sampled by ComfyUI, with a pose and without."""
+    import comfy.model_patcher
+
+    from comfyui_liteattention.integrations.comfy.session import apply_patch, patch_of
+
+    plain = comfy.model_patcher.ModelPatcher(build(ANIMATE_2), CPU, CPU)
+    for extra in ({}, dict(pose_video_latent=noise((1, 16, 2, 8, 16), 5))):
+        prompts = [[[noise(ANIMATE_2.text, seed), extra]] for seed in range(2)]
+        patched = apply_patch(plain, Settings(**BOLD))
+        dense, ours = (sample(m, ANIMATE_2, prompts=prompts) for m in (plain, patched))
+        assert torch.equal(dense, ours)
+        report = patch_of(patched).last_report
+        assert not report.calls
+        assert any("one frame at a time" in reason for reason in report.reasons)
 
 
 def test_a_model_that_changed_stays_dense():

@@ -23,6 +23,7 @@ def wan(name, config, model_type, layers=3, unet=None, **others):
 def wan_cases():
     image = dict(c_concat=(1, 20, 3, 8, 16), clip_fea=(1, 257, 1280))
     reference, frame = (1, 16, 8, 16), (1, 16, 1, 8, 16)
+    masked = dict(c_concat=(1, 4, 3, 8, 16))
     yield wan("Wan T2V", "WAN21_T2V", "t2v", **CALL)
     yield wan("Wan I2V", "WAN21_I2V", "i2v", unet=dict(in_dim=36), conds=image, **CALL)
     yield wan(
@@ -106,7 +107,8 @@ def wan_cases():
         "Wan SCAIL",
         "WAN21_SCAIL",
         "scail",
-        conds=dict(reference_latent=frame, pose_latents=(1, 16, 3, 4, 8)),
+        unet=dict(in_dim=20),
+        conds=dict(reference_latent=(1, 20, 1, 8, 16), pose_latents=(1, 20, 3, 4, 8), **masked),
         before=32,
         after=3 * 2 * 4,
         since="0.33",
@@ -116,12 +118,14 @@ def wan_cases():
         "Wan SCAIL-2",
         "WAN21_SCAIL2",
         "scail2",
+        unet=dict(in_dim=20),
         conds=dict(
-            reference_latent=(1, 16, 2, 8, 16),
-            pose_latents=(1, 16, 3, 4, 8),
+            reference_latent=(1, 20, 2, 8, 16),
+            pose_latents=(1, 20, 3, 4, 8),
             sam_latents=(1, 28, 3, 4, 8),
             ref_mask_latents=(1, 28, 5, 8, 16),
             ref_mask_flag=False,
+            **masked,
         ),
         before=2 * 32,
         after=3 * 2 * 4,
@@ -316,12 +320,25 @@ def find(name):
 
 HUNYUAN_CASE = find("HunyuanVideo")
 
+#: Known not to be supported; the first frame is a reference, and the pose has none for it.
+ANIMATE_2 = wan(
+    "Wan Animate 2", "WAN_Animate2", "animate2", unet=dict(in_dim=36), since="0.33", **CALL
+)
+
 #: One model of every family: what nodes put into its conditioning beside the text.
 SAMPLED = {  # what nodes put into a conditioning, and a latent of their size
     "Wan T2V": {},
     "Wan Fun with a reference": dict(reference_latents=[(1, 16, 1, 8, 16)]),
     "Wan with latents as context": dict(context_latents=[(1, 16, 1, 8, 16), (1, 16, 1, 4, 6)]),
     "Wan HuMo": dict(reference_latents=[(1, 16, 1, 8, 16)]),
+    "Wan SCAIL": dict(reference_latents=[(1, 16, 1, 8, 16)], pose_video_latent=(1, 16, 3, 4, 8)),
+    "Wan SCAIL-2": dict(
+        reference_latents=[(1, 16, 1, 8, 16)] * 2,
+        pose_video_latent=(1, 16, 3, 4, 8),
+        driving_mask_28ch=(1, 3, 28, 4, 8),
+        ref_mask_28ch=(1, 5, 28, 8, 16),
+        ref_mask_flag=False,
+    ),
     "HunyuanVideo": dict(pooled_output=(1, 32), attention_mask=None),
     "LTX-Video": dict(attention_mask=torch.ones(1, 12, dtype=torch.long)),
     "LTX-2": {},
