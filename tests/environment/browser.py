@@ -2,7 +2,7 @@
 
     pip install playwright; apt install chromium
     .dev/venv/bin/python tests/environment/browser.py OUT [--chromium /usr/bin/chromium]
-        [--front-end FOLDER] [--only-open]
+        [--front-end FOLDER] [--only-open | --picture docs/images/workflow.png]
 
 Searches the node by "faster video", opens every workflow and checks that all of it can be read in a
 window of a usual size, with "Nodes 2.0" as well; runs the demo's two, prints what the nodes say and
@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
@@ -34,7 +36,7 @@ WORKFLOWS = {
 }
 DEMO, AB = "liteattention_demo", "liteattention_demo_ab"
 SIZE = {"width": 1760, "height": 900}
-FREE = (SIZE["width"] / 2, SIZE["height"] - 60)  # of nodes, where a view shows the whole
+LARGE = {"width": 2000, "height": 1500}  # for a picture of the whole after a run
 USUAL = {"width": 1440, "height": 900}
 SMALLEST = 0.6  # of a workflow, at fit view: below that its texts can't be read
 RESULTS = "[role=listbox], [role=dialog]"
@@ -55,6 +57,9 @@ def main() -> None:
         sync_playwright() as playwright,
     ):
         browser = playwright.chromium.launch(executable_path=options.chromium, args=FLAGS)
+        if options.picture:
+            take_picture(fresh_page(browser, server, size=LARGE), server, options.picture)
+            return
         small = []
         for nodes2 in (False, True):
             page = fresh_page(browser, server, nodes2, USUAL)
@@ -68,7 +73,7 @@ def main() -> None:
 
 
 def use(browser: Any, server: ComfyServer, out: Path) -> None:
-    """Search the node, run the demo's workflows."""
+    """Search the node, run the demo's workflows, bypass, interrupt, run again."""
     search(fresh_page(browser, server), out / "search.png")
     for name, nodes2 in ((DEMO, False), (AB, False), (DEMO, True)):
         page = fresh_page(browser, server, nodes2)
@@ -77,6 +82,99 @@ def use(browser: Any, server: ComfyServer, out: Path) -> None:
         page.screenshot(path=out / f"{name}{'_nodes2' * nodes2}.png")
         print(*says(page), sep="\n")
         check_animation(page)
+    for nodes2 in (False, True):
+        page = fresh_page(browser, server, nodes2)
+        change_ones_mind(page, server)
+        page.screenshot(path=out / f"interrupted{'_nodes2' * nodes2}.png")
+
+
+def change_ones_mind(page: Any, server: ComfyServer) -> None:
+    """A run, one with the node bypassed, one that is interrupted, and the first again: the node
+    tells of each what it was."""
+    open_workflow(page, DEMO)
+    set_widget(page, "KSampler", "steps", 6)
+
+    def expect(words: str) -> None:
+        text = status(page)
+        assert words in text, f"{words!r} is not in {text!r}"
+        print(f"the node says: {text}")
+
+    run(page, server)
+    expect("skipped")
+    bypass(page)
+    run(page, server)
+    expect("bypassed")
+    bypass(page)
+    set_widget(page, "KSampler", "seed", 8)
+    before = len(server.get("/history"))
+    press_run(page)
+    page.wait_for_function(f"({STATUS})().startsWith('step 2/')", timeout=120_000)
+    expect("step 2/6")
+    server.post("/interrupt", {})
+    wait_for_end(server, "error", before)  # so the history calls it
+    page.wait_for_timeout(2000)
+    expect("interrupted")
+    run(page, server)
+    expect("skipped")
+
+
+STATUS = """() => {
+    const node = app.graph.nodes.find(node => node.type === "LiteAttentionPatch");
+    return String(node.widgets.find(widget => widget.name === "status").value);
+}"""
+
+
+def status(page: Any) -> str:
+    return page.evaluate(STATUS)
+
+
+def bypass(page: Any) -> None:
+    """The LiteAttention node, or back."""
+    page.mouse.click(*free(page))
+    page.evaluate(
+        "app.canvas.selectNode(app.graph.nodes.find(node => node.type === 'LiteAttentionPatch'))"
+    )
+    page.keyboard.press("Control+b")
+    page.wait_for_timeout(1000)
+
+
+def set_widget(page: Any, kind: str, name: str, value: float) -> None:
+    page.evaluate(
+        """([kind, name, value]) => {
+            const node = app.graph.nodes.find(node => node.type === kind);
+            node.widgets.find(widget => widget.name === name).value = value;
+        }""",
+        [kind, name, value],
+    )
+
+
+def take_picture(page: Any, server: ComfyServer, path: Path) -> None:
+    """The demo's nodes after a run."""
+    open_workflow(page, DEMO)
+    run(page, server)
+    page.keyboard.press(".")  # fit view
+    page.wait_for_timeout(2000)
+    box = page.evaluate(
+        """margin => {
+            const { scale, offset } = app.canvas.ds;
+            const canvas = app.canvas.canvas.getBoundingClientRect();
+            const edges = app.graph.nodes.map(node => node.getBounding());
+            const left = Math.min(...edges.map(([x]) => x)) - margin;
+            const top = Math.min(...edges.map(([, y]) => y)) - 2 * margin;
+            const right = Math.max(...edges.map(([x, , width]) => x + width)) + margin;
+            const bottom = Math.max(...edges.map(([, y, , height]) => y + height)) + margin;
+            return {
+                x: canvas.left + (left + offset[0]) * scale,
+                y: canvas.top + (top + offset[1]) * scale,
+                width: (right - left) * scale,
+                height: (bottom - top) * scale,
+            };
+        }""",
+        12,
+    )
+    page.screenshot(path=path, clip=box)
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def check_workflow(page: Any, name: str, out: Path, nodes2: bool) -> list[str]:
@@ -117,13 +215,18 @@ def fresh_page(
     return page
 
 
+def free(page: Any) -> tuple[float, float]:
+    """A point without nodes, where a view shows the whole."""
+    return page.viewport_size["width"] / 2, page.viewport_size["height"] - 60
+
+
 def open_workflow(page: Any, name: str) -> list[str]:
     """Load it and fit it to the window; returns the types of nodes that the page does not know."""
     graph = json.loads(WORKFLOWS[name].read_text())
     page.evaluate("graph => app.loadGraphData(graph)", graph)
     page.wait_for_timeout(1500)
     page.keyboard.press("Escape")
-    page.mouse.click(*FREE)
+    page.mouse.click(*free(page))
     page.keyboard.press(".")  # fit view
     page.wait_for_timeout(1500)
     return page.evaluate(
@@ -154,19 +257,27 @@ def search(page: Any, path: Path) -> None:
 def run(page: Any, server: ComfyServer) -> None:
     """Press Run and wait for the end."""
     before = len(server.get("/history"))
+    press_run(page)
+    wait_for_end(server, "success", before)
+    page.wait_for_timeout(3000)
+    page.mouse.move(*free(page))  # the canvas is drawn anew: only then ComfyUI places a new preview
+    page.wait_for_timeout(2000)
+
+
+def press_run(page: Any) -> None:
     page.get_by_role("button", name="Run", exact=True).first.click()
+
+
+def wait_for_end(server: ComfyServer, outcome: str, before: int) -> None:
+    """Until the history has more entries than before; the last one ended so."""
     for _ in range(600):
         history = server.get("/history")
         if len(history) > before:
-            status = list(history.values())[-1]["status"]
-            assert status["status_str"] == "success", status
-            break
+            ended = list(history.values())[-1]["status"]
+            assert ended["status_str"] == outcome, ended
+            return
         time.sleep(1)
-    else:
-        raise TimeoutError("the run did not end")
-    page.wait_for_timeout(3000)
-    page.mouse.move(*FREE)  # the canvas is drawn anew: only then ComfyUI places a new preview
-    page.wait_for_timeout(2000)
+    raise TimeoutError("the run did not end")
 
 
 def says(page: Any) -> list[str]:
@@ -195,7 +306,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     parser.add_argument("--front-end", type=Path, help="static folder of another front end")
-    parser.add_argument("--only-open", action="store_true", help="run nothing")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--only-open", action="store_true", help="run nothing")
+    only.add_argument("--picture", type=Path, help="only this: the demo's nodes after a run")
     return parser.parse_args()
 
 
