@@ -4,8 +4,8 @@
 
 The templates are read from the installed ``comfyui-workflow-templates`` (MIT licence), the A/B
 workflow from the demo's. The same input gives the same files: only the workflows
-made from the installed version of the templates are written. Thumbnails are screenshots, made
-apart.
+made from the installed version of the templates are written. Thumbnails are drawn apart
+(thumbnails.py).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ DEMO = "demo/workflows/liteattention_demo"
 BYPASSED = 4
 SEED = 7
 PREFIX = "video/liteattention"
+SHORT = 100  # letters of advice that take two lines of a note
 IMAGE = "example.png"  # is in ComfyUI's input folder
 
 BOAT = (
@@ -318,7 +319,8 @@ def _note(recipe: Recipe, canvas: Canvas) -> Node:
         f"* `models/{model['directory']}`: [{model['name']}]({model['url']})"
         for model in sorted(models, key=lambda model: (model["directory"], model["name"]))
     )
-    height = 285 + 24 * len(models) + 60 * (len(recipe.advice) + recipe.compare)
+    advice = sum(46 if len(words) < SHORT else 60 for words in recipe.advice)
+    height = 285 + 24 * len(models) + advice + 60 * recipe.compare
     text = "\n\n".join(
         (
             f"## {recipe.title}" + ("" if recipe.compare else ", faster"),

@@ -3,9 +3,9 @@ their difference.
 
     python -m workflows.tools.thumbnails
 
-Our machines can't run the large models, so the frames are those of the demo's small model, from a
-run of ``python dev.py demo``, and every picture says so. What was drawn from which run is recorded
-in the picture (a comment of the JPEG); tests compare it with the workflow.
+Our machines can't run the large models, so the frames are those of the demo's small model, and
+every picture says so. The run that made them is recorded beside the frames (pictures.py), and which
+frames were drawn, in the picture (a comment of the JPEG); tests compare both with the workflow.
 """
 
 from __future__ import annotations
@@ -24,13 +24,10 @@ from .make_workflows import DEMO, FOLDER, RECIPES, REPOSITORY
 FRAMES = REPOSITORY / "docs" / "images" / "dense_and_lite.png"  # dense above, LiteAttention below
 SIDE, GAP = 256, 6  # pixels of a frame there, and between two
 FRAME = 4  # which one
-#: The run that made them.
-RUN: dict[str, Any] = {"model": "demo", "budget": 0.03, "steps": 20, "seed": 7}
 AMPLIFIED = 8
 SIZE = (400, 300)
 PANEL, LEFT, TOP = 120, 14, 112
 PLACES = tuple(LEFT + k * (PANEL + 6) for k in range(3))
-LOST = f"at most {RUN['budget']:.0%} of the attention lost."
 TITLES = {
     DEMO: "Demo: a small model of our own",
     f"{DEMO}_ab": "Demo: with and without",
@@ -47,17 +44,28 @@ def main() -> None:
 
 def record(title: str) -> dict[str, Any]:
     digest = hashlib.sha256(FRAMES.read_bytes()).hexdigest()
-    return {"title": title, "frames": FRAMES.name, "sha256": digest, "run": RUN}
+    return {"title": title, "frames": FRAMES.name, "sha256": digest}
+
+
+def recorded_run() -> dict[str, Any]:
+    """The run of the demo that made the frames: some of its figures."""
+    with Image.open(FRAMES) as frames:
+        return json.loads(frames.info["run"])
 
 
 def draw(title: str) -> Image.Image:
-    theme, panels = THEMES["dark"], _frames()
+    theme, panels, run = THEMES["dark"], _frames(), recorded_run()
     canvas = Canvas(theme, SIZE)
     canvas.text((LEFT, 44), title, fit(title, SIZE[0] - 2 * LEFT, 25), theme.ink, "ls")
     canvas.text((LEFT, 72), "with LiteAttention, last before the sampler", 17, theme.accent, "ls")
     for x, (label, _) in zip(PLACES, panels, strict=True):
         canvas.text((x + PANEL / 2, TOP - 8), label, 15, theme.faint, "ms")
-    for y, text in ((258, f"Frames: our small demo model, {RUN['steps']} steps,"), (280, LOST)):
+    tiles = f"{run['computed_fraction']:.0%} of the tiles computed"
+    lines = (
+        f"Frames: our small demo model, {run['steps']} steps.",
+        f"{run['preset']}: {tiles}, {run['psnr_db']:.0f} dB",
+    )
+    for y, text in zip((258, 280), lines, strict=True):
         canvas.text((LEFT, y), text, 15, anchor="ls")
     page = canvas.image()
     for x, (_, frame) in zip(PLACES, panels, strict=True):
