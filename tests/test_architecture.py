@@ -1,4 +1,4 @@
-"""The house: imports point downwards and hold no circle, and one call of attention is short."""
+"""Architecture: imports only point downwards, without cycles, and an attention call is short."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from comfyui_liteattention.token_order import VideoTokens
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "comfyui_liteattention"
 
-#: From the ground up. What stands on one line may know each other; nobody knows what is above.
+#: From the ground up. Modules on one line may import each other, but nothing from a line below.
 FLOORS = (
     ("tiles", "token_order"),
     ("budget",),
@@ -114,7 +114,7 @@ def test_every_benchmark_can_be_imported(script):
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("kernels/*.py")), ids=lambda path: path.stem)
 def test_every_script_of_the_kernels_can_be_imported(script, monkeypatch):
-    """By its path, as it is run: the folder is no package."""
+    """Imported by its path, as it is run, because the folder is not a package."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     spec = importlib.util.spec_from_file_location(f"script_{script.stem}", script)
     module = importlib.util.module_from_spec(spec)
@@ -124,8 +124,8 @@ def test_every_script_of_the_kernels_can_be_imported(script, monkeypatch):
 
 @pytest.mark.parametrize(("audit", "at_most"), [(4096, 60), (16, 80)])
 def test_one_call_of_attention_goes_through_few_of_ours(audit, at_most):
-    """In the middle of a run with a budget, without an audited row and with some. Comprehensions
-    don't count: newer Pythons make no calls of them."""
+    """In the middle of a run with a budget, in a call without audited rows and in one with some.
+    Comprehensions don't count, since newer versions of Python don't implement them as calls."""
     pytest.importorskip("numba", reason="the CPU's kernel needs numba")
     backend = backend_for(torch.device("cpu"))
     settings = Settings(budget=0.2, min_tokens=0, never_slower=False, audit=audit)

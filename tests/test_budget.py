@@ -30,7 +30,7 @@ from comfyui_liteattention.tiles import TileShape
 CPU = torch.device("cpu")
 
 
-#: A tile counts as the mean of its bin.
+#: A tile counts with the mean mass of its bin, so it may be off by this factor.
 WITHIN_A_BIN = 2 ** (1 / PER_LOG2)
 NO_OTHERS = torch.empty(0, 1 + BINS, dtype=torch.float64)
 
@@ -42,7 +42,7 @@ def remaining(score, droppable, ratio=1.0, spent=0.0):
 
 
 def having_lost(*spent):
-    """Stocks ``[N, 1 + BINS]`` of layers without anything left."""
+    """Rows ``[N, 1 + BINS]`` for layers that have nothing left to skip."""
     lost = torch.tensor(spent, dtype=torch.float64).unsqueeze(1)
     return torch.cat([lost, torch.zeros(len(spent), BINS)], 1)
 
@@ -59,7 +59,7 @@ def test_the_threshold_spends_what_is_allowed_and_no_more(seed, allowed):
     limit = allocation.score_limit(remaining(score, droppable), NO_OTHERS, allowed)
     spent = torch.where(droppable & (score <= limit), score.exp2(), 0).sum().double() / 36
     assert spent <= allowed * WITHIN_A_BIN + 1e-6
-    # One bin more would be too much, unless everything went already.
+    # One more bin would exceed the budget, unless everything has been skipped already.
     next_bin = droppable & (score <= limit + 1 / PER_LOG2)
     if (droppable & ~next_bin).any():
         more = torch.where(next_bin, score.exp2(), 0).sum().double() / 36
@@ -160,7 +160,7 @@ def test_a_choice_spends_what_it_drops_and_starts_over_where_that_was_too_much()
     assert float(choice.remaining.sum()) == pytest.approx(float(remaining(score, droppable).sum()))
     assert choice.limit.dtype == torch.float32
 
-    # An audit then shows that ten times as much is lost as was thought.
+    # An audit then shows that ten times as much is lost as was estimated.
     again = allocation.choose(counts, tiles, choice.ledger, 10 * dropped, 1.0, [], 0.05)
     assert again.limit.isnan() and again.ledger[0] == 0 and again.remaining[0] == 0
     live = mark(torch.zeros_like(droppable), score, again.limit, ~droppable[0, 0])
@@ -168,7 +168,7 @@ def test_a_choice_spends_what_it_drops_and_starts_over_where_that_was_too_much()
 
 
 def test_every_audit_is_entered_once():
-    """That of a call that marks, and that of one which doesn't: a sampler may start over."""
+    """Audits of calls that mark tiles and of calls that don't."""
     state, settings = LayerState(name="0"), Settings(budget=0.05, audit=1, warmup=0.4)
     q, k, v = torch.randn(3, 1, 1, 64, 32, generator=torch.Generator().manual_seed(0))
     backend = ReferenceBackend(TileShape(16, 16), torch.float32)

@@ -134,7 +134,7 @@ def test_every_frame_is_announced():
 
 @pytest.fixture
 def weights_at_hand(tmp_path, monkeypatch):
-    """AlexNet as torchvision would have left it, but for its training."""
+    """AlexNet's file as torchvision would have stored it, but with untrained weights."""
     pytest.importorskip("lpips")
     from torchvision.models import alexnet
 

@@ -155,7 +155,7 @@ def test_huge_random_scores_stay_finite() -> None:
 
 
 def test_what_nobody_visits_may_be_anything() -> None:
-    """In kernel and twin, keys and values of tiles that are skipped don't reach the result."""
+    """In kernel and twin, keys and values of skipped tiles don't affect the result, even if NaN."""
     q, k, v = torch.randn(3, 1, 1, 192, 32, generator=torch.Generator().manual_seed(0))
     lists = make_lists(torch.tensor([True, False, True]).expand(1, 1, 3, 3))
     for one in (BACKEND, TWIN):
@@ -241,7 +241,7 @@ def test_rows_without_tiles() -> None:
     [(300, 300, 64, 1.0), (130, 4500, 48, 1.0), (300, 700, 128, 8.0), (200, 9000, 96, 100.0)],
 )
 def test_skipped_tiles_contribute_what_the_twin_says(dtype, lq, lk, d, sharpness) -> None:
-    """Up to three chunks of mean keys, ragged ends, one query tile that skips nothing."""
+    """Up to three chunks of mean keys, ragged ends, and a query tile that skips nothing."""
     q, k, v = make_qkv(2, 2, lq, lk, d, dtype)
     q, scale = q * sharpness, d**-0.5
     tq, tk = TILE.grid(lq, lk)
@@ -287,7 +287,7 @@ def test_an_order_of_queries_changes_nothing_else(backend) -> None:
 
 
 def test_audited_queries_lie_in_memory_as_the_others_do() -> None:
-    """Else numba compiles for another layout in the middle of a run."""
+    """Otherwise numba would compile for another layout in the middle of a run."""
     tokens_first = make_qkv(1, 2, 200, 200, 64)[0].transpose(1, 2).contiguous().transpose(1, 2)
     for q in (tokens_first, tokens_first.contiguous()):
         for rows in (slice(64, 128), torch.arange(64, 128)):

@@ -38,7 +38,7 @@ def test_a_bold_threshold_skips(pipe):
     plain = run(pipe)
     session = lite.enable(pipe, **BOLD)
     assert "no run yet" in lite.summary(pipe)
-    # CPU offload swaps the transformer's forward after every run, with all that wraps it.
+    # CPU offload replaces the transformer's forward after every run, so a wrapper would be lost.
     assert "forward" not in vars(pipe.transformer)
     out = run(pipe)
     report = session.report()
@@ -101,7 +101,7 @@ def test_nothing_is_left_of_a_call_that_failed(pipe):
 
 
 def test_after_a_call_that_failed_all_is_fresh():
-    """Also where nothing but the exception tells that a new run has begun."""
+    """Even if only the exception shows that a new run has begun."""
     model, (text,) = make_wan(), texts(1)
     lite.enable(model, **BOLD)
     fresh = call(model, text, 500)
@@ -248,7 +248,7 @@ def test_a_loop_without_a_pipeline(context):
 
 @pytest.mark.parametrize("context", ["cond", None])
 def test_a_loop_that_is_given_up_leaves_nothing(context):
-    """Nor where the next one begins at less noise, with the same prompt: image to image."""
+    """Not even if the next run has the same prompt and begins at less noise (image to image)."""
     model, (text,) = make_wan(), texts(1)
     lite.enable(model, **BOLD)
     fresh = [call(model, text, t, 1, context) for t in (600, 300)]
@@ -356,7 +356,7 @@ def test_choices(pipe):
 
 
 def test_both_forms_of_a_cache_context_are_read():
-    """diffusers 0.40 has a name alone; later versions say more."""
+    """In diffusers 0.40 it is only a name; in later versions an object."""
     contexts = Contexts()
     assert contexts.told() is None
     contexts.set_context("cond")

@@ -20,8 +20,7 @@ TEXT, SOUND, VIDEO = 10, 2 * 207, 37 * 4 * 4  # tokens of 5 s, the shortest that
 
 @pytest.fixture
 def pipe():
-    """Without what makes the text and decodes the video: what was made is given, latents come out,
-    as its documentation has it."""
+    """Without text encoder and decoder: takes text states and returns latents, as documented."""
     from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import MiniMaxH3Blocks
 
     blocks = MiniMaxH3Blocks()
@@ -52,7 +51,7 @@ def sample(pipe):
 
 
 def test_its_modular_pipeline(pipe):
-    """A noise level fewer than it is asked for is what it samples."""
+    """It samples one noise level fewer than it is asked for."""
     plain = sample(pipe)
     handle = lite.enable(pipe, **EAGER)
     first = sample(pipe)

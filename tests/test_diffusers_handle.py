@@ -73,7 +73,7 @@ def warnings_of(caplog):
 
 
 def test_the_progress_bar_costs_no_maps(pipe, monkeypatch):
-    """Nor does the status: nothing is brought from the device for a line of text."""
+    """Nor does the status: a line of text must not copy maps from the device."""
     made, shown = [], []
     monkeypatch.setattr(record, "_maps", lambda states: made.append(states) or ())
     handle = lite.enable(pipe, **BOLD)
@@ -125,7 +125,7 @@ class Renamed(WanTransformer3DModel):
 
 
 class Changed(WanTransformer3DModel):
-    """Whoever overrides forward may put tokens elsewhere."""
+    """A subclass that overrides forward, and so may place its tokens differently."""
 
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)

@@ -35,7 +35,7 @@ from comfyui_liteattention.tiles import TileShape
 from comfyui_liteattention.token_order import VideoTokens, arrange, arrange_part
 
 WORLD = 2
-#: Seconds until processes that wait for each other are given up.
+#: Seconds after which processes that wait for each other are terminated.
 PATIENCE = 240
 
 # So few steps that a steeper ramp would leave nothing to skip.
@@ -169,7 +169,7 @@ def work(rank):
 
 
 def one_dense(rank, mode):
-    """The first process goes on densely from the third step; the other doesn't know."""
+    """The first process goes on densely from the third step, without telling the other."""
 
     class Slow(Run):
         def begin_call(self, step):
@@ -183,7 +183,7 @@ def one_dense(rank, mode):
 
 
 def split_late():
-    """Spread over the processes when LiteAttention is there already."""
+    """Spread over the processes after LiteAttention was enabled."""
     pipe = make_pipe()
     session = lite.enable(pipe, **BOLD)
     split(pipe, **MODES["ulysses"])
@@ -279,7 +279,7 @@ def error(a, b):
 
 
 ROUNDING = 1e-5
-#: The accuracy rule: skipping in several processes costs no more than this against one.
+#: The largest difference allowed between several processes and one.
 RULE = 1e-3
 
 
@@ -304,7 +304,7 @@ def test_with_nothing_to_skip_it_is_the_plain_video(found, alone, mode):
 @pytest.mark.parametrize("mode", ["ulysses", "anything"])
 @pytest.mark.parametrize("name", ["bold", "raster"])
 def test_two_processes_skip_what_one_skips(found, alone, mode, name):
-    """Each of them its own heads, with the same tiles."""
+    """Each process skips in its own heads, and together they skip the same tiles."""
     one = alone[name]
     assert one["computed"] < 0.95 * one["total"]
     for result in found:
@@ -442,7 +442,7 @@ def test_pieces_are_compact():
 
 
 def test_text_among_the_pieces_is_declined():
-    """Every process has its share of text and of video: where they lie can't be told."""
+    """Every process has a piece of the text and of the video, so the video isn't contiguous."""
     run = Run(Settings(**FULL), backend_for(torch.device("cpu")), ())
     place = Place(Progress(0, 0.5), "cond", torch.device("cpu"), "")
     q = torch.zeros(1, 2, 64, 32)

@@ -1,4 +1,4 @@
-"""Where in which run a call happens, told from the calls alone."""
+"""Which run a call belongs to, and where in it, found out from the calls alone."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def test_a_second_order_sampler_stays_in_its_run():
 
 
 def test_a_new_schedule_is_a_new_run():
-    """Even where the second run starts at less noise than the first one failed at."""
+    """Even if the second run starts at less noise than that at which the first one failed."""
     first, second = torch.tensor([1000.0, 500]), torch.tensor([400.0, 200])
     moments = [Moment("cond", None, None, 1000.0, first), Moment("cond", None, None, 400.0, second)]
     assert follow(moments)[0] == [0, 1]
@@ -67,7 +67,7 @@ def test_texts_name_streams():
 
 
 def test_frames_that_lag_behind_stay_in_one_run():
-    """Asynchronous diffusion forcing: the noisiest frame waits while the first ones lose noise."""
+    """Asynchronous diffusion forcing: later frames wait while the first ones are denoised."""
     schedule = torch.tensor([1000.0, 600, 200])
     levels = tuple(schedule.tolist())
     frames = [(1000, 1000), (600, 1000), (200, 1000), (0, 600), (0, 200)]

@@ -49,7 +49,7 @@ def pair():
 @pytest.mark.parametrize("choices", [{}, BOLD], ids=["declined", "skipping"])
 @pytest.mark.parametrize("on", ["transformer", "pipeline"])
 def test_threads_share_a_transformer(pair, choices, on):
-    """Each thread's video is what it is alone, bit for bit, declined or not."""
+    """Each thread's video is the same as if it ran alone, bit for bit, skipping or dense."""
     first, second = pair
     plain = [run(pipe, seed, steps=6) for seed, pipe in enumerate(pair)]
     processors = [block.attn1.processor for block in first.transformer.blocks]
@@ -197,14 +197,14 @@ def test_state_is_gone_before_the_video_is_decoded():
     assert handle._session._mine.trajectory.runs == {}
     report = handle.report()
     assert report.steps == 4 and len(report.calls) == 16 and report.active
-    # One more call belongs to nothing; it is dense, and changes no report.
+    # One more call belongs to no run; it is dense, and changes no report.
     lite.enable(make_wan())
     call(pipe.transformer, texts()[0], float(t))
     assert len(handle.report().calls) == 16
 
 
 def test_another_pass_of_a_step_has_tiles_of_its_own():
-    """The same text and latent once more, with or without anything that tells passes apart."""
+    """The same text and latent again, whether or not the passes differ in their arguments."""
     model, (text,) = make_wan(), texts(1)
     handle = lite.enable(model, **BOLD)
     times = (900, 600, 300)
@@ -279,7 +279,7 @@ def test_a_guider_of_a_modular_pipeline():
 
 
 def test_attention_that_is_perturbed_stays_as_it_is():
-    """Guidance by perturbed attention puts values in place of PyTorch's attention, for one pass."""
+    """Perturbed-attention guidance replaces PyTorch's attention by the values in one pass."""
     model, (text,) = make_wan(), texts(1)
 
     def sample():

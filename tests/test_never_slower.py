@@ -1,4 +1,4 @@
-"""Never slower: when a run begins to skip, and that little is ever lost by it."""
+"""Never slower: when a run begins to skip, and that it never loses more than a little time."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ TILES = 1000
 
 
 def play(steps, layers, costs, fraction):
-    """A run in which ``fraction(layer, step)`` of the tiles are computed; its time over dense, and
-    its pace."""
+    """A run in which ``fraction(layer, step)`` of the tiles are computed. Returns its time relative
+    to dense, and its pace."""
     pace, taken, begun = Pace(steps), 0.0, set()
     for step in range(steps):
         done = []
@@ -33,14 +33,14 @@ def play(steps, layers, costs, fraction):
                 seconds = costs.of(computed / TILES)
                 done.append((layer, computed))
             taken += seconds
-        # What was computed is known when the model has returned.
+        # The numbers of computed tiles are known only when the model has returned.
         for layer, computed in done:
             pace.settle(layer, TILES, computed)
     return taken / (steps * layers), pace
 
 
 def falling(steps, slope, lowest):
-    """The tiles fall by so much a step; costs as they are rehearsed for that."""
+    """Tiles that fall by ``slope`` per step to ``lowest``, with costs rehearsed for that."""
 
     def fraction(layer, step):
         return max(1 - slope * step, lowest)
@@ -66,7 +66,7 @@ def falling(steps, slope, lowest):
     good=st.floats(0.0, 1.0),
 )
 def test_however_the_tiles_fall_little_is_lost(steps, layers, costs, slopes, lowest, good):
-    """Otherwise than was expected: hardly, or not at all, or only in the layers that begin."""
+    """Even if they fall less than expected: hardly, not at all, or only in the first layers."""
 
     def fraction(layer, step):
         slope = slopes[layer % len(slopes)] if layer < good * layers else 0.0
@@ -81,7 +81,7 @@ def test_however_the_tiles_fall_little_is_lost(steps, layers, costs, slopes, low
     [(0.9, 0.61), (1.0, 0.68), (1.05, 0.71), (1.15, 0.77), (1.3, 0.84), (1.4, 0.88), (1.6, 0.96)],
 )
 def test_what_pays_is_done(ratio, most):
-    """Although a full call is slower than dense; tiles fall as those of the small demo model."""
+    """Even if a full call is slower than dense. Tiles fall as in the small demo model."""
     fraction, costs = falling(20, 0.035, 0.4)
     taken, pace = play(20, 30, costs(ratio), fraction)
     assert taken < most
@@ -134,7 +134,7 @@ def test_costs_follow_the_measured_points():
     assert costs.at(0.0) == pytest.approx(2.0)
     assert costs.at(0.5) == pytest.approx(costs.of(0.6))
     assert costs.at(1.0) == pytest.approx(0.8)
-    # Times that no floor explains are noise.
+    # Times that would give a negative floor are noise.
     assert Rehearsal(2.0, 0.1, 0.6, 0.2).costs(1.0).floor == 0.0
     assert Rehearsal(2.0, 2.1, 1.0, 0.99).costs(1.0).floor == 0.0
     assert Rehearsal(1.0, 3.0, 0.6, 0.2).costs(1.0).floor == 1.0

@@ -1,4 +1,4 @@
-"""What is installed: nothing heavy, and all that is needed."""
+"""What gets installed: all that is needed, and nothing heavy."""
 
 import ast
 import os

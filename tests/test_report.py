@@ -72,7 +72,7 @@ def test_means():
     calls = report().calls
     assert fraction(calls) == pytest.approx((1 + 5 * 0.85) / 6)
     assert fraction(()) == 1
-    # The first step is dense: it loses nothing. Half a call that nobody audited doesn't count.
+    # The first step is dense and loses nothing; calls without an audit count like audited ones.
     assert mean_lost(calls) == pytest.approx(5 * 0.0015 / 6)
     assert mean_lost([CallStats(1, "0", "positive", 64, 50, 100, None)]) is None
 

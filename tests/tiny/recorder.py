@@ -1,4 +1,4 @@
-"""A backend that finds every tile as negligible as every other, and remembers what it was asked."""
+"""A backend that gives every tile the same score, and records the calls that it gets."""
 
 import torch
 
@@ -9,7 +9,8 @@ TILE = 16
 
 
 class Recorder(ReferenceBackend):
-    """Every tile gets the same ``score``: far below the threshold, whatever may be skipped is."""
+    """Every tile gets the same ``score``. If that is far below the threshold, all that may be
+    skipped is skipped."""
 
     def __init__(self, score):
         super().__init__(TileShape(TILE, TILE))

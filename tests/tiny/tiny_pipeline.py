@@ -1,4 +1,4 @@
-"""A real WanPipeline around a tiny transformer whose attention is local, and calls without it."""
+"""A real WanPipeline with a tiny transformer whose attention is local; calls without a pipeline."""
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline

@@ -61,7 +61,7 @@ def given_first_frame(t):
 
 
 def sharpen(model, gain=1.4):
-    """Make queries and keys alike, and far apart for unlike tokens."""
+    """Make queries and keys similar for similar tokens, and different for different ones."""
     with torch.no_grad():
         for name in self_attention(model, FAMILIES[type(model).__name__]):
             module = model.get_submodule(name)

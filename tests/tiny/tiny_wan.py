@@ -5,7 +5,7 @@ from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
 
 
 def sharpen(model, channels=slice(None), gain=4.0, bias=2.0):
-    """Make queries and keys alike but for their position, so that far tokens don't matter.
+    """Make queries and keys differ by their position only, so that distant tokens don't matter.
 
     ``channels`` of each head to do this in; the others are zero.
     """
@@ -21,9 +21,9 @@ def sharpen(model, channels=slice(None), gain=4.0, bias=2.0):
 
 
 #: Of the 12 + 10 + 10 channels of a head that turn with frame, row and column: those that turn by
-#: about 1/6 rad a token. Faster ones come round again within the video, so that far tokens look
-#: near; with a whole turn longer than the video, a tile that is compact in all three directions,
-#: as the default order makes them, sees less of the others the farther they are.
+#: about 1/6 rad a token. Faster ones complete a turn within the video, so that distant tokens would
+#: look close. With a turn longer than the video, attention between compact tiles, as the default
+#: order makes them, decreases with their distance.
 LOCAL = [2, 3, 14, 15, 24, 25]
 
 

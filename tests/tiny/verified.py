@@ -155,7 +155,7 @@ def summary():
 
 
 def common(family, passed):
-    """The letters that all models of a family have."""
+    """The letters that all models of a family have in common."""
     letters = [set(found) for model, found in passed.items() if family_of(model) == family]
     return "".join(sorted(set.intersection(*letters))) if letters else NOTHING
 
