@@ -218,7 +218,7 @@ class Run:
         backend: Backend,
         dense: Dense,
     ) -> bool:
-        """Whether LiteAttention computes a call; if not, that of the user's own is timed."""
+        """Whether LiteAttention computes a call; if not, ``dense``, which will, is to be timed."""
         device = parts[0].inputs.q.device
         streams = tuple(part.stream for part in parts)
         tokens = tuple(part.inputs.q.shape[2] for part in parts)
