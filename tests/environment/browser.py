@@ -2,7 +2,8 @@
 
     pip install playwright; apt install chromium
     .dev/venv/bin/python tests/environment/browser.py OUT [--chromium /usr/bin/chromium]
-        [--front-end FOLDER] [--only-open | --picture docs/images/workflow.png]
+        [--front-end FOLDER] [--only open | --only use | --picture docs/images/workflow.png]
+        [--steps 20]
 
 Searches the node by "faster video", opens every workflow and checks that all of it can be read in a
 window of a usual size, with "Nodes 2.0" as well; runs the demo's two, prints what the nodes say and
@@ -60,24 +61,31 @@ def main() -> None:
         if options.picture:
             take_picture(fresh_page(browser, server, size=LARGE), server, options.picture)
             return
-        small = []
-        for nodes2 in (False, True):
-            page = fresh_page(browser, server, nodes2, USUAL)
-            for name in WORKFLOWS:
-                small += check_workflow(page, name, options.out, nodes2)
-        if small:
-            raise SystemExit("\n".join(small))
-        if not options.only_open:
-            use(browser, server, options.out)
+        if options.only != "use":
+            open_all(browser, server, options.out)
+        if options.only != "open":
+            use(browser, server, options.out, options.steps)
         browser.close()
 
 
-def use(browser: Any, server: ComfyServer, out: Path) -> None:
+def open_all(browser: Any, server: ComfyServer, out: Path) -> None:
+    """Every workflow, as it is seen first."""
+    wrong = []
+    for nodes2 in (False, True):
+        page = fresh_page(browser, server, nodes2, USUAL)
+        for name in WORKFLOWS:
+            wrong += check_workflow(page, name, out, nodes2)
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+def use(browser: Any, server: ComfyServer, out: Path, steps: int) -> None:
     """Search the node, run the demo's workflows, bypass, interrupt, run again."""
     search(fresh_page(browser, server), out / "search.png")
     for name, nodes2 in ((DEMO, False), (AB, False), (DEMO, True)):
         page = fresh_page(browser, server, nodes2)
         open_workflow(page, name)
+        set_widget(page, "KSampler", "steps", steps)
         run(page, server)
         page.screenshot(path=out / f"{name}{'_nodes2' * nodes2}.png")
         print(*says(page), sep="\n")
@@ -141,8 +149,9 @@ def bypass(page: Any) -> None:
 def set_widget(page: Any, kind: str, name: str, value: float) -> None:
     page.evaluate(
         """([kind, name, value]) => {
-            const node = app.graph.nodes.find(node => node.type === kind);
-            node.widgets.find(widget => widget.name === name).value = value;
+            for (const node of app.graph.nodes.filter(node => node.type === kind)) {
+                node.widgets.find(widget => widget.name === name).value = value;
+            }
         }""",
         [kind, name, value],
     )
@@ -306,8 +315,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     parser.add_argument("--front-end", type=Path, help="static folder of another front end")
+    parser.add_argument("--steps", type=int, default=20, help="of the demo's runs")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--only-open", action="store_true", help="run nothing")
+    only.add_argument("--only", choices=("open", "use"), help="open all, or use the demo's")
     only.add_argument("--picture", type=Path, help="only this: the demo's nodes after a run")
     return parser.parse_args()
 

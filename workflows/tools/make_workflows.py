@@ -332,7 +332,7 @@ def _note(recipe: Recipe, canvas: Canvas) -> Node:
             "other patches.",
             CHINESE,
             f"**Download**, unless ComfyUI has offered them already:\n\n{links}",
-            "Our figures come from a small model. Judge by your own comparison.",
+            "Our own figures are those of a small model.",
         )
     )
     return note_node(text, height=height)
