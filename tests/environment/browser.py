@@ -101,6 +101,7 @@ def change_ones_mind(page: Any, server: ComfyServer) -> None:
     tells of each what it was."""
     open_workflow(page, DEMO)
     set_widget(page, "KSampler", "steps", 6)
+    set_widget(page, "LiteAttentionDemoLatent", "frames", 8)
 
     def expect(words: str) -> None:
         text = status(page)
