@@ -121,7 +121,7 @@ def test_reasons_are_found():
     assert any("did not pass any" in reason for reason in found["integrations/comfy/takers.py"])
     assert len(found["integrations/diffusers/parallel.py"]) == 6
     assert len(found["integrations/comfy/families/__init__.py"]) == 2
-    assert len(found["integrations/comfy/families/lightricks.py"]) == 2
+    assert len(found["integrations/comfy/families/lightricks.py"]) == 3
     assert len(found["integrations/comfy/families/wan.py"]) == 2
     assert any("numba is not installed" in reason for reason in found["backends/cpu/backend.py"])
     assert any("CUDA driver error" in reason for reason in found["backends/gpu/driver.py"])

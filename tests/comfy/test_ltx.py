@@ -13,6 +13,7 @@ from recorder import Recorder
 
 from comfyui_liteattention.settings import Settings
 
+WEIGHTED = "LTX guides with a strength other than 1, or a mask: they mask the video's attention"
 pytestmark = pytest.mark.usefixtures("one_thread", "comfy")
 
 NAMES = ["LTX-2.3", "LTX-2.5"]
@@ -143,6 +144,47 @@ def test_the_two_stages_of_the_templates(request, plain, patched, guided):
         assert ours.shape == dense.shape
         assert ours.isfinite().all()
     assert not torch.equal(got[0], want[0])
+
+
+class PlainVae:
+    """Of the templates' VAE, what LTXVAddGuide asks for."""
+
+    downscale_index_formula = (8, 32, 32)
+
+    def encode(self, pixels):
+        return tiny_comfy.noise((1, 128, 1, pixels.shape[1] // 32, pixels.shape[2] // 32), 3)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_first_and_last_frame(request, plain, patched, strength):
+    """One pass at full size, by the node of the templates. Those ask for a strength of 0.7, for
+    which ComfyUI masks the attention: it stays dense, with one sentence."""
+    from comfy_extras.nodes_lt import LTXVAddGuide
+
+    name = request.node.callspec.params["plain"]
+    frames, rows, columns = SIZE
+
+    def generate(model):
+        positive, negative = prompts()
+        latent = {"samples": torch.zeros(1, 128, frames, 2 * rows, 2 * columns)}
+        image = torch.zeros(1, 64 * rows, 64 * columns, 3)
+        for frame in (0, -1):
+            given = positive, negative, PlainVae(), latent, image, frame, strength
+            positive, negative, latent = LTXVAddGuide.execute(*given).result
+        given = with_sound(latent["samples"], mask=latent["noise_mask"])
+        guider = guider_of(model, positive, negative, name)
+        return sampled(guider, given, FIRST, "euler_ancestral")["samples"].unbind()
+
+    want, got = generate(plain), generate(patched)
+    report = report_of(patched)
+    if strength == 1.0:
+        assert {call.tokens for call in report.calls} == {(frames + 2) * 4 * rows * columns}
+        assert len(report.calls) == (len(FIRST) - 1) * LAYERS
+        assert_streams_begin_dense(report)
+    else:
+        assert not report.calls
+        assert next(iter(report.reasons)) == WEIGHTED
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
 @pytest.mark.parametrize("declined", [False, True])

@@ -194,7 +194,7 @@ def _attend(
     run, options = forward.run, call.others.get("transformer_options") or {}
     form = forward.form_of(options)
     q, k, v = call.split()
-    reason = call.ineligible() or (form if isinstance(form, str) else None)
+    reason = form if isinstance(form, str) else call.ineligible()
     reason = reason or dense_reason(q, k, v, len(forward.streams), run.settings, run.backend)
     if reason is None and isinstance(form, Form):
         reason = form.misfit(q.shape[2])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
 from .sequence import Family, FormOrReason, ModelCall, grid_of, sequence
+
+WEIGHTED = "LTX guides with a strength other than 1, or a mask: they mask the video's attention"
 
 
 def _ltx(model: Any, call: ModelCall) -> FormOrReason:
@@ -19,7 +22,14 @@ def _ltx(model: Any, call: ModelCall) -> FormOrReason:
     appended, left = divmod(0 if guides is None else guides.shape[2], rows * columns)
     if left or appended >= frames:
         return "guide tokens that are not whole frames"
+    if appended and any(map(_weighted, call.conds.get("guide_attention_entries") or ())):
+        return WEIGHTED
     return sequence((frames - appended, rows, columns), after=appended * rows * columns)
+
+
+def _weighted(guide: Mapping[str, Any]) -> bool:
+    """Whether the video attends to a guide, or to parts of it, more or less than to the rest."""
+    return guide["strength"] != 1.0 or guide.get("pixel_mask") is not None
 
 
 FAMILY: Family = {
