@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.demo_video import HELD_OUT, Case, DemoVideos, Moment
 from benchmarks.record import write_json
-from comfyui_liteattention.backends.base import Attended, Criterion, Inputs, Rows, some_of
+from comfyui_liteattention.backends.base import Attended, Criterion, Inputs, some_of
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
 from comfyui_liteattention.plan import Plan
 from comfyui_liteattention.policy import lost_mass
@@ -46,9 +46,10 @@ class ShadowedBackend(CpuBackend):
         return result
 
     def forward_and_audit(
-        self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: Rows
+        self, call: Inputs, lists: TileLists, criterion: Criterion | None, audited: range
     ) -> tuple[Attended, Attended]:
-        return self.forward(call, lists, criterion), super().forward(some_of(call, audited))
+        some = some_of(call, audited, self.tile)
+        return self.forward(call, lists, criterion), super().forward(some)
 
 
 def main() -> None:

@@ -12,11 +12,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, mean
 from typing import Any
 
 from benchmarks.sensitivity import noise_levels
+from comfyui_liteattention.backends.gpu.archive import Prebuilt
+from comfyui_liteattention.backends.gpu.kernel_table import METHODS, Variant
 from comfyui_liteattention.budget.closeness import POWER, WITHIN, weights
 from comfyui_liteattention.presets import PRESETS
 
@@ -24,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
 
-METHODS = {
+RIVALS = {
     "ours": "LiteAttention, budget",
     "upstream": "upstream's semantics (gap to the running maximum, fixed threshold)",
     "sol_attn": "Sol-Attn, chosen anew at every step",
@@ -53,6 +56,11 @@ ORDERS = {
 }
 
 
+#: By compute capability; of PTX, which is for what has no machine code.
+CARDS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100", 100: "B200", 103: "B300"}
+CARDS |= {120: "RTX 50", 121: "DGX Spark"}
+
+
 def main() -> None:
     for page in PAGES:
         page.write_text(filled(page), encoding="utf-8")
@@ -74,7 +82,7 @@ def head_to_head() -> str:
     found = _load("quality_cpu.json")["computed_fraction_at_goal_per_seed"]
     rows = [
         [title, *(" and ".join(map(_share, found[method][goal])) for goal in ("35.0", "40.0"))]
-        for method, title in METHODS.items()
+        for method, title in RIVALS.items()
     ]
     return _table(["method", "35 dB", "40 dB"], rows)
 
@@ -243,6 +251,47 @@ def long_videos() -> str:
         ]
         rows.append([f"{tokens:,}", str(steps), f"{dense:.0f} s", *taken])
     return _table(["tokens", "steps", "dense", *(f"*{name}*" for name in names)], rows)
+def archives() -> str:
+    """What is prebuilt for which card, and the driver that takes it."""
+    found = Prebuilt().manifest["archives"]
+    without = [CARDS[arch] for arch in CARDS if arch not in {a["arch"] for a in found.values()}]
+    rows = [
+        [
+            f"`{name}`",
+            ", ".join([*without, "newer ones"]) if name == "ptx" else CARDS[archive["arch"]],
+            str(len(archive["kernels"])),
+            " and ".join(sorted({entry["ptxas"] for entry in archive["kernels"].values()})),
+            str(archive["driver"]),
+        ]
+        for name, archive in found.items()
+    ]
+    return _table(["archive", "cards", "kernels", "assembler", "driver"], rows)
+
+
+def modes() -> str:
+    """What the assembler made of each mode, by card: head_dim 128, bf16, a list, the mass score."""
+    found = _load("kernels.json")
+    rows = []
+    for mode, (name, archive) in product(METHODS, Prebuilt().manifest["archives"].items()):
+        method = METHODS[mode].get(archive["arch"])
+        if name == "ptx" or method is None:
+            continue
+        kernel = found[f"{name}/{Variant(128, 'bf16', True, 'mass', method).name}"]
+        loop = [str(kernel["loop"]), f"{kernel['over_dense']:+.1%}"]
+        memory = f"{kernel['shared'] / 1024:.0f} KiB"
+        rows.append([f"`{mode}`", f"`{name}`", str(kernel["registers"]), *loop, memory])
+    heads = ["mode", "archive", "registers", "loop", "over dense", "shared memory"]
+    return _table(heads, rows)
+
+
+def accuracy() -> str:
+    """Error of the modes by kind of input."""
+    rows = _load("low_precision.json")["rows"]
+    lines = [
+        [row["inputs"], str(row["head_dim"]), *(f"{e:.2%}" for e in row["error"].values())]
+        for row in rows
+    ]
+    return _table(["inputs", "head_dim", *rows[0]["error"]], lines)
 
 
 #: The pages, the places in them by name, and what fills them.
@@ -256,6 +305,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     },
     DOCS / "closeness.md": {"closeness": closeness, "sensitivity": sensitivity},
     ROOT / "README.md": {"long videos": long_videos, "at 35 dB": at_35_db, "presets": presets},
+    ROOT / "kernels" / "README.md": {"archives": archives, "modes": modes, "accuracy": accuracy},
 }
 
 

@@ -15,6 +15,7 @@ from . import policy, tail
 from .backends import tile_map as torch_tile_map
 from .backends.base import Agreement, Attended, Backend, Inputs, Skipped, TileMap, rows_of
 from .backends.pooled import pool
+from .budget.allocation import Limit
 from .budget.ledger import PRIOR, enter_audit, open_ledger
 from .settings import Settings
 from .tiles import TileShape
@@ -174,8 +175,8 @@ def attend(
     needed = settings.tail and (audited or state.fit is not None)
     pooled = pool(call.k, call.v, tile.k) if needed else None
     full = None
-    if audited:
-        result, full = backend.forward_and_audit(call, lists, criterion, rows)
+    if audited and lists is not None:
+        result, full = backend.forward_and_audit(call, lists, criterion, audited)
     else:
         result = backend.forward(call, lists, criterion)
 
@@ -195,7 +196,7 @@ def attend(
     if result.score is not None:
         if state.pinned is None:
             state.pinned = _pinned(settings, video, call, tile)
-        limit: float | Tensor
+        limit: float | Limit
         if aim is None:
             limit = policy.threshold_at(settings, position, result.score.shape[-1])
         else:
@@ -214,7 +215,7 @@ def _limit(
     score: Tensor,
     lost: Tensor | None,
     aim: float,
-) -> Tensor:
+) -> Limit:
     """The score up to which tiles go, so that ``aim`` is lost; ``lost []``: what the audit of this
     call measured."""
     assert state.pinned is not None

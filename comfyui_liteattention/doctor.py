@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from .backends import backend_for
+from .backends import backend_for, capability
 from .backends.base import Provider
 from .backends.constraints import Constraints
 from .backends.cpu import backend as cpu
 from .backends.gpu import launches as gpu
+from .backends.modes import AS_EXACT, fastest
 
 #: A note for every graphics card.
 UNTRIED = "its kernels were built and tested without a GPU; no GPU has run them yet"
@@ -53,6 +54,7 @@ def render(findings: dict[str, Any]) -> str:
             lines.append(f"  LiteAttention will be active: {device['backend']} backend, ")
             lines[-1] += "self-test passed"
             lines.append(f"  It takes {device['takes']}")
+            lines += [f"  Mode auto is {_in_words(device['auto'])}"] if device["auto"] else []
             if device["note"]:
                 lines.append(f"  Mind that {device['note']}")
         else:
@@ -72,8 +74,20 @@ def _examine_device(device: torch.device) -> dict[str, Any]:
         "self_test": None if reason else "passed",
         "reason": reason,
         "takes": TAKES[device.type].describe(),
+        "auto": _auto(device) if device.type == "cuda" else {},
         "note": UNTRIED if device.type == "cuda" else None,
     }
+
+
+def _auto(device: torch.device) -> dict[str, str]:
+    """What mode ``auto`` is beside each attention in 8 bits, which a run recognises."""
+    card = capability(device)
+    return {users: fastest(users, card) or "native" for users in AS_EXACT}
+
+
+def _in_words(auto: dict[str, str]) -> str:
+    beside = "; ".join(f"{mode} beside {users}" for users, mode in auto.items() if mode != "native")
+    return f"native beside attention in 16 bits; {beside}" if beside else "native"
 
 
 def _failed_test(provider: Provider, device: torch.device) -> str | None:

@@ -11,7 +11,8 @@ from functools import cached_property
 from numbers import Real
 from typing import TypedDict, get_args
 
-from .backends.base import Criterion, Qk
+from .backends.base import Criterion
+from .backends.modes import Wanted
 from .token_order import TokenOrder, TokenRanges
 
 #: A threshold at or below this never skips a tile.
@@ -80,10 +81,11 @@ class Settings:
     never_slower
         Leave calls to the user's own attention as long as that is the faster one, and switch
         off for a run in which it stays so (never_slower.py).
-    qk
-        How a graphics card multiplies queries and keys: ``native``, in their own dtype, or
-        ``int8``, meant to be faster on some cards, and less precise. Where there is no INT8 kernel,
-        and on the CPU, it is native all the same.
+    mode
+        How a graphics card multiplies: ``native``, as precisely as 16 bits do; ``int8``, queries
+        and keys in 8 bits; ``fp8``, weights and values as well (RTX 40, 50). The later, the faster
+        and the less precise. ``auto``: the fastest that is as exact as your own attention, native
+        where that is in 16 bits. Where a mode isn't there, and on the CPU, it is native.
     """
 
     closeness: float | None = None
@@ -100,7 +102,7 @@ class Settings:
     tail: bool = True
     min_tokens: int = 2048
     never_slower: bool = True
-    qk: Qk = "native"
+    mode: Wanted = "auto"
 
     def __post_init__(self) -> None:
         for name in ("dense_layers", "dense_keys", "dense_queries"):
@@ -134,7 +136,8 @@ class Options(TypedDict, total=False):
     tail: bool
     min_tokens: int
     never_slower: bool
-    qk: Qk
+    mode: Wanted
+    qk: Wanted  # the name of mode before
 
 
 def describe(settings: Settings) -> str:
@@ -201,7 +204,7 @@ def _of_other_types(s: Settings) -> Iterator[tuple[str, str]]:
     for name in ("tail", "never_slower"):
         if not isinstance(getattr(s, name), bool):
             yield name, "must be True or False"
-    for name, kind in (("criterion", Criterion), ("order", TokenOrder), ("qk", Qk)):
+    for name, kind in (("criterion", Criterion), ("order", TokenOrder), ("mode", Wanted)):
         if getattr(s, name) not in get_args(kind):
             yield name, f"must be one of {', '.join(get_args(kind))}"
     if not _are_layers(s.dense_layers):

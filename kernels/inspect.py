@@ -1,11 +1,13 @@
 """What the assembler made of every prebuilt kernel: registers, spills, occupancy, instructions.
 
     python kernels/inspect.py [--json] [--arch 90] [--match d128_bf16] [--no-code] [--folder DIR]
+    python kernels/inspect.py --json --modes > benchmarks/results/kernels.json
 
 Per kernel: registers, bytes of stack and spill instructions, shared memory, blocks that fit on one
 multiprocessor, and, for the loop over key tiles, instructions and tensor-core instructions. "over
 dense" compares the loop with that of the dense kernel without scores. Needs triton, for cuobjdump,
-and about half a second a kernel; --no-code leaves out what needs the disassembly.
+and about half a second a kernel; --no-code leaves out what needs the disassembly. The second line
+is for the table of modes in README.md (``python -m benchmarks.tables``).
 """
 
 # ruff: noqa: E402 - sys.path must be set right before anything else is imported
@@ -36,9 +38,12 @@ SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100, 121:
 SHARED_PER_BLOCK = 1024  # what the driver keeps of it in every block
 
 #: Opcodes of matrix instructions: Ampere to Ada and consumer Blackwell, Hopper, Blackwell; the
-#: same for INT8.
-TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA")
+#: same for INT8; FP8.
+TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA", "QMMA")
 SPILLS = ("STL", "LDL")
+
+#: What modes are compared by: what runs most, and what it is compared with.
+MODES = "^d128_bf16_.*(dense_plain|lists_mass)$"
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _ENDS = ("EXIT", "RET", "BRA")
@@ -196,6 +201,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--arch", type=int, help="one architecture, e.g. 90; default: all")
     parser.add_argument("--match", default="", metavar="REGEX", help="only these kernels")
+    parser.add_argument("--modes", action="store_const", dest="match", const=MODES)
     parser.add_argument("--no-code", action="store_true", help="registers and memory only: quick")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="default: the package's")
     args = parser.parse_args()

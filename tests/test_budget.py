@@ -155,14 +155,14 @@ def test_a_choice_spends_what_it_drops_and_starts_over_where_that_was_too_much()
     counts, tiles = allocation.histogram(score, droppable), score[..., 0].numel()
     ledger = open_ledger(CPU)
     choice = allocation.choose(counts, tiles, ledger, None, 1.0, [], 0.05)
-    dropped = torch.where(droppable & (score <= choice.limit), score.exp2(), 0).sum() / tiles
+    dropped = torch.where(droppable & (score <= choice.limit.score), score.exp2(), 0).sum() / tiles
     assert float(choice.ledger[0]) == pytest.approx(float(dropped), rel=0.05) and dropped > 0.03
     assert float(choice.remaining.sum()) == pytest.approx(float(remaining(score, droppable).sum()))
-    assert choice.limit.dtype == torch.float32
+    assert choice.limit.score.dtype == torch.float32 and not choice.limit.all_back
 
     # An audit then shows that ten times as much is lost as was estimated.
     again = allocation.choose(counts, tiles, choice.ledger, 10 * dropped, 1.0, [], 0.05)
-    assert again.limit.isnan() and again.ledger[0] == 0 and again.remaining[0] == 0
+    assert again.limit.all_back and again.ledger[0] == 0 and again.remaining[0] == 0
     live = mark(torch.zeros_like(droppable), score, again.limit, ~droppable[0, 0])
     assert live.all()
 

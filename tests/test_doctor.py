@@ -23,11 +23,12 @@ class Card:
 
 @pytest.fixture
 def card(monkeypatch):
-    def examine(reason):
+    def examine(reason, capability=89):
         zeros = torch.zeros
         monkeypatch.setattr(doctor, "_devices", lambda: [torch.device("cuda", 0)])
         monkeypatch.setattr(doctor, "_device_name", lambda device: "a card")
         monkeypatch.setattr(doctor, "backend_for", lambda device: Card(reason))
+        monkeypatch.setattr(doctor, "capability", lambda device: capability)
         monkeypatch.setattr(torch, "zeros", lambda *shape, **_: zeros(*shape))
         findings = doctor.examine()
         return findings["devices"][0], doctor.render(findings)
@@ -44,6 +45,13 @@ def test_a_card_is_tested_before_it_is_called_active(card):
     )
     assert "active: second choice backend, self-test passed" in text
     assert "no GPU has run them yet" in text
+
+
+def test_what_auto_comes_to_on_this_card(card):
+    found, text = card(None)
+    assert set(found["auto"].values()) == {"int8"}
+    assert "Mode auto is native beside attention in 16 bits; int8 beside SageAttention;" in text
+    assert "Mode auto is native\n" in card(None, capability=103)[1]
 
 
 def test_a_failed_self_test_is_the_reason(card):

@@ -17,7 +17,7 @@ WRONG = {
     "dense_queries": ((1, 2), ((0.0, 5.0),)),
     "criterion": ("Mass", None, 1),
     "order": ("hilbert", None, []),
-    "qk": ("int4", 8),
+    "mode": ("int4", 8),
     "tail": ("no", 1, None),
     "never_slower": ("no", 0, None),
 }

@@ -27,7 +27,7 @@ FILES = sorted(
 TAKERS = ("decline", "_stop")
 NAMES = ("reason", "why")
 PARTS = {"LiteAttention inactive: ...", "unknown error"}  # of lines whose other part is the reason
-ERRORS = ("DriverError", "PrebuiltError")  # their words become reasons
+ERRORS = ("DriverError", "ImageRefusedError", "PrebuiltError")  # their words become reasons
 
 
 def constants(tree: ast.Module) -> dict[str, str]:

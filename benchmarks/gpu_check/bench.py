@@ -6,12 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 
 from comfyui_liteattention.backends import backend_for
-from comfyui_liteattention.backends.base import Backend, Provider, Qk
+from comfyui_liteattention.backends.base import Backend, Mode, Provider
 from comfyui_liteattention.backends.gpu.backend import KernelBackend
 from comfyui_liteattention.backends.gpu.jit import JitLauncher
 from comfyui_liteattention.backends.gpu.prebuilt import process_launcher
@@ -20,7 +20,7 @@ from demo.model import LATENT_SHAPE
 Call: TypeAlias = Callable[[], object]
 #: Cycles, some 10 ms, in which the host queues what is timed.
 HEAD_START = 20_000_000
-MODES: tuple[Qk, ...] = ("native", "int8")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,17 @@ def providers_on(device: torch.device) -> dict[str, Provider | str]:
         return {"native": backend_for(device)}
     found: dict[str, Provider | str] = {}
     for mode in MODES:
-        found[mode] = prebuilt = KernelBackend(process_launcher(), mode)
-        if isinstance(prebuilt.provide(device, 128, torch.bfloat16), str):
-            found[f"{mode} by triton"] = KernelBackend(JitLauncher(), mode)
+        found[mode] = prebuilt = _available(KernelBackend(process_launcher(), mode), device)
+        trusted = not isinstance(prebuilt, str) and prebuilt.provide(device, 128, torch.bfloat16)
+        compiled = _available(KernelBackend(JitLauncher(), mode), device)
+        if (not trusted or isinstance(trusted, str)) and not isinstance(compiled, str):
+            found[f"{mode} by triton"] = compiled
     return found
+
+
+def _available(backend: KernelBackend, device: torch.device) -> Provider | str:
+    """The backend, or why this card has none of its kernels."""
+    return backend.unavailable(device, "mass") or backend
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:

@@ -7,28 +7,35 @@ from itertools import product
 
 import torch
 
-from .base import Provider, Qk
+from .base import Criterion, Provider
 from .cpu.backend import CpuBackend
 from .gpu.backend import KernelBackend
 from .gpu.first_trusted import FirstTrusted
 from .gpu.jit import JitLauncher
 from .gpu.prebuilt import process_launcher
+from .modes import Chosen, Wanted, mode_for
 
-__all__ = ["backend_for"]
+__all__ = ["backend_for", "capability"]
 
 
-def backend_for(device: torch.device, qk: Qk = "native") -> Provider | str:
+def backend_for(
+    device: torch.device,
+    mode: Wanted = "auto",
+    attention: str = "",
+    criterion: Criterion = "mass",
+) -> Provider | str:
     """What provides the backends for a device during a run, or the reason why there is none.
 
-    ``qk``: how a card multiplies queries and keys; where ``int8`` isn't there, and on the CPU, it
-    is ``native`` all the same. A kernel is trusted after its self-test: on the CPU here, on a card
-    for each head_dim and dtype when they are first used (``Provider.provide``).
+    ``mode``: how a card multiplies, and ``attention``, what attends where we don't, by its name:
+    see :func:`.modes.mode_for`; where the mode isn't there, and on the CPU, it is ``native``
+    all the same. A kernel is trusted after its self-test: on the CPU here, on a card for each
+    head_dim and dtype when they are first used (``Provider.provide``).
     """
     if device.type == "cpu":
         cpu = _cpu()
         reason = cpu.provide(device, 64, torch.float32)
         return reason if isinstance(reason, str) else cpu
-    card = _card(device, qk)
+    card = _card(device, mode_for(mode, attention, capability(device)), criterion)
     if not isinstance(card, str):
         card.begin_run()
     return card
@@ -39,14 +46,23 @@ def _cpu() -> CpuBackend:
     return CpuBackend()
 
 
+def capability(device: torch.device) -> int | None:
+    """The compute capability of an NVIDIA card, major * 10 + minor, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
 @lru_cache
-def _card(device: torch.device, qk: Qk) -> FirstTrusted | str:
+def _card(device: torch.device, chosen: Chosen, criterion: Criterion) -> FirstTrusted | str:
     """Prebuilt code first, then the same kernel through triton; both in native mode after that."""
     candidates: list[KernelBackend] = []
     reasons = []
-    for mode, launcher in product(dict.fromkeys((qk, "native")), (process_launcher, JitLauncher)):
-        backend = KernelBackend(launcher(), mode)
-        reason = backend.unavailable(device)
+    modes = dict.fromkeys((chosen, Chosen()))
+    for (mode, why), launcher in product(modes, (process_launcher, JitLauncher)):
+        backend = KernelBackend(launcher(), mode, why)
+        reason = backend.unavailable(device, criterion)
         if reason is None:
             candidates.append(backend)
         else:

@@ -12,15 +12,15 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from ..budget.allocation import Choice
+from ..budget.allocation import Choice, Limit
 from ..tiles import TileLists, TileShape
 from ..token_order import take
 
 Criterion = Literal["mass", "gap"]
 
-#: How q and k are multiplied: in their own dtype, or in 8 bits (see gpu/kernels/quantise.py), which
-#: is faster on cards whose tensor cores are the limit, and less precise.
-Qk = Literal["native", "int8"]
+#: How a card multiplies: as precisely as 16 bits do; q k in INT8; or that, and p v in FP8. The
+#: later, the faster and the less precise. gpu/kernel_table.py says what each is on which card.
+Mode = Literal["native", "int8", "fp8"]
 
 #: Some queries of a call: a run of them, or their numbers ``[N]`` int64.
 Rows: TypeAlias = slice | Tensor
@@ -130,9 +130,10 @@ class Backend(Protocol):
         ...
 
     def forward_and_audit(
-        self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: Rows
+        self, call: Inputs, lists: TileLists, criterion: Criterion | None, audited: range
     ) -> tuple[Attended, Attended]:
-        """``forward``, and the queries ``audited`` over all tiles."""
+        """``forward``, and the query tiles ``audited`` over all tiles: their queries in the order
+        of the map."""
         ...
 
     def add_skipped(self, kept: Attended, skipped: Skipped, factor: Tensor) -> None:
@@ -182,7 +183,7 @@ class TileMap(Protocol):
         ...
 
     def next_live(
-        self, live: Tensor | None, score: Tensor, limit: float | Tensor, pinned: Tensor
+        self, live: Tensor | None, score: Tensor, limit: float | Limit, pinned: Tensor
     ) -> Tensor:
         """:func:`.tile_map.next_live`."""
         ...
@@ -208,18 +209,19 @@ class TileMap(Protocol):
 def one_after_the_other(
     backend: Backend,
     call: Inputs,
-    lists: TileLists | None,
+    lists: TileLists,
     criterion: Criterion | None,
-    audited: Rows,
+    audited: range,
 ) -> tuple[Attended, Attended]:
     """``Backend.forward_and_audit`` in two calls."""
     result = backend.forward(call, lists, criterion)
-    return result, backend.forward(some_of(call, audited))
+    tile = backend.tile_shape(call.q.shape[3])
+    return result, backend.forward(some_of(call, audited, tile))
 
 
-def some_of(call: Inputs, rows: Rows) -> Inputs:
-    """The same call for some of its queries, in the order in which ``rows`` names them."""
-    return Inputs(pick(call.q, rows), call.k, call.v, call.scale)
+def some_of(call: Inputs, tiles: range, tile: TileShape) -> Inputs:
+    """The same call for the queries of some query tiles, in the order of the map."""
+    return Inputs(pick(call.q, rows_of(tiles, tile, call.order)), call.k, call.v, call.scale)
 
 
 def check_order(order: Tensor, lq: int) -> None:

@@ -17,7 +17,6 @@ from .base import (
     Backend,
     Criterion,
     Inputs,
-    Rows,
     Skipped,
     check_order,
     one_after_the_other,
@@ -86,7 +85,7 @@ class ReferenceBackend:
         return Attended(out, lse, score if criterion else None)
 
     def forward_and_audit(
-        self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: Rows
+        self, call: Inputs, lists: TileLists, criterion: Criterion | None, audited: range
     ) -> tuple[Attended, Attended]:
         return one_after_the_other(self, call, lists, criterion, audited)
 

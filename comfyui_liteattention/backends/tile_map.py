@@ -7,37 +7,35 @@ packed bits ``live [B, H, Tq, ceil(Tk/32)]`` int32; a card's are kernels.
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from ..budget import allocation
-from ..budget.allocation import choose
+from ..budget.allocation import Limit, choose
 from ..tiles import TileLists, pack, unpack
 from ..tiles import make_lists as lists_of_mask
 
 __all__ = ["choose", "histogram", "make_lists", "mark", "next_live"]
 
 
-def next_live(live: Tensor | None, score: Tensor, limit: float | Tensor, pinned: Tensor) -> Tensor:
+def next_live(live: Tensor | None, score: Tensor, limit: float | Limit, pinned: Tensor) -> Tensor:
     """:func:`mark`, from and to bits."""
     mask = None if live is None else unpack(live, score.shape[-1])
     return pack(mark(mask, score, limit, pinned))
 
 
-def mark(live: Tensor | None, score: Tensor, limit: float | Tensor, pinned: Tensor) -> Tensor:
+def mark(live: Tensor | None, score: Tensor, limit: float | Limit, pinned: Tensor) -> Tensor:
     """Live tiles of the next call, ``[B, H, Tq, Tk]`` bool.
 
     ``live [B, H, Tq, Tk]`` bool (None: all) and ``score [B, H, Tq, Tk]`` float32, log2, belong to
-    this call; ``pinned [Tq, Tk]`` bool. Tiles whose score is at most ``limit``, a number or ``[]``,
-    go. The best tile of every query tile stays, whatever the limit, and a score that is not a
-    number never drops a tile. A limit that is not a number drops none and brings all back: the
-    layer starts over.
+    this call; ``limit``: the score at or below which a tile goes, or more (:class:`Limit`);
+    ``pinned [Tq, Tk]`` bool. The best tile of every query tile stays, whatever the limit, and a
+    score that is not a number never drops a tile.
     """
-    kept = ~(score <= limit)
+    kept = ~(score <= (limit.score if isinstance(limit, Limit) else limit))
     if live is not None:
-        starts_over = limit.isnan() if isinstance(limit, Tensor) else math.isnan(limit)
-        kept &= live | starts_over
+        kept &= live
+    if isinstance(limit, Limit):
+        kept |= limit.all_back
     kept.scatter_(-1, score.argmax(-1, keepdim=True), True)
     return kept | pinned
 

@@ -29,16 +29,23 @@ LARGEST_SHARE = 1.6
 TOO_MUCH = 1.5
 
 
+class Limit(NamedTuple):
+    """Which tiles go after a call: those whose score, log2, is at most ``score []`` float32. Where
+    ``all_back []`` bool, none goes, and those that went come back: the layer starts over."""
+
+    score: Tensor
+    all_back: Tensor
+
+
 class Choice(NamedTuple):
-    """What a layer does next. ``limit []`` float32: tiles whose score is at most this go; not a
-    number where all tiles are live again. ``ledger [4]``: see ledger.py.
+    """What a layer does next. ``ledger [4]``: see ledger.py.
 
     ``remaining [1 + BINS]`` float64, in expected lost mass, mean over query tiles: what is lost
     with the tiles that the layer skips, then what would be with those that it computes, by their
     scores.
     """
 
-    limit: Tensor
+    limit: Limit
     ledger: Tensor
     remaining: Tensor
 
@@ -97,7 +104,7 @@ def choose(
     fresh = overspent(remaining, theirs, aim)
     remaining[:1].masked_fill_(fresh, 0)
     return Choice(
-        limit.masked_fill(fresh, torch.nan),
+        Limit(limit, fresh),
         torch.cat([bound.masked_fill(fresh, 0), ledger[1:]]),
         remaining,
     )

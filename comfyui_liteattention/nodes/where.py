@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from comfy_api.latest import io
 
-from ..backends.base import Qk
+from ..backends.modes import Wanted
 from ..settings import Settings, parse_layers
 from ..token_order import TokenOrder
 from .schema import advanced
@@ -71,19 +71,21 @@ def where_inputs(least_audit: int = 0) -> list[io.Input]:
             "this helps: closer to the original, for a little more work.",
         ),
         io.Combo.Input(
-            "qk",
-            options=list(get_args(Qk)),
-            default=DEFAULTS.qk,
+            "qk",  # its id in saved graphs, from when it was about q and k alone
+            display_name="mode",
+            options=list(get_args(Wanted)),
+            default=DEFAULTS.mode,
             optional=True,
-            tooltip="How a graphics card multiplies queries and keys. int8: meant to be faster on "
-            "RTX cards, and less precise; experimental, no card has timed it yet.",
+            tooltip="How a graphics card multiplies. auto: as exact as your own attention, so int8 "
+            "beside SageAttention. native: as precise as 16 bits. int8, fp8 (RTX 40, 50): meant to "
+            "be faster, and less precise; no card has timed them yet.",
         ),
     )
 
 
-def make_settings(dense_layers: str, **values: Any) -> Settings:
+def make_settings(dense_layers: str, qk: Wanted = DEFAULTS.mode, **values: Any) -> Settings:
     """Settings from the values of the widgets; ValueError says what is wrong."""
-    return Settings(dense_layers=parse_layers(dense_layers), **values)
+    return Settings(dense_layers=parse_layers(dense_layers), mode=qk, **values)
 
 
 def problem(dense_layers: str) -> bool | str:

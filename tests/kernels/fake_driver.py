@@ -31,6 +31,7 @@ class FakeLibrary:
         self.entries: dict[int, str] = {}
         self.failing = failing
         self.error = 209
+        self.cuda = 12080
         for name, arguments in _SIGNATURES.items():
             prototype = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)
             setattr(self, name, prototype(self._noting(name)))
@@ -45,6 +46,9 @@ class FakeLibrary:
             return self.error if name == self.failing else 0
 
         return function
+
+    def _cuDriverGetVersion(self, version):
+        version[0] = self.cuda
 
     def _cuGetErrorString(self, status, text):
         text[0] = b"no kernel image is available"

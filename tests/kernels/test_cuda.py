@@ -17,7 +17,7 @@ from fake_driver import FakeLibrary
 
 from comfyui_liteattention.backends.base import Inputs, Skipped
 from comfyui_liteattention.backends.gpu import driver, launches, prebuilt
-from comfyui_liteattention.backends.gpu.archive import Prebuilt, PrebuiltError, parameters
+from comfyui_liteattention.backends.gpu.archive import FORMAT, Prebuilt, PrebuiltError, parameters
 from comfyui_liteattention.backends.gpu.backend import KernelBackend
 from comfyui_liteattention.backends.gpu.driver import ArgumentBlock, Driver, DriverError
 from comfyui_liteattention.backends.gpu.kernel_table import (
@@ -25,6 +25,7 @@ from comfyui_liteattention.backends.gpu.kernel_table import (
     KERNELS,
     TILE,
     VARIANTS,
+    Method,
 )
 from comfyui_liteattention.backends.gpu.tile_map import TileMapKernels
 from comfyui_liteattention.backends.pooled import pool
@@ -49,8 +50,8 @@ def folder(tmp_path):
                     "shared": 65536,
                     "sha256": hashlib.sha256(image).hexdigest(),
                 }
-        archives[archive] = {"arch": arch, "kernels": kernels}
-    manifest = {"format": 2, "tile": [TILE.q, TILE.k], "parameters": parameters()}
+        archives[archive] = {"arch": arch, "driver": 525, "kernels": kernels}
+    manifest = {"format": FORMAT, "tile": [TILE.q, TILE.k], "parameters": parameters()}
     manifest["archives"] = archives
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
@@ -95,7 +96,9 @@ def test_a_launch_reads_the_arguments_in_place(folder, library):
         )
     want |= {"heads": 2, "lq": 200, "lk": 330, "tk": 6}
     want |= {"order": order.data_ptr(), "ordered": 200}
-    want |= {"q_unit": 0, "k_unit": 0, "shift": 0}
+    want |= dict.fromkeys(("q_unit", "k_unit", "shift", "v_unit", "every"), 0)
+    want |= dict.fromkeys(("first_audited", "audited", "queries"), 0)
+    want |= {"full_out": call.full.out.data_ptr(), "full_lse": call.full.lse.data_ptr()}
     got = launch["arguments"]
     assert got.pop("scale_log2") == pytest.approx(0.125 * math.log2(math.e))
     assert got == want
@@ -134,20 +137,28 @@ def test_pointers_that_a_variant_ignores_are_null(folder, library):
 
 def test_int8_launches_what_quantises_first(folder, library):
     q, k, v = draw(b=2, d=128)
-    call = launches.prepare(Inputs(q, k, v, 0.125), some_lists(q, k), "mass", qk="int8")
+    call = launches.prepare(
+        Inputs(q, k, v, 0.125), some_lists(q, k), "mass", method=Method(int8=True, values="fp16")
+    )
     launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
     for launch in call.launches:
         launcher.launch(launch, CARD)
-    keys, queries, attend = (launch["arguments"] for launch in library.launches)
+    keys, queries, peak, values, attend = (launch["arguments"] for launch in library.launches)
     entries = [launch["entry"] for launch in library.launches]
-    assert entries == ["quantise_keys", "quantise_queries", "attend_tiles"]
-    assert [x["grid"] for x in library.launches] == [(6, 4, 1), (4, 4, 1), (2, 4, 1)]
+    assert entries == [
+        *("quantise_keys", "quantise_queries", "peak_values", "scale_values", "attend_tiles")
+    ]
+    assert [x["grid"][:2] for x in library.launches] == [(6, 4), (4, 4), (6, 4), (6, 4), (2, 4)]
     assert library.images == [
         b"sm_86 d128_fp16_quantise_keys",
         b"sm_86 d128_fp16_quantise_queries",
-        b"sm_86 d128_fp16_int8_lists_mass",
+        b"sm_86 d128_fp16_peak_values",
+        b"sm_86 d128_fp16_scale_values_fp16",
+        b"sm_86 d128_fp16_int8_fp16_lists_mass",
     ]
-    assert (keys["k"], queries["q"], attend["v"]) == tuple(x.data_ptr() for x in (k, q, v))
+    assert (keys["k"], queries["q"], peak["v"]) == tuple(x.data_ptr() for x in (k, q, v))
+    assert (attend["v"], attend["v_unit"]) == (values["values"], values["unit"])
+    assert values["peak"] == peak["peak"] and values["v"] == v.data_ptr()
     assert (attend["q"], attend["k"]) == (queries["values"], keys["values"])
     assert (attend["q_unit"], attend["k_unit"]) == (queries["unit"], keys["unit"])
     assert attend["shift"] == queries["shift"] and keys["mean"] == queries["mean"]
@@ -156,15 +167,62 @@ def test_int8_launches_what_quantises_first(folder, library):
     assert [keys[f"k_{x}"] for x in ("batch", "head", "row")] == list(k.stride()[:3])
 
 
-def test_a_card_without_int8_has_a_reason(folder, library):
+def test_a_card_without_a_mode_has_a_reason(folder, library):
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
+    assert launcher.missing(CARD, "native") is launcher.missing(CARD, "int8") is None
+    assert launcher.missing(CARD, "fp8") == "no prebuilt fp8 kernel for compute capability 8.6"
+    backend = KernelBackend(launcher, "int8")
+    assert backend.provide(CARD, 96, torch.float16) == "no int8 kernel for head_dim 96"
+
+
+def test_an_audit_is_a_part_of_the_launch(folder, library):
+    q, k, v = draw(lq=330)
+    call = Inputs(q, k, v, 0.125, torch.randperm(330))
+    made = launches.prepare(call, some_lists(q, k), "mass", audited=range(1, 3))
+    prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library)).launch(*made.launches, CARD)
+    (launch,) = library.launches
+    assert launch["grid"] == (3 + 2, 2, 1)
+    want = {"first_audited": 1, "audited": 2, "queries": 202}
+    want |= {"full_out": made.full.out.data_ptr(), "full_lse": made.full.lse.data_ptr()}
+    assert want.items() <= launch["arguments"].items() and launch["arguments"]["every"]
+    assert made.full.out.shape == (1, 2, 202, 64)
+    with pytest.raises(ValueError, match="audit"):
+        launches.prepare(call, None, "mass", audited=range(1, 3))
+
+
+@pytest.mark.parametrize("error", [200, 209, 218, 222])
+def test_what_the_driver_refuses_says_which_driver_it_needs(folder, library, error):
+    library.failing, library.error = "cuModuleLoadData", error
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
+    call = launches.prepare(Inputs(*draw(), 0.125), None, None)
+    with pytest.raises(
+        DriverError, match=f"error {error}.; sm_86 needs NVIDIA driver 525, here is 570"
+    ):
+        launcher.launch(*call.launches, CARD)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "branch"), [(11080, 0), (12000, 525), (12070, 565), (12095, 575), (13000, 580)]
+)
+def test_the_branch_of_a_driver(library, cuda, branch):
+    library.cuda = cuda
+    assert Driver(library).branch == branch
+
+
+def test_a_driver_that_is_too_old_for_an_archive_is_told_what_it_takes(folder, library):
+    library.cuda = 11080
+    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
+    assert launcher.missing(CARD, "native") == "needs NVIDIA driver 525 or newer, here is 0"
+
+
+def test_of_two_archives_the_driver_chooses(folder):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    kernels = manifest["archives"]["sm_86"]["kernels"]
-    manifest["archives"]["sm_86"]["kernels"] = {n: k for n, k in kernels.items() if "int8" not in n}
+    older = manifest["archives"]["sm_86"]
+    manifest["archives"] |= {"sm_86_newer": older | {"driver": 580}}
     path.write_text(json.dumps(manifest))
-    launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
-    assert launcher.missing(CARD) is None
-    assert launcher.missing(CARD, "int8") == "no prebuilt int8 kernel for compute capability 8.6"
+    found = [Prebuilt(folder).archive(86, driver) for driver in (525, 575, 580, 595)]
+    assert found == ["sm_86", "sm_86", "sm_86_newer", "sm_86_newer"]
 
 
 def test_the_tile_map_launches_its_kernels(folder, library):
@@ -190,7 +248,8 @@ def test_the_tile_map_launches_its_kernels(folder, library):
     assert want.items() <= counted["arguments"].items()
     assert (chosen["entry"], chosen["grid"]) == ("choose_limit", (1, 1, 1))
     want = {"counts": counts.data_ptr(), "ledger": ledger.data_ptr(), "lost": score.data_ptr()}
-    want |= {"limit": choice.limit.data_ptr(), "after": choice.ledger.data_ptr()}
+    want |= {"limit": choice.limit.score.data_ptr(), "after": choice.ledger.data_ptr()}
+    want |= {"all_back": choice.limit.all_back.data_ptr()}
     want |= {"query_tiles": 6, "audited": 1, "layers": 1}
     assert want.items() <= chosen["arguments"].items()
     assert chosen["arguments"]["together"] == pytest.approx(0.1)
@@ -314,28 +373,32 @@ def test_a_machine_without_driver_gets_a_reason(folder, library, monkeypatch, pl
 
     monkeypatch.setattr(driver.sys, "platform", platform)
     monkeypatch.setattr(driver.ctypes, "CDLL", absent)
-    assert "no NVIDIA driver" in prebuilt.PrebuiltLauncher(Prebuilt(folder)).missing(CARD)
+    assert "no NVIDIA driver" in prebuilt.PrebuiltLauncher(Prebuilt(folder)).missing(CARD, "native")
 
 
 def test_an_old_driver_gets_a_reason(folder, library, monkeypatch):
     del library.cuThreadExchangeStreamCaptureMode
     monkeypatch.setattr(driver, "_open_library", lambda: library)
-    reason = prebuilt.PrebuiltLauncher(Prebuilt(folder)).missing(CARD)
+    reason = prebuilt.PrebuiltLauncher(Prebuilt(folder)).missing(CARD, "native")
     assert reason == "this NVIDIA driver is too old: it has no cuThreadExchangeStreamCaptureMode"
 
 
 def test_only_cards_that_have_code_are_taken(folder, library, monkeypatch):
     launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
-    assert launcher.missing(CARD) is None
+    assert launcher.missing(CARD, "native") is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert launcher.missing(CARD) == "no prebuilt kernel for compute capability 7.5"
+    assert launcher.missing(CARD, "native") == "no prebuilt kernel for compute capability 7.5"
 
 
 @pytest.mark.parametrize(
     ("capability", "archive"), [(86, "sm_86"), (75, None), (80, None), (87, "ptx"), (130, "ptx")]
 )
 def test_choice_of_the_archive(folder, capability, archive):
-    assert Prebuilt(folder).archive(capability) == archive
+    if archive is None:
+        with pytest.raises(PrebuiltError, match="no prebuilt kernel for compute capability"):
+            Prebuilt(folder).archive(capability, 580)
+    else:
+        assert Prebuilt(folder).archive(capability, 580) == archive
 
 
 def test_changed_code_is_refused(folder):
@@ -360,13 +423,13 @@ def test_a_manifest_of_another_version_is_refused(folder, key):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: "other"}))
     with pytest.raises(PrebuiltError, match="another version"):
-        Prebuilt(folder).archive(86)
+        Prebuilt(folder).archive(86, 580)
 
 
 def test_no_manifest_is_a_reason_not_a_crash(tmp_path, library):
     assert "no readable manifest" in prebuilt.PrebuiltLauncher(
         Prebuilt(tmp_path), Driver(library)
-    ).missing(CARD)
+    ).missing(CARD, "native")
 
 
 # ---- backend ------------------------------------------------------------------------------------

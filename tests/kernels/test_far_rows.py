@@ -10,6 +10,7 @@ import torch
 
 from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.cpu.backend import CpuBackend
+from comfyui_liteattention.backends.gpu.kernel_table import Method
 
 pytest.importorskip("triton", reason="triton is not installed: there is no kernel to interpret")
 pytest.importorskip("numba")
@@ -45,8 +46,9 @@ def far():
 def backends():
     yield pytest.param(CpuBackend, id="cpu")
     skip = pytest.mark.skipif(bool(why_not()), reason=why_not() or "")
-    for qk in ("native", "int8"):
-        yield pytest.param(lambda qk=qk: InterpreterBackend(qk), id=f"kernel-{qk}", marks=skip)
+    for way in (Method(), Method(True, "fp16"), Method(True, "e4m3")):
+        name = f"kernel-{way.name or 'native'}"
+        yield pytest.param(lambda way=way: InterpreterBackend(way), id=name, marks=skip)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is only promised")

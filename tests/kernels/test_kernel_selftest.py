@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from comfyui_liteattention import backends
 from comfyui_liteattention.backends.base import Attended
-from comfyui_liteattention.backends.gpu.qk_int8 import Int8Reference
-from comfyui_liteattention.backends.kernel_selftest import NO_MEMORY, Verdicts, problem
+from comfyui_liteattention.backends.gpu.kernel_table import CONFIGS, Method
+from comfyui_liteattention.backends.gpu.low_precision import LowPrecisionReference
+from comfyui_liteattention.backends.kernel_selftest import NO_MEMORY, Trial, Verdicts, problem
 from comfyui_liteattention.backends.pooled import Agreement
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import TileShape
 
 CPU = torch.device("cpu")
+TRIAL = Trial(64, torch.float16, CPU)
+each_method = pytest.mark.parametrize("method", [*CONFIGS], ids=[m.name for m in CONFIGS])
 
 
 class Broken(ReferenceBackend):
@@ -55,9 +60,9 @@ def raising(result):
 )
 def test_broken_kernels_are_found_once(spoil, reason):
     backend, verdicts = Broken(spoil), Verdicts()
-    assert reason in verdicts.of(backend, 64, torch.float16, CPU)
+    assert reason in verdicts.of(backend, TRIAL)
     runs = backend.runs
-    assert reason in verdicts.of(backend, 64, torch.float16, CPU)
+    assert reason in verdicts.of(backend, TRIAL)
     assert backend.runs == runs
 
 
@@ -89,8 +94,8 @@ class BrokenMeans(ReferenceBackend):
     ],
 )
 def test_broken_orders_and_means_are_found(broken, reason):
-    assert reason in problem(BrokenMeans(broken), 64, torch.float16, CPU)
-    assert problem(BrokenMeans(None), 64, torch.float16, CPU) is None
+    assert reason in problem(BrokenMeans(broken), TRIAL)
+    assert problem(BrokenMeans(None), TRIAL) is None
 
 
 FULL = [
@@ -123,24 +128,24 @@ class Full(ReferenceBackend):
 @pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
 def test_a_lack_of_memory_is_no_verdict(error, emptied):
     backend, verdicts = Full(error, emptied, 3), Verdicts()
-    asked = [verdicts.of(backend, 64, torch.float16, CPU) for _ in range(4)]
+    asked = [verdicts.of(backend, TRIAL) for _ in range(4)]
     assert asked == [NO_MEMORY, NO_MEMORY, None, None]
     assert len(emptied) == 3, "once each time, and no more when there is a verdict"
 
 
 def test_what_torch_has_set_aside_is_room_enough(emptied):
     backend = Full(FULL[0], emptied, 1)
-    assert Verdicts().of(backend, 64, torch.float16, CPU) is None
+    assert Verdicts().of(backend, TRIAL) is None
 
 
-@pytest.mark.parametrize("qk", ["native", "int8"])
-def test_the_real_kernel_passes(qk):
+@each_method
+def test_the_real_kernel_passes(method):
     pytest.importorskip("triton", reason="triton isn't installed, so there is no kernel to run")
     from interpreted_kernel import InterpreterBackend, why_not
 
     if reason := why_not():
         pytest.skip(reason)
-    assert problem(InterpreterBackend(qk), 64, torch.bfloat16, CPU, qk) is None
+    assert problem(InterpreterBackend(method), Trial(64, torch.bfloat16, CPU, method)) is None
 
 
 @pytest.fixture
@@ -151,10 +156,10 @@ def other_default():
     torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("qk", ["native", "int8"])
-def test_the_default_device_does_not_matter(other_default, qk):
-    backend = (Int8Reference if qk == "int8" else ReferenceBackend)(TileShape(128, 64))
-    assert problem(backend, 64, torch.bfloat16, CPU, qk) is None
+@each_method
+def test_the_default_device_does_not_matter(other_default, method):
+    backend = LowPrecisionReference(method, TileShape(128, 64))
+    assert problem(backend, Trial(64, torch.bfloat16, CPU, method)) is None
 
 
 def test_nor_for_the_choice_on_the_cpu(other_default):
@@ -166,5 +171,6 @@ def test_nor_for_the_choice_on_the_cpu(other_default):
 def test_int8_is_held_to_its_own_truth():
     """Closely: plain attention is too far from it to pass."""
     plain = ReferenceBackend(TileShape(128, 64), torch.float32)
-    assert problem(plain, 64, torch.float16, CPU) is None
-    assert "relative error" in problem(plain, 64, torch.float16, CPU, "int8")
+    assert problem(plain, TRIAL) is None
+    int8 = replace(TRIAL, method=Method(int8=True))
+    assert "relative error" in problem(plain, int8)

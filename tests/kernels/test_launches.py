@@ -103,7 +103,7 @@ def count(monkeypatch):
 def test_a_call_launches_little_beside_attention(count):
     own, torchs = count(Backend())
     assert own == {
-        "attend_tiles": 2,  # one of them the audit
+        "attend_tiles": 1,  # the audit in it
         **dict.fromkeys(("list_tiles", "count_scores", "choose_limit", "mark_tiles"), 1),
         **dict.fromkeys(("audit_skipped", "add_skipped"), 1),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -13,20 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from comfyui_liteattention.backends.gpu.archive import FOLDER, Prebuilt
+from comfyui_liteattention.backends.gpu.archive import FOLDER, Prebuilt, recipe
 from comfyui_liteattention.backends.gpu.kernel_table import (
-    ARCHS,
+    ARCHIVES,
     KERNELS,
     PTX_ARCH,
     TRAILING_POINTERS,
     VARIANTS,
+    Archive,
     Kernel,
 )
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "comfyui_liteattention" / "backends" / "gpu" / "kernels"
 MANIFEST = Prebuilt().manifest
-LARGEST = 12 * 2**20
+RESULTS = ROOT / "benchmarks" / "results" / "kernels.json"
+LARGEST = 24 * 2**20
 
 has_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -47,8 +47,12 @@ def built_for(arch: int) -> list[Kernel]:
     return [kernel for kernel in KERNELS if kernel.config(arch) is not None]
 
 
+def source_of(name: str) -> Archive:
+    return Archive(PTX_ARCH) if name == "ptx" else ARCHIVES[name]
+
+
 def test_every_variant_is_there_and_untampered():
-    assert set(MANIFEST["archives"]) == {f"sm_{arch}" for arch in ARCHS} | {"ptx"}
+    assert set(MANIFEST["archives"]) == {*ARCHIVES, "ptx"}
     for archive, contents in MANIFEST["archives"].items():
         kernels = built_for(contents["arch"])
         assert set(contents["kernels"]) == {kernel.name for kernel in kernels}
@@ -57,12 +61,26 @@ def test_every_variant_is_there_and_untampered():
 
 
 def test_built_from_this_source():
-    modules = sorted({kernel.entry.module for kernel in KERNELS})
-    source = b"".join((SOURCES / f"{module}.py").read_bytes() for module in modules)
-    source = source.replace(b"\r\n", b"\n")
-    assert hashlib.sha256(source).hexdigest() == MANIFEST["source_sha256"], (
-        "a kernel's source changed: run kernels/build.py"
-    )
+    for name, contents in MANIFEST["archives"].items():
+        for kernel in built_for(contents["arch"]):
+            built = contents["kernels"][kernel.name]["recipe"]
+            assert built == recipe(kernel, source_of(name)), (
+                f"{kernel.name} is made otherwise now: run kernels/build.py"
+            )
+
+
+def test_the_manifest_names_the_driver_that_an_archive_needs():
+    """By what the code itself says: bytes 7 and 8 of an ELF file, the version in PTX."""
+    for name, contents in MANIFEST["archives"].items():
+        for kernel in built_for(contents["arch"]):
+            image = Prebuilt().read(name, kernel).image
+            if name == "ptx":
+                assert b".version 8.0\n" in image and contents["driver"] == 525
+            else:
+                newer = {(0x33, 7): False, (0x41, 8): True}[image[7], image[8]]
+                assert newer == ARCHIVES[name].newer_assembler
+                first = {100: 570, 103: 575, 120: 570}.get(contents["arch"], 525)
+                assert contents["driver"] == (580 if newer else first), name
 
 
 def test_small_enough_to_ship():
@@ -78,30 +96,30 @@ def test_no_trace_of_the_building_machine():
 
 @has_triton
 @pytest.mark.parametrize(
-    ("arch", "name"),
+    ("archive", "name"),
     [
-        (86, "d64_bf16_lists_mass"),
-        (120, "d64_bf16_int8_lists_mass"),  # by the other assembler
-        (86, "d64_bf16_quantise_keys"),
-        (86, "mark_tiles_1"),
+        ("sm_86", "d64_bf16_fp16_lists_mass"),
+        ("sm_120", "d64_bf16_int8_e4m3_lists_mass"),  # by the other assembler
+        ("sm_86", "d64_bf16_quantise_keys"),
+        ("sm_86", "mark_tiles_1"),
     ],
 )
-def test_rebuilding_gives_the_same_bytes(tmp_path, arch, name):
+def test_rebuilding_gives_the_same_bytes(tmp_path, archive, name):
     import triton
 
     if triton.__version__ != MANIFEST["triton"]:
         pytest.skip(f"built with triton {MANIFEST['triton']}, this is {triton.__version__}")
-    run("build.py", "--arch", arch, "--only", name, "--out", tmp_path, "--jobs", 1)
+    run("build.py", "--archive", archive, "--only", name, "--out", tmp_path, "--jobs", 1)
     built = json.loads((tmp_path / "manifest.json").read_text())
-    for archive in (f"sm_{arch}", "ptx") if arch == PTX_ARCH else (f"sm_{arch}",):
-        ours = MANIFEST["archives"][archive]["kernels"][name]
-        assert built["archives"][archive]["kernels"][name] == ours
+    assert set(built["archives"]) == {archive, *(["ptx"] if archive == "sm_86" else [])}
+    for made, contents in built["archives"].items():
+        assert contents["kernels"][name] == MANIFEST["archives"][made]["kernels"][name]
 
 
 @has_triton
 def test_no_kernel_spills_and_every_one_fits_its_card():
     kernels = json.loads(run("inspect.py", "--json", "--no-code"))
-    assert len(kernels) == sum(len(built_for(arch)) for arch in ARCHS)
+    assert len(kernels) == sum(len(built_for(a.arch)) for a in ARCHIVES.values())
     assert not {name for name, kernel in kernels.items() if kernel["stack"]}
     assert all(k["blocks"] >= 1 and k["registers"] <= 255 for k in kernels.values())
 
@@ -109,19 +127,24 @@ def test_no_kernel_spills_and_every_one_fits_its_card():
 @pytest.fixture(scope="module")
 def inspected():
     """Those that matter most, on every card; to disassemble them all takes minutes."""
-    kernels = "d128_bf16_(int8_)?(dense_plain|lists_mass)"
-    return json.loads(run("inspect.py", "--json", "--match", kernels))
+    return json.loads(run("inspect.py", "--json", "--modes"))
 
 
 @has_triton
 def test_tensor_cores_are_used_and_nothing_is_spilled(inspected):
-    expected = {"sm_90": ("HGMMA", "IGMMA")}
-    expected |= dict.fromkeys(("sm_100", "sm_103"), ("UTCHMMA", "UTCIMMA"))
     for name, kernel in inspected.items():
-        native, int8 = expected.get(name.split("/")[0], ("HMMA", "IMMA"))
-        assert kernel["tensor"].get(native, 0) > 0, name
-        assert (kernel["tensor"].get(int8, 0) > 0) == ("int8" in name), name
-        assert kernel["spills"] == 0, name
+        native, int8 = ("HGMMA", "IGMMA") if "sm_90" in name else ("HMMA", "IMMA")
+        tensor = kernel["tensor"]
+        assert (tensor.get(int8, 0) > 0) == ("int8" in name), name
+        assert (tensor.get("QMMA", 0) > 0) == ("e4m3" in name), name
+        assert (tensor.get(native, 0) > 0) == ("e4m3" not in name), name
+        assert kernel["spills"] == 0 and kernel["stack"] == 0, name
+
+
+@has_triton
+def test_the_table_of_modes_is_of_these_kernels(inspected):
+    """Registers, memory and loops, as benchmarks/results has them and kernels/README.md shows."""
+    assert inspected == json.loads(RESULTS.read_text())
 
 
 @has_triton

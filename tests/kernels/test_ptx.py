@@ -20,15 +20,17 @@ from tests.ptx_machine.numbers import from_e4m3, to_e4m3
 
 #: Every so many-th case of a section.
 STEPS = {
-    **{"attention": 17, "shapes": 19, "many_heads": 5, "bases": 11},
-    **{"quantised": 23, "tail": 13, "tile_maps": 11, "choices": 13, "selftests": 13},
+    **{"attention": 17, "audits": 5, "shapes": 19, "many_heads": 5, "bases": 11},
+    **{"quantised": 23, "scaled": 29, "tail": 13, "tile_maps": 11, "choices": 13, "selftests": 13},
     **{"refused": 5, "unaligned": 8, "padding": 17, "not_numbers": 31, "far": 13},
 }
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 #: As compiled for cards whose code isn't shipped as PTX.
-OTHERS = [(80, "d64_bf16_lists_mass"), (89, "d64_bf16_dense_mass"), (120, "d64_bf16_lists_mass")]
-OTHERS += [(90, "d64_bf16_lists_mass"), (90, "d64_bf16_int8_lists_mass")]
-FAULTY = "d64_bf16_dense_plain"
+OTHERS = [(80, "d64_bf16_lists_mass"), (89, "d64_bf16_int8_e4m3_lists_mass")]
+OTHERS += [(120, "d64_bf16_int8_fp16_dense_mass"), (90, "d64_bf16_int8_lists_mass")]
+#: What has to run before them.
+BEFORE = {89: ("peak_values", "scale_values_e4m3"), 120: ("peak_values", "scale_values_fp16")}
+FAULTY = "d64_fp16_dense_plain"
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +66,11 @@ def test_every_entry_point_has_run(shipped):
 @pytest.fixture(scope="module")
 def compiled():
     """All at once, since each takes some seconds."""
-    companions = [(90, f"d64_bf16_quantise_{what}") for what in ("queries", "keys")]
+    companions = [
+        (arch, f"d64_bf16_{what}")
+        for arch in (89, 90, 120)
+        for what in ("quantise_queries", "quantise_keys", *BEFORE.get(arch, ()))
+    ]
     builds.prepare((arch, BY_NAME[name]) for arch, name in [*OTHERS, *companions])
 
 

@@ -15,6 +15,7 @@ from comfyui_liteattention.backends import tile_map as torch_tile_map
 from comfyui_liteattention.backends.gpu.kernel_table import MAP_KERNELS
 from comfyui_liteattention.backends.gpu.tile_map import TileMapKernels, TileMaps, failure, problem
 from comfyui_liteattention.backends.tile_map import mark
+from comfyui_liteattention.budget.allocation import Limit
 from comfyui_liteattention.tiles import make_lists, pack, unpack
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -34,7 +35,9 @@ def draw(shape, seed=0):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("all_live", [False, True])
-@pytest.mark.parametrize("threshold", [-40.0, -5, -2.7, torch.tensor(-3.0)], ids=str)
+@pytest.mark.parametrize(
+    "threshold", [-40.0, -5, -2.7, Limit(torch.tensor(-3.0), torch.tensor(False))], ids=str
+)
 def test_marking_matches_its_twin(shape, all_live, threshold):
     score, live, pinned = draw(shape)
     mask = None if all_live else live
@@ -85,7 +88,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def close(got, want):
-    return torch.allclose(got.double(), want.double(), rtol=1e-5, atol=1e-9, equal_nan=True)
+    return torch.allclose(got.double(), want.double(), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -121,14 +124,15 @@ def test_choices_match_their_twin(layers, audited, aim, seed):
     got, want = (
         x.choose(counts, 6, ledger, lost, 0.3, others, aim) for x in (FUSED, torch_tile_map)
     )
-    assert got.limit.dtype == torch.float32 and got.limit.shape == ()
-    assert torch.equal(got.limit.nan_to_num(nan=99), want.limit.nan_to_num(nan=99))
+    for found, wanted in zip(got.limit, want.limit, strict=True):
+        assert found.dtype == wanted.dtype and found.shape == () and torch.equal(found, wanted)
     assert close(got.ledger, want.ledger) and close(got.remaining, want.remaining)
 
 
-def test_a_limit_that_is_no_number_brings_all_tiles_back():
+@pytest.mark.parametrize("threshold", [-40.0, -3.0, 1.0])
+def test_all_tiles_come_back(threshold):
     score, live, pinned = draw((1, 2, 3, 70))
-    limit = torch.tensor(math.nan)
+    limit = Limit(torch.tensor(threshold), torch.tensor(True))
     want = torch_tile_map.next_live(pack(live), score, limit, pinned)
     assert torch.equal(FUSED.next_live(pack(live), score, limit, pinned), want)
     assert unpack(want, 70).all()
@@ -164,10 +168,10 @@ def test_every_kernel_is_part_of_the_self_test(broken):
 @pytest.mark.parametrize("forgets", ["all are live", "to start over", "what comes back"])
 def test_the_self_test_goes_where_a_run_begins_and_starts_over(forgets):
     class Forgetful(TileMapKernels):
-        def next_live(self, live, score, threshold, pinned):
-            if forgets == "what comes back" and live is not None and math.isnan(threshold):
-                threshold = -99.0
-            return super().next_live(live, score, threshold, pinned)
+        def next_live(self, live, score, limit, pinned):
+            if forgets == "what comes back" and live is not None and limit.all_back:
+                limit = -99.0
+            return super().next_live(live, score, limit, pinned)
 
         def histogram(self, live, score, pinned):
             counts = super().histogram(live, score, pinned)
@@ -176,7 +180,7 @@ def test_the_self_test_goes_where_a_run_begins_and_starts_over(forgets):
         def choose(self, *arguments):
             choice = super().choose(*arguments)
             if forgets == "to start over":
-                choice = choice._replace(limit=choice.limit.nan_to_num(nan=-4.0))
+                choice.limit.all_back.zero_()
             return choice
 
     tile_map = Forgetful(lambda launch, _: interpret(launch))

@@ -11,9 +11,15 @@ import torch
 from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.gpu import jit
 from comfyui_liteattention.backends.gpu.backend import KernelBackend
-from comfyui_liteattention.backends.gpu.kernel_table import ATTEND, CONFIGS, TILE, Config, Variant
-from comfyui_liteattention.backends.gpu.qk_int8 import Int8Reference
-from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.backends.gpu.kernel_table import (
+    ATTEND,
+    CONFIGS,
+    TILE,
+    Config,
+    Method,
+    Variant,
+)
+from comfyui_liteattention.backends.gpu.low_precision import LowPrecisionReference
 from comfyui_liteattention.tiles import TileShape, make_lists
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
@@ -34,9 +40,9 @@ def amd(monkeypatch):
 
 def test_reasons(monkeypatch):
     backend = KernelBackend(jit.JitLauncher())
-    assert "on cpu" in backend.unavailable(CPU)
+    assert "on cpu" in backend.unavailable(CPU, "mass")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert backend.unavailable(CARD) == "triton isn't installed"
+    assert backend.unavailable(CARD, "mass") == "triton isn't installed"
 
 
 @pytest.mark.parametrize(
@@ -49,16 +55,16 @@ def test_amd_cards_have_their_own_tiles(amd, architecture, tile):
 
 
 @pytest.mark.parametrize(
-    ("capability", "qk", "expected"),
+    ("capability", "method", "expected"),
     [
-        ((9, 0), "native", CONFIGS["native"][90][128]),
-        ((7, 5), "native", CONFIGS["native"][80][128]),
-        ((12, 0), "int8", CONFIGS["int8"][120][128]),
+        ((9, 0), Method(), CONFIGS[Method()][90][128]),
+        ((7, 5), Method(), CONFIGS[Method()][80][128]),
+        ((12, 0), Method(True, "e4m3"), CONFIGS[Method(True, "e4m3")][120][128]),
     ],
 )
-def test_nvidia_cards_use_the_table(monkeypatch, capability, qk, expected):
+def test_nvidia_cards_use_the_table(monkeypatch, capability, method, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    kernel = Variant(128, "bf16", True, "mass", qk)
+    kernel = Variant(128, "bf16", True, "mass", method)
     assert jit.JitLauncher()._config(kernel, CARD) == expected
 
 
@@ -77,13 +83,13 @@ def test_another_size_is_compiled_already(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     function = jit.for_any_size.__wrapped__(ATTEND)
     unspecialised = [p.name for p in function.params if p.do_not_specialize]
-    assert unspecialised == ["heads", "lq", "lk", "tk", "ordered"]
+    assert unspecialised == [
+        *("heads", "lq", "lk", "tk", "ordered", "first_audited", "audited", "queries")
+    ]
 
 
-@pytest.mark.parametrize(
-    ("qk", "reference"), [("native", ReferenceBackend), ("int8", Int8Reference)]
-)
-def test_the_launch_is_right(monkeypatch, qk, reference):
+@pytest.mark.parametrize("mode", ["native", "int8"])
+def test_the_launch_is_right(monkeypatch, mode):
     """With the tiles of another card than the prebuilt kernels'."""
     pytest.importorskip("triton", reason="triton isn't installed, so there is nothing to launch")
     from interpreted_kernel import why_not
@@ -92,13 +98,14 @@ def test_the_launch_is_right(monkeypatch, qk, reference):
         pytest.skip(reason)
     launcher = jit.JitLauncher()
     launcher.tile, launcher._amd = TileShape(64, 32), (TileShape(64, 32), Config(4, 1))
-    backend = KernelBackend(launcher, qk)
+    backend = KernelBackend(launcher, mode)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     q, k, v = (torch.randn(1, 1, 100, 64, dtype=torch.float16) for _ in range(3))
     lists = make_lists(torch.tensor([[[[1, 1, 0, 1], [0, 1, 0, 0]]]], dtype=torch.bool))
     got = backend.forward(Inputs(q, k, v, 0.125), lists, "mass")
-    want = reference(TileShape(64, 32)).forward(Inputs(q, k, v, 0.125), lists, "mass")
+    reference = LowPrecisionReference(Method(int8=mode == "int8"), TileShape(64, 32))
+    want = reference.forward(Inputs(q, k, v, 0.125), lists, "mass")
     assert torch.allclose(got.out, want.out, atol=2e-3) and torch.allclose(
         got.lse, want.lse, atol=1e-4
     )

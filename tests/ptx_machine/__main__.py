@@ -25,8 +25,14 @@ from .sections import attention, companions, edges, maps
 SECTIONS = {
     section.__name__: section
     for section in (
-        *(attention.attention, attention.shapes, attention.many_heads, attention.bases),
-        *(companions.quantised, companions.tail),
+        *(
+            attention.attention,
+            attention.audits,
+            attention.shapes,
+            attention.many_heads,
+            attention.bases,
+        ),
+        *(companions.quantised, companions.scaled, companions.tail),
         *(maps.tile_maps, maps.choices, maps.selftests),
         *(edges.refused, edges.unaligned, edges.padding, edges.not_numbers, edges.far),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -16,12 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comfyui_liteattention.backends.base import Inputs, Mode
 from comfyui_liteattention.backends.gpu import prebuilt
 from comfyui_liteattention.backends.gpu.archive import Code, Prebuilt
 from comfyui_liteattention.backends.gpu.backend import KernelBackend
 from comfyui_liteattention.backends.gpu.driver import Driver, DriverError
-from comfyui_liteattention.backends.gpu.kernel_table import KERNELS, Kernel
-from comfyui_liteattention.backends.gpu.launches import Argument, Launch
+from comfyui_liteattention.backends.gpu.kernel_table import (
+    HEAD_DIMS,
+    KERNELS,
+    METHODS,
+    PTX_ARCH,
+    Kernel,
+    Method,
+    Variant,
+    method,
+)
+from comfyui_liteattention.backends.gpu.launch import DTYPE_NAMES, Argument, Launch
 from comfyui_liteattention.backends.gpu.tile_map import TileMapKernels
 
 from .builds import compiled
@@ -30,7 +41,6 @@ from .words import POISON
 
 #: Compute capability of a card newer than all archives, which gets the PTX that is shipped.
 SHIPPED = 130
-MODES = ("native", "int8")
 
 
 class MachinePrebuilt(Prebuilt):
@@ -39,7 +49,7 @@ class MachinePrebuilt(Prebuilt):
     def read(self, archive: str, kernel: Kernel) -> Code:
         if archive == "ptx":
             return super().read(archive, kernel)
-        return compiled(int(archive.removeprefix("sm_")), kernel)
+        return compiled(self.arch(archive), kernel)
 
 
 class MachineLauncher(prebuilt.PrebuiltLauncher):
@@ -76,7 +86,13 @@ class Card:
         self.capability = capability
         self.library = MachineLibrary(edit, shared_base)
         self.launcher = MachineLauncher(self.library)
-        self.backends = {mode: KernelBackend(self.launcher, mode) for mode in MODES}
+        #: Compute capability that its kernels are made for.
+        self.arch = PTX_ARCH if capability == SHIPPED else capability
+        self.backends = {
+            mode: KernelBackend(self.launcher, mode)
+            for mode in METHODS
+            if self.arch in METHODS[mode]
+        }
         self.map = TileMapKernels(self.launcher.launch)
 
     @contextmanager
@@ -95,10 +111,25 @@ class Card:
         """What the machine has found since the last call."""
         return [str(finding) for finding in self.library.findings.take()]
 
+    def method(self, mode: Mode, call: Inputs) -> Method:
+        """How a call is multiplied."""
+        found = method(mode, self.arch, call.q.shape[-1], DTYPE_NAMES[call.q.dtype])
+        assert found is not None
+        return found
+
+    def kinds(self) -> list[tuple[int, Mode]]:
+        """Every head_dim with every mode that has kernels for it."""
+        pairs = product(HEAD_DIMS, self.backends)
+        return [(d, mode) for d, mode in pairs if method(mode, self.arch, d, "bf16")]
+
+    def mode_of(self, variant: Variant) -> Mode | None:
+        """The mode in which this card runs a kernel, if it does."""
+        asked = (self.arch, variant.head_dim, variant.dtype)
+        return next((m for m in self.backends if method(m, *asked) == variant.method), None)
+
     def not_run(self) -> list[str]:
         """Kernels of this card that nothing has launched."""
-        arch = 86 if self.capability == SHIPPED else self.capability
-        return [k.name for k in KERNELS if k.config(arch) and k.name not in self.library.ran]
+        return [k.name for k in KERNELS if k.config(self.arch) and k.name not in self.library.ran]
 
 
 def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -24,7 +24,7 @@ from .sections.maps import map_problems
 Edit = Callable[[str], str]
 #: Kernels of each kind to plant faults in.
 KINDS = (
-    *("d64_bf16_dense_plain", "d96_fp16_lists_mass", "d128_bf16_int8_lists_mass"),
+    *("d64_fp16_dense_plain", "d96_fp16_lists_mass", "d128_bf16_int8_fp16_lists_mass"),
     *("d64_bf16_quantise_queries", "d128_fp16_quantise_keys"),
     *("d64_bf16_add_skipped", "d96_fp16_audit_skipped"),
     *("mark_tiles_1", "list_tiles_1", "count_scores_1"),
@@ -36,11 +36,13 @@ def exercise(card: Card, name: str) -> list[str]:
     kernel = next(kernel for kernel in KERNELS if kernel.name == name)
     if isinstance(kernel, Variant):
         call = problem((1, 2), (140, 400), kernel.head_dim, DTYPES[kernel.dtype], seed=1)
-        if kernel.criterion and kernel.qk == "native":
+        if kernel.criterion and not kernel.method.int8:
             call = with_sink(call)
         lists = listed(random_mask(call, 0.8, 1) if kernel.lists else None)
         call = call._replace(order=shuffled(140))
-        return attend(card, kernel.qk, call, lists, kernel.criterion)
+        mode = card.mode_of(kernel)
+        assert mode is not None
+        return attend(card, mode, call, lists, kernel.criterion)
     if (part := re.fullmatch(r"d(\d+)_(\w+?)_(quantise|add_|audit_)\w+", name)) is None:
         random = torch.Generator().manual_seed(1)
         score = -(torch.rand(1, 1, 2, 2100, generator=random) * 45)
@@ -124,7 +126,7 @@ def campaign(card: Card, most: int) -> None:
 
 
 def must_be_noticed(text: str) -> dict[str, Edit]:
-    """Faults in ``d64_bf16_dense_plain``, whose text this is, that no kernel may hide."""
+    """Faults in ``d64_fp16_dense_plain``, whose text this is, that no kernel may hide."""
     offset = re.search(r"st\.shared\.v4\.b32 \t\[(%r\d+)\+2048\]", text)
     assert offset is not None
 
@@ -150,6 +152,6 @@ def must_be_noticed(text: str) -> dict[str, Edit]:
         "out and lse swapped": partial(swap, 3, 4),
         "q and out swapped": partial(swap, 0, 3),
         "a parameter of another size": partial(
-            instead, ".param .u32 attend_tiles_param_15", ".param .u64 attend_tiles_param_15"
+            instead, ".param .u32 attend_tiles_param_19", ".param .u64 attend_tiles_param_19"
         ),
     }

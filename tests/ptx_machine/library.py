@@ -15,7 +15,7 @@ from torch import Tensor
 
 from comfyui_liteattention.backends.gpu.driver import _SIGNATURES
 from comfyui_liteattention.backends.gpu.kernel_table import TRAILING_POINTERS
-from comfyui_liteattention.backends.gpu.launches import Launch
+from comfyui_liteattention.backends.gpu.launch import Launch
 
 from . import ptx
 from .dataflow import undefined_reads
@@ -25,12 +25,17 @@ from .machine import Machine
 
 #: What each kernel writes: parameter -> whether it has to write all of it.
 OUTPUTS: dict[str, dict[str, bool]] = {
-    "attend_tiles": {"out": True, "lse": True, "score": False},
+    "attend_tiles": {
+        **{"out": True, "lse": True, "score": False},
+        **{"full_out": True, "full_lse": True},
+    },
     "quantise_queries": {"values": True, "unit": True, "shift": True},
     "quantise_keys": {"values": True, "unit": True},
+    "peak_values": {"peak": False},
+    "scale_values": {"values": True, "unit": True},
     "mark_tiles": {"following": True},
     "count_scores": {"counts": False},
-    "choose_limit": {"limit": True, "after": True},
+    "choose_limit": {"limit": True, "all_back": True, "after": True},
     "list_tiles": {"count": True, "index": True},
     "add_skipped": {"out": False},
     "audit_skipped": {"sums": True},

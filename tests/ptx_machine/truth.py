@@ -1,4 +1,4 @@
-"""What a mode's kernels have to come to, in float64, and how far rounding may take them from it."""
+"""What kernels have to come to, in float64, and how far rounding may take them from it."""
 
 from __future__ import annotations
 
@@ -10,80 +10,98 @@ from torch import Tensor
 
 from comfyui_liteattention.backends.base import Attended, Backend, Criterion, Inputs
 from comfyui_liteattention.backends.gpu import qk_int8
-from comfyui_liteattention.backends.gpu.kernel_table import TILE
-from comfyui_liteattention.backends.reference import ReferenceBackend
+from comfyui_liteattention.backends.gpu.kernel_table import TILE, Method, Values
+from comfyui_liteattention.backends.gpu.low_precision import LowPrecisionReference
 from comfyui_liteattention.tiles import TileLists, make_lists
 from tests.kernels.running_scores import running_scores
 
 LOG2E = math.log2(math.e)
 #: Unit of rounding: half the distance between neighbours at 1.
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+#: Rounding of shares, and of sums of 64 products in eights, relative to the sum of magnitudes.
+ROUNDED: dict[Values, float] = {"own": 0.0, "fp16": 9 * 2.0**-11, "e4m3": 2.0**-4 + 5 * 2.0**-11}
 
 
 class Multiplied(NamedTuple):
-    """Queries and keys as a mode multiplies them, in their order; scores are ``q k^T scale``."""
+    """Queries and keys as multiplied, in their order; scores are ``q k^T scale``."""
 
     q: Tensor
     k: Tensor
     scale: float
 
 
-def reference(mode: str) -> Backend:
-    """The truth of a mode."""
-    return qk_int8.Int8Reference(TILE) if mode == "int8" else ReferenceBackend(TILE)
+def reference(method: Method) -> Backend:
+    """The truth of a way to multiply."""
+    return LowPrecisionReference(method, TILE)
 
 
-def wide(call: Inputs, mode: str) -> Inputs:
+def wide(call: Inputs, method: Method) -> Inputs:
     """In float64. 8-bit queries and keys have to be the same numbers, hence those of the model's
     dtype."""
-    q, k = (call.q, call.k) if mode == "int8" else (call.q.double(), call.k.double())
+    q, k = (call.q, call.k) if method.int8 else (call.q.double(), call.k.double())
     return call._replace(q=q, k=k, v=call.v.double())
 
 
-def multiplied(call: Inputs, mode: str) -> Multiplied:
+def multiplied(call: Inputs, method: Method) -> Multiplied:
     """What the scores are made of."""
-    if mode != "int8":
+    if not method.int8:
         left, right, scale = call.q, call.k, call.scale
     else:
         mean = qk_int8.mean_key(call.k)
         queries = qk_int8.quantise_queries(call.q, mean, call.scale)
         keys = qk_int8.quantise_keys(call.k, mean, TILE.k)
-        unit = keys.unit.repeat_interleave(TILE.k, -1)[..., : call.k.shape[2]]
+        unit = keys.unit[..., : call.k.shape[2]]
         left = queries.values.double() * queries.unit.double().unsqueeze(-1)
         right, scale = keys.values.double() * unit.double().unsqueeze(-1), math.log(2)
     return Multiplied(left if call.order is None else left[:, :, call.order], right, scale)
 
 
 def problems_with(
-    got: Attended, call: Inputs, lists: TileLists | None, criterion: Criterion | None, mode: str
+    got: Attended,
+    call: Inputs,
+    lists: TileLists | None,
+    criterion: Criterion | None,
+    method: Method,
 ) -> list[str]:
     """What of a result is off by more than rounding allows."""
     if got.out.dtype != call.q.dtype or got.out.shape != call.q.shape:
         return [f"out {got.out.dtype} {tuple(got.out.shape)}"]
-    want = reference(mode).forward(wide(call, mode), lists, criterion)
-    problems = _problems_with_out(got, want, call, lists, mode)
+    want = reference(method).forward(wide(call, method), lists, criterion)
+    problems = _problems_with_out(got, want, call, lists, method)
     empty = want.lse == -torch.inf  # rows without any tile
     if not torch.equal(got.lse == -torch.inf, empty):
         problems.append("lse: other rows are empty")
     off = (got.lse.double() - want.lse.double()).abs()[~empty]
-    if not (off <= 1e-5 + 3e-6 * want.lse[~empty].abs()).all():
+    if not (off <= 1e-5 + 3e-6 * want.lse[~empty].abs() + _one_step(call, method)).all():
         problems.append(f"lse off by {off.max():.1e}")
     if criterion is None:
         return problems if got.score is None else [*problems, "a score"]
     if got.score is None:
         return [*problems, "no score"]
-    return problems + _problems_with_score(got.score.double(), call, lists, criterion, mode)
+    return problems + _problems_with_score(got.score.double(), call, lists, criterion, method)
+
+
+def _one_step(call: Inputs, method: Method) -> float:
+    """What a score changes by at most, natural log, where one number in 8 bits is rounded the other
+    way. (Rotations are sums, whose last bit may decide; section ``quantised`` counts those.)"""
+    if not method.int8:
+        return 0.0
+    mean = qk_int8.mean_key(call.k)
+    q_unit = qk_int8.quantise_queries(call.q, mean, call.scale).unit.nan_to_num(0, 0)
+    k_unit = qk_int8.quantise_keys(call.k, mean, TILE.k).unit.nan_to_num(0, 0)
+    return qk_int8.LARGEST * float(q_unit.max() * k_unit.max()) * math.log(2)
 
 
 def _problems_with_out(
-    got: Attended, want: Attended, call: Inputs, lists: TileLists | None, mode: str
+    got: Attended, want: Attended, call: Inputs, lists: TileLists | None, method: Method
 ) -> list[str]:
     dtype = call.q.dtype
-    sizes = wide(call, mode)._replace(v=call.v.abs().double())
-    size = reference(mode).forward(sizes, lists).out.double()
+    sizes = wide(call, method)._replace(v=call.v.abs().double())
+    size = reference(method).forward(sizes, lists).out.double()
     # Shares are rounded before they are multiplied, the result when it is stored.
-    twice = 2 if mode == "int8" else 1
-    allowed = UNIT[dtype] * (size + twice * want.out.double().abs()) * 1.05 + 1e-5
+    twice = 2 if method.int8 else 1
+    shares = max(UNIT[dtype], ROUNDED[method.values])
+    allowed = shares * size * 1.05 + UNIT[dtype] * (twice * want.out.double().abs()) * 1.05 + 1e-5
     if dtype == torch.float16:  # shares below 2^-14 lose more than their last bit
         allowed = allowed + 2.0**-25 * call.v.double().abs().sum(2, keepdim=True)
     empty = want.lse == -torch.inf
@@ -97,9 +115,9 @@ def _problems_with_out(
 
 
 def _problems_with_score(
-    score: Tensor, call: Inputs, lists: TileLists | None, criterion: Criterion, mode: str
+    score: Tensor, call: Inputs, lists: TileLists | None, criterion: Criterion, method: Method
 ) -> list[str]:
-    q, k, scale = multiplied(call, mode)
+    q, k, scale = multiplied(call, method)
     tq, tk = TILE.grid(call.q.shape[2], call.k.shape[2])
     every = make_lists(torch.ones(*call.q.shape[:2], tq, tk, dtype=torch.bool))
     twin = running_scores(q, k, scale, lists or every, TILE, criterion)
@@ -111,7 +129,8 @@ def _problems_with_score(
         problems.append("a tiny score isn't tiny")
     near = visited & ~tiny
     off = (score - twin).abs()[near]
-    if not (off <= 2e-5 + 3e-6 * twin[near].abs()).all():
+    allowed = 2e-5 + 3e-6 * twin[near].abs() + _one_step(call, method) * LOG2E
+    if not (off <= allowed).all():
         problems.append(f"score off by {off.max():.1e} log2")
     # The gap is an fma of a number with the same number rounded: up to half of its last bit.
     largest = (q.double() @ k.double().mT).abs().max().item() * scale * LOG2E

@@ -35,7 +35,6 @@ from ..base import (
     Backend,
     Criterion,
     Inputs,
-    Rows,
     Skipped,
     check_order,
     empty_out,
@@ -86,7 +85,8 @@ class CpuBackend:
         """Tested once, with the variant that compiles fastest: the code is the same for all."""
         kernels = _load_kernels()
         reason = kernels if isinstance(kernels, str) else None
-        return reason or self._verdicts.of(self, 64, torch.float32, device) or self
+        trial = kernel_selftest.Trial(64, torch.float32, device)
+        return reason or self._verdicts.of(self, trial) or self
 
     def forward(
         self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
@@ -94,10 +94,12 @@ class CpuBackend:
         return self._attend((call, lists, criterion))[0]
 
     def forward_and_audit(
-        self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: Rows
+        self, call: Inputs, lists: TileLists, criterion: Criterion | None, audited: range
     ) -> tuple[Attended, Attended]:
         """Both results from keys and values that are packed only once."""
-        kept, full = self._attend((call, lists, criterion), (some_of(call, audited), None, None))
+        kept, full = self._attend(
+            (call, lists, criterion), (some_of(call, audited, self.tile), None, None)
+        )
         return kept, full
 
     def _attend(self, *calls: tuple[Inputs, TileLists | None, Criterion | None]) -> list[Attended]:

@@ -10,9 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .kernel_table import KERNELS, PTX_ARCH, TILE, Kernel
+from .kernel_table import KERNELS, PTX_ARCH, PTX_VERSION, TILE, Archive, Kernel
 
 FOLDER = Path(__file__).parent / "archives"
+FORMAT = 3
+_SOURCES = Path(__file__).parent / "kernels"
 
 
 class PrebuiltError(RuntimeError):
@@ -32,6 +34,17 @@ def parameters() -> dict[str, dict[str, str]]:
     return {kernel.entry.name: dict(kernel.entry.parameters) for kernel in KERNELS}
 
 
+def recipe(kernel: Kernel, archive: Archive) -> str:
+    """sha256 of all that a kernel is compiled from, the versions of triton and of its assemblers
+    aside, whatever the line ends of the checkout."""
+    modules = {kernel.entry.module, *(["attend"] if kernel.entry.module == "tail" else [])}
+    source = b"".join((_SOURCES / f"{name}.py").read_bytes() for name in sorted(modules))
+    ptx = PTX_VERSION if archive.arch == PTX_ARCH else None
+    config = kernel.config(archive.arch)
+    how = (kernel.types, kernel.entry.parameters, kernel.constants(), config, *archive, ptx)
+    return hashlib.sha256(source.replace(b"\r\n", b"\n") + repr(how).encode()).hexdigest()
+
+
 class Prebuilt:
     """A folder of archives with their manifest, as ``kernels/build.py`` writes it."""
 
@@ -45,23 +58,37 @@ class Prebuilt:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise PrebuiltError(f"no readable manifest of the prebuilt kernels: {error}") from error
-        expected = (2, [TILE.q, TILE.k], parameters())
+        expected = (FORMAT, [TILE.q, TILE.k], parameters())
         if tuple(manifest.get(key) for key in ("format", "tile", "parameters")) != expected:
             raise PrebuiltError(f"{path} belongs to another version; run kernels/build.py")
         return manifest
 
-    def archive(self, capability: int) -> str | None:
-        """Name of the archive for a compute capability (major * 10 + minor), or None.
+    def archive(self, capability: int, driver: int) -> str:
+        """Name of the archive for a compute capability (major * 10 + minor) and a driver (its
+        branch, as 570); :class:`PrebuiltError` says why there is none.
 
-        Machine code for exactly this card, else PTX, if the card is newer than the PTX.
+        Machine code for exactly this card, of several the one for the newest drivers; PTX, if the
+        card is newer than the PTX and has no machine code.
         """
-        archives = self.manifest["archives"]
-        if f"sm_{capability}" in archives:
-            return f"sm_{capability}"
-        return "ptx" if "ptx" in archives and capability > PTX_ARCH else None
+        archives: dict[str, Any] = self.manifest["archives"]
+        fitting = {n: a for n, a in archives.items() if n != "ptx" and a["arch"] == capability}
+        if not fitting and "ptx" in archives and capability > PTX_ARCH:
+            fitting = {"ptx": archives["ptx"]}
+        if not fitting:
+            raise PrebuiltError(f"no prebuilt kernel for compute capability {capability / 10}")
+        taken = {name: a["driver"] for name, a in fitting.items() if a["driver"] <= driver}
+        if not taken:
+            needed = min(a["driver"] for a in fitting.values())
+            raise PrebuiltError(f"needs NVIDIA driver {needed} or newer, here is {driver}")
+        return max(taken, key=lambda name: taken[name])
 
-    def has(self, archive: str, kernel: Kernel) -> bool:
-        return kernel.name in self.manifest["archives"][archive]["kernels"]
+    def arch(self, archive: str) -> int:
+        """The compute capability that an archive was compiled for."""
+        return int(self.manifest["archives"][archive]["arch"])
+
+    def driver(self, archive: str) -> int:
+        """The oldest driver (its branch) that takes an archive."""
+        return int(self.manifest["archives"][archive]["driver"])
 
     def read(self, archive: str, kernel: Kernel) -> Code:
         """The code of one kernel, refused unless its sha256 is the manifest's."""

@@ -15,14 +15,13 @@ from ..base import (
     Backend,
     Criterion,
     Inputs,
-    Qk,
-    Rows,
+    Mode,
     Skipped,
     TileMap,
-    one_after_the_other,
 )
 from . import launches
-from .launches import Launch
+from .kernel_table import Method
+from .launch import DTYPE_NAMES, Launch
 from .tile_map import TileMaps
 
 
@@ -32,9 +31,16 @@ class Launcher(Protocol):
     #: What backends with this launcher are called.
     name: str
     tile: TileShape
+    #: What its attention kernels can score.
+    criteria: tuple[Criterion | None, ...]
 
-    def missing(self, device: torch.device, qk: Qk) -> str | None:
+    def missing(self, device: torch.device, mode: Mode) -> str | None:
         """Why no kernel of this kind can be launched on a device, or None."""
+        ...
+
+    def method(self, device: torch.device, mode: Mode, head_dim: int, dtype: str) -> Method | None:
+        """How a card multiplies in a mode it isn't :meth:`missing`, or None where there is no
+        kernel."""
         ...
 
     def launch(self, launch: Launch, device: torch.device) -> None:
@@ -47,9 +53,10 @@ class KernelBackend:
 
     running_scores = True
 
-    def __init__(self, launcher: Launcher, qk: Qk = "native") -> None:
-        self.qk = qk
-        self.name = launcher.name if qk == "native" else f"{launcher.name}, {qk}"
+    def __init__(self, launcher: Launcher, mode: Mode = "native", why: str = "") -> None:
+        self.mode = mode
+        parts = (launcher.name, "" if mode == "native" else mode, why)
+        self.name = ", ".join(filter(None, parts))
         self.launcher = launcher
         self._verdicts = kernel_selftest.Verdicts()
         self._maps = TileMaps(launcher.launch)
@@ -57,31 +64,50 @@ class KernelBackend:
     def tile_shape(self, head_dim: int) -> TileShape:
         return self.launcher.tile
 
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why this backend can't work on a device at all, or None."""
+    def unavailable(self, device: torch.device, criterion: Criterion) -> str | None:
+        """Why this backend can't work on a device with this score at all, or None."""
         if device.type != "cuda":
             return f"tensors on {device.type}, not on a graphics card"
-        return self.launcher.missing(device, self.qk)
+        if criterion not in self.launcher.criteria:
+            return f"the {criterion} criterion is not among the prebuilt kernels"
+        return self.launcher.missing(device, self.mode)
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return launches.CONSTRAINTS.check(q, k, v)
 
     def provide(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Backend | str:
-        reason = self.unavailable(device)
-        return reason or self._verdicts.of(self, head_dim, dtype, device, self.qk) or self
+        method = self.launcher.method(device, self.mode, head_dim, DTYPE_NAMES[dtype])
+        if method is None:
+            return f"no {self.mode} kernel for head_dim {head_dim}"
+        trial = kernel_selftest.Trial(head_dim, dtype, device, method, self.launcher.criteria)
+        return self._verdicts.of(self, trial) or self
+
+    def begin_run(self) -> None:
+        """Let what failed for a passing reason be tried again."""
+        self._verdicts.begin_run()
 
     def forward(
         self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
     ) -> Attended:
-        prepared = launches.prepare(call, lists, criterion, self.launcher.tile, self.qk)
-        for launch in prepared.launches:
-            self.launcher.launch(launch, call.q.device)
-        return prepared.finish()
+        return self._forward(call, lists, criterion, range(0)).finish()
 
     def forward_and_audit(
-        self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: Rows
+        self, call: Inputs, lists: TileLists, criterion: Criterion | None, audited: range
     ) -> tuple[Attended, Attended]:
-        return one_after_the_other(self, call, lists, criterion, audited)
+        made = self._forward(call, lists, criterion, audited)
+        return made.finish(), made.full
+
+    def _forward(
+        self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: range
+    ) -> launches.Call:
+        q, tile = call.q, self.launcher.tile
+        method = self.launcher.method(q.device, self.mode, q.shape[3], DTYPE_NAMES[q.dtype])
+        if method is None:
+            raise ValueError(f"no {self.mode} kernel for head_dim {q.shape[3]}")
+        made = launches.prepare(call, lists, criterion, tile, method, audited)
+        for launch in made.launches:
+            self.launcher.launch(launch, q.device)
+        return made
 
     def add_skipped(self, kept: Attended, skipped: Skipped, factor: Tensor) -> None:
         launch = launches.prepare_skipped(kept, skipped, factor, self.launcher.tile)

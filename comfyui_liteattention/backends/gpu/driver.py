@@ -20,6 +20,7 @@ import torch
 _OUT = POINTER(c_void_p)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
+    "cuDriverGetVersion": (POINTER(c_int),),
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDevicePrimaryCtxRetain": (_OUT, c_int),
@@ -39,6 +40,15 @@ _CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _WARP = 32
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
+#: Errors of loading: invalid image, no binary for this card, invalid PTX, unknown PTX version.
+_REFUSED = (200, 209, 218, 222)
+
+#: CUDA version, as ``cuDriverGetVersion`` tells it -> the branch of drivers that brought it.
+SINCE = {
+    **{12000: 525, 12010: 530, 12020: 535, 12030: 545, 12040: 550, 12050: 555, 12060: 560},
+    **{12070: 565, 12080: 570, 12090: 575, 13000: 580, 13010: 590},
+}
+
 #: Triton's types -> struct codes; every pointer is alike.
 _CODES = {"fp32": "f", "i32": "i", "i64": "q"}
 
@@ -49,6 +59,10 @@ class DriverError(RuntimeError):
 
 class DriverOutOfMemoryError(DriverError, torch.OutOfMemoryError):
     """The same, for want of memory on the card: handled as where torch lacks it."""
+
+
+class ImageRefusedError(DriverError):
+    """The driver doesn't take this machine code or PTX: most often it is too old for it."""
 
 
 class Loaded(NamedTuple):
@@ -78,6 +92,10 @@ class Driver:
             function.argtypes, function.restype = arguments, c_int
         self._contexts: dict[int, c_void_p] = {}
         self._call("cuInit", 0)
+        version = c_int()
+        self._call("cuDriverGetVersion", byref(version))
+        #: The branch of drivers that this one belongs to, as 570; 0 where it is older than 525.
+        self.branch = max((b for cuda, b in SINCE.items() if cuda <= version.value), default=0)
 
     def load(self, device: int, image: bytes, entry: str, warps: int, shared: int) -> Loaded:
         """A cubin or PTX text -> the kernel ``entry``, on the device of this number."""
@@ -151,6 +169,8 @@ class Driver:
             reason = text.value.decode(errors="replace") if text.value else "unknown error"
             if status == _OUT_OF_MEMORY:
                 raise DriverOutOfMemoryError(f"{name}: {reason}")
+            if status in _REFUSED:
+                raise ImageRefusedError(f"{name}: {reason} (CUDA driver error {status})")
             raise DriverError(f"{name}: {reason} (CUDA driver error {status})")
 
 

@@ -2,7 +2,8 @@
 
 Prebuilt code may fail where the same kernel, compiled on the spot, works: an old driver, a card
 newer than the code. Which one it is, is decided for each head_dim and dtype when they are first
-used, and stays. Where memory was lacking for a test, that stays for a run.
+used, and stays; what failed for a reason that may pass, as a lack of memory, is asked again when a
+run begins.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ log = logging.getLogger(__name__)
 
 class Candidate(Backend, Provider, Protocol):
     """A backend that knows whether it can be trusted."""
+
+    def begin_run(self) -> None:
+        """Let what failed for a passing reason be tried again."""
+        ...
 
 
 class FirstTrusted:
@@ -50,9 +55,11 @@ class FirstTrusted:
         return self._chosen[key]
 
     def begin_run(self) -> None:
-        """Let what memory was lacking for be tried again."""
-        chosen = [*self._chosen.items()]
-        self._chosen = {key: choice for key, choice in chosen if choice != NO_MEMORY}
+        """Let what failed for a passing reason be tried again."""
+        for candidate in self._candidates:
+            candidate.begin_run()
+        best = self._candidates[0]
+        self._chosen = {key: one for key, one in [*self._chosen.items()] if one is best}
 
     def _first_trusted(
         self, device: torch.device, head_dim: int, dtype: torch.dtype

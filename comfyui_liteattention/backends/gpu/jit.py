@@ -15,19 +15,22 @@ import torch
 from torch import Tensor
 
 from ...tiles import TileShape
-from ..base import Qk
+from ..base import Mode
 from .kernel_table import (
     ADD_SKIPPED,
     ARCHS,
     ATTEND,
     AUDIT_SKIPPED,
-    CONFIGS,
+    CRITERIA,
+    METHODS,
     TILE,
     Config,
     Entry,
     Kernel,
+    Method,
+    method,
 )
-from .launches import Launch
+from .launch import Launch
 
 #: AMD architecture prefix -> (tile, warps, stages), from compiled registers only.
 AMD = {
@@ -41,18 +44,22 @@ class JitLauncher:
     """Compiles a kernel when it is first launched."""
 
     name = "triton"
+    criteria = CRITERIA
 
     def __init__(self) -> None:
         self._amd = _amd_setting()
         self.tile = self._amd[0] if self._amd else TILE
 
-    def missing(self, device: torch.device, qk: Qk) -> str | None:
+    def missing(self, device: torch.device, mode: Mode) -> str | None:
         """Why nothing can be compiled for this card, or None."""
         if importlib.util.find_spec("triton") is None:
             return "triton isn't installed"
-        if qk not in _modes(device):
-            return f"no {qk} for this compute capability: it would be slower"
+        if _known(device) not in METHODS[mode]:
+            return f"no {mode} for this compute capability: it would be slower"
         return None
+
+    def method(self, device: torch.device, mode: Mode, head_dim: int, dtype: str) -> Method | None:
+        return method(mode, _known(device), head_dim, dtype)
 
     def launch(self, launch: Launch, device: torch.device) -> None:
         config = self._config(launch.kernel, device)
@@ -70,17 +77,20 @@ class JitLauncher:
     def _config(self, kernel: Kernel, device: torch.device) -> Config:
         if self._amd and kernel.entry in (ATTEND, ADD_SKIPPED, AUDIT_SKIPPED):
             return self._amd[1]
-        major, minor = torch.cuda.get_device_capability(device)
-        return kernel.config(major * 10 + minor) or kernel.config(_NEAREST) or Config(4, 1)
+        return kernel.config(_known(device)) or kernel.config(_NEAREST) or Config(4, 1)
 
 
-def _modes(device: torch.device) -> tuple[Qk, ...]:
-    """What is worth compiling for a card: everything, unless the table knows it and says not."""
+def _known(device: torch.device) -> int:
+    """The compute capability of a card, or one that the table knows and that does as well."""
     if torch.version.hip is not None:
-        return tuple(CONFIGS)
+        return _NEAREST
+    arch = _capability(device)
+    return arch if arch in ARCHS else _NEAREST
+
+
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
-    arch = major * 10 + minor
-    return tuple(qk for qk in CONFIGS if arch in CONFIGS[qk] or arch not in ARCHS)
+    return major * 10 + minor
 
 
 def source(entry: Entry) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,31 +16,26 @@ from ..base import (
     Criterion,
     Inputs,
     Pooled,
-    Qk,
     Skipped,
     check_order,
     empty_out,
 )
 from ..constraints import Constraints, short
-from . import qk_int8
 from .kernel_table import (
     ADD_SKIPPED,
     AUDIT_SKIPPED,
     HEAD_DIMS,
     POINTER_ALIGNMENT,
-    QUANTISE_KEYS,
-    QUANTISE_QUERIES,
-    QUERY_ROWS,
     STRIDE_ALIGNMENT,
     TILE,
     Companion,
-    Kernel,
+    Method,
     Variant,
 )
+from .launch import DTYPE_NAMES, Argument, Launch
+from .narrow import narrow
 
-DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 LOG2E = math.log2(math.e)
-Argument: TypeAlias = Tensor | int | float | None
 #: What the compiled code takes for granted.
 CONSTRAINTS = Constraints(
     device="cuda",
@@ -53,22 +48,13 @@ CONSTRAINTS = Constraints(
 )
 
 
-class Launch(NamedTuple):
-    """Which kernel, over which grid, with which arguments (in the order of its parameters).
-
-    Pointers are tensors, or None where this variant doesn't look.
-    """
-
-    kernel: Kernel
-    grid: tuple[int, int]
-    arguments: tuple[Argument, ...]
-
-
 class Call(NamedTuple):
-    """What to launch, in this order, and where the result will be."""
+    """What to launch, in this order, and where the results will be: ``result``, and ``full`` of the
+    audited queries, in the order of the map."""
 
     launches: tuple[Launch, ...]
     result: Attended
+    full: Attended
     criterion: Criterion | None
 
     def finish(self) -> Attended:
@@ -83,12 +69,17 @@ def prepare(
     lists: TileLists | None,
     criterion: Criterion | None,
     tile: TileShape = TILE,
-    qk: Qk = "native",
+    method: Method = Method(),
+    audited: range = range(0),
 ) -> Call:
-    """Outputs and launches of one call. The tensors must have passed :data:`CONSTRAINTS`."""
+    """Outputs and launches of one call. The tensors must have passed :data:`CONSTRAINTS`.
+
+    ``audited``: query tiles that are done over all tiles as well, where there are lists."""
     q, k, v, scale, order = call
     if not scale > 0:
         raise ValueError(f"scale={scale}: the kernel takes positive scales only.")
+    if audited and lists is None:
+        raise ValueError("an audit is of a call with lists.")
     b, h, lq, d = q.shape
     lk = k.shape[2]
     tq, tk = tile.grid(lq, lk)
@@ -101,33 +92,29 @@ def prepare(
                 f"{(b, h, tq, tk)} tiles."
             )
         count, index = _int32(count), _int32(index)
-    before: tuple[Launch, ...] = ()
-    dtype = DTYPE_NAMES[q.dtype]
-    units: tuple[Tensor | None, ...] = (None, None, None)
-    if qk == "int8":
-        mean = qk_int8.mean_key(k)
-        keys, make_keys = _quantise_keys(k, mean, tile)
-        queries, make_queries = _quantise_queries(q, mean, scale)
-        before = (make_keys, make_queries)
-        q, k = queries.values, keys.values
-        units = (queries.unit, keys.unit, queries.shift)
-    out = result.out
+    queries = max(min(audited.stop * tile.q, lq) - audited.start * tile.q, 0)
+    full = Attended(
+        q.new_empty(b, h, queries, d), q.new_empty(b, h, queries, dtype=torch.float32), None
+    )
+    made = narrow(q, k, v, scale, method, tile)
     rows, ordered = _order(order, q)
     arguments = (
-        *(q, k, v, out),
+        *(made.q, made.k, made.v, result.out),
         *(result.lse, result.score),
         *(count, index),
-        *units,
-        rows,
+        *(made.q_unit, made.k_unit, made.shift, made.v_unit),
+        *(full.out, full.lse, _ascending(tk, q.device) if audited else None, rows),
         scale * LOG2E,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
+        *made.q.stride()[:3],
+        *made.k.stride()[:3],
+        *made.v.stride()[:3],
+        *result.out.stride()[:3],
         *(h, lq, lk, tk, ordered),
+        *(audited.start, len(audited), queries),
     )
-    variant = Variant(d, dtype, lists is not None, criterion, qk)
-    return Call((*before, Launch(variant, (tq, b * h), arguments)), result, criterion)
+    variant = Variant(d, DTYPE_NAMES[q.dtype], lists is not None, criterion, method)
+    launch = Launch(variant, (tq + len(audited), b * h), arguments)
+    return Call((*made.launches, launch), result, full, criterion)
 
 
 def prepare_skipped(
@@ -185,30 +172,6 @@ def agreement(sums: Tensor) -> Agreement:
     return Agreement(*sums.sum(2).unbind(-1))
 
 
-def _quantise_queries(q: Tensor, mean: Tensor, scale: float) -> tuple[qk_int8.Queries, Launch]:
-    """Memory for the quantised queries, and the launch that fills it."""
-    b, h, lq, d = q.shape
-    to = qk_int8.Queries(
-        q.new_empty(q.shape, dtype=torch.int8),
-        *(q.new_empty(b, h, lq, dtype=torch.float32) for _ in range(2)),
-    )
-    kernel = Companion(QUANTISE_QUERIES, d, DTYPE_NAMES[q.dtype])
-    arguments: tuple[Argument, ...] = (q, mean, *to, scale, *q.stride()[:3], h, lq)
-    return to, Launch(kernel, (-(-lq // QUERY_ROWS), b * h), arguments)
-
-
-def _quantise_keys(k: Tensor, mean: Tensor, tile: TileShape) -> tuple[qk_int8.Keys, Launch]:
-    """Memory for the quantised keys, and the launch that fills it."""
-    b, h, lk, d = k.shape
-    tk = -(-lk // tile.k)
-    to = qk_int8.Keys(
-        k.new_empty(k.shape, dtype=torch.int8), k.new_empty(b, h, tk, dtype=torch.float32)
-    )
-    arguments: tuple[Argument, ...] = (k, mean, *to, *k.stride()[:3], h, lk)
-    kernel = Companion(QUANTISE_KEYS, d, DTYPE_NAMES[k.dtype])
-    return to, Launch(kernel, (tk, b * h), arguments)
-
-
 def allocate(
     q: Tensor, k: Tensor, lists: bool, criterion: Criterion | None, tile: TileShape = TILE
 ) -> Attended:
@@ -223,11 +186,6 @@ def allocate(
     never = 0.0 if criterion == "mass" else -math.inf
     score = q.new_empty(b, h, tq, tk, dtype=torch.float32)
     return Attended(out, lse, score.fill_(never) if lists else score)
-
-
-def card_number(device: torch.device) -> int:
-    """The number of a card; ``cuda`` without one is the current card."""
-    return device.index if device.index is not None else torch.cuda.current_device()
 
 
 def _check_means(q: Tensor, pooled: Pooled, live: Tensor, tile: TileShape) -> tuple[int, int]:
@@ -249,6 +207,12 @@ def _order(order: Tensor | None, q: Tensor) -> tuple[Tensor, int]:
         return _nothing(q.device), 0
     check_order(order, lq)
     return order.contiguous(), lq
+
+
+@lru_cache(maxsize=8)
+def _ascending(tk: int, device: torch.device) -> Tensor:
+    """The list of all key tiles."""
+    return torch.arange(tk, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=8)

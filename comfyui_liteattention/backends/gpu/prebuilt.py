@@ -14,11 +14,20 @@ import threading
 import torch
 from torch import Tensor
 
-from ..base import Qk
-from . import launches
+from ..base import Mode
 from .archive import Prebuilt, PrebuiltError
-from .driver import ArgumentBlock, Driver, DriverError, Loaded
-from .kernel_table import DTYPES, HEAD_DIMS, KERNELS, TILE, TRAILING_POINTERS, Kernel, Variant
+from .driver import ArgumentBlock, Driver, DriverError, ImageRefusedError, Loaded
+from .kernel_table import (
+    KERNELS,
+    METHODS,
+    PREBUILT_CRITERIA,
+    TILE,
+    TRAILING_POINTERS,
+    Kernel,
+    Method,
+    method,
+)
+from .launch import Launch, card_number
 
 
 class PrebuiltLauncher:
@@ -26,6 +35,7 @@ class PrebuiltLauncher:
 
     name = "cuda"
     tile = TILE
+    criteria = PREBUILT_CRITERIA
 
     def __init__(self, prebuilt: Prebuilt | None = None, driver: Driver | None = None) -> None:
         self._prebuilt = prebuilt or Prebuilt()
@@ -41,26 +51,24 @@ class PrebuiltLauncher:
     def _driver(self) -> Driver:
         return self._given_driver or Driver()
 
-    def missing(self, device: torch.device, qk: Qk = "native") -> str | None:
+    def missing(self, device: torch.device, mode: Mode) -> str | None:
         """Why nothing prebuilt runs on this card, or None."""
         if torch.version.hip is not None:
             return "prebuilt kernels are for NVIDIA cards, this torch is for AMD"
         try:
-            capability = _capability(device)
-            archive = self._prebuilt.archive(capability)
-            if archive is None:
-                return f"no prebuilt kernel for compute capability {capability / 10}"
-            probe = Variant(HEAD_DIMS[0], DTYPES[0], False, None, qk)
-            if not self._prebuilt.has(archive, probe):
-                return f"no prebuilt {qk} kernel for compute capability {capability / 10}"
-            self._driver  # noqa: B018 - opened here, so that a missing driver has a reason
+            arch = self._prebuilt.arch(self._archive(device))
         except (DriverError, PrebuiltError) as error:
             return str(error)
+        if arch not in METHODS[mode]:
+            return f"no prebuilt {mode} kernel for compute capability {_capability(device) / 10}"
         return None
 
-    def launch(self, launch: launches.Launch, device: torch.device) -> None:
+    def method(self, device: torch.device, mode: Mode, head_dim: int, dtype: str) -> Method | None:
+        return method(mode, self._prebuilt.arch(self._archive(device)), head_dim, dtype)
+
+    def launch(self, launch: Launch, device: torch.device) -> None:
         """Launch on the current stream of the card that holds the tensors."""
-        number = launches.card_number(device)
+        number = card_number(device)
         loaded = self._kernels.get((number, launch.kernel)) or self._load(number, launch.kernel)
         values = [_value(a) for a in launch.arguments]
         block = self._arguments[launch.kernel.entry.name]
@@ -68,17 +76,25 @@ class PrebuiltLauncher:
         stream = torch.cuda.current_stream(device).cuda_stream
         self._driver.launch(loaded, launch.grid, stream, pointers)
 
+    def _archive(self, device: torch.device) -> str:
+        """What has the code for this card and driver."""
+        return self._prebuilt.archive(_capability(device), self._driver.branch)
+
     def _load(self, number: int, kernel: Kernel) -> Loaded:
         with self._loading:
             if (number, kernel) not in self._kernels:
-                capability = _capability(torch.device("cuda", number))
-                archive = self._prebuilt.archive(capability)
-                if archive is None:
-                    raise PrebuiltError(f"no prebuilt kernel for capability {capability / 10}")
+                archive = self._archive(torch.device("cuda", number))
                 code = self._prebuilt.read(archive, kernel)
-                self._kernels[number, kernel] = self._driver.load(
-                    number, code.image, kernel.entry.name, code.warps, code.shared
-                )
+                try:
+                    loaded = self._driver.load(
+                        number, code.image, kernel.entry.name, code.warps, code.shared
+                    )
+                except ImageRefusedError as error:
+                    needed, here = self._prebuilt.driver(archive), self._driver.branch
+                    raise ImageRefusedError(
+                        f"{error}; {archive} needs NVIDIA driver {needed}, here is {here}"
+                    ) from error
+                self._kernels[number, kernel] = loaded
             return self._kernels[number, kernel]
 
 

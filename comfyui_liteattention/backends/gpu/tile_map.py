@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ...budget import allocation
-from ...budget.allocation import BINS, Choice
+from ...budget.allocation import BINS, Choice, Limit
 from ...budget.ledger import DECAY, PRIOR_WEIGHT
 from ...tiles import TileLists, all_live, make_lists, pack, unpack
 from ..kernel_selftest import lacks_memory, with_room
 from .kernel_table import CHOOSE_LIMIT, COUNT_SCORES, LIST_TILES, MARK_TILES, Entry, MapKernel
-from .launches import Launch
+from .launch import Launch
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +32,14 @@ class TileMapKernels:
         self._launch = launch
 
     def next_live(
-        self, live: Tensor | None, score: Tensor, limit: float | Tensor, pinned: Tensor
+        self, live: Tensor | None, score: Tensor, limit: float | Limit, pinned: Tensor
     ) -> Tensor:
         b, h, tq, tk = score.shape
-        at_most = limit if isinstance(limit, Tensor) else score.new_full((), limit)
+        if not isinstance(limit, Limit):
+            limit = Limit(score.new_full((), limit), _no(score.device))
         following = score.new_empty((b, h, tq, -(-tk // 32)), dtype=torch.int32)
-        self._each_query_tile(MARK_TILES, live, score, pinned, at_most.float(), following)
+        rest = (limit.score, limit.all_back.view(torch.uint8), following)
+        self._each_query_tile(MARK_TILES, live, score, pinned, *rest)
         return following
 
     def histogram(self, live: Tensor | None, score: Tensor, pinned: Tensor) -> Tensor:
@@ -55,14 +57,15 @@ class TileMapKernels:
         others: Sequence[Tensor],
         aim: float,
     ) -> Choice:
-        limit = ledger.new_empty((), dtype=torch.float32)
+        limit = Limit(*(ledger.new_empty((), dtype=x) for x in (torch.float32, torch.bool)))
         after = ledger.new_empty(len(ledger) + 1 + BINS)
         share = allocation.LARGEST_SHARE
         arguments = (
             *(counts, allocation.mass_of_bins(ledger.device)),
             # The kernel wants a pointer in any case; where nothing was audited it doesn't read it.
-            *(ledger, limit if lost is None else lost.float()),
-            *(torch.stack([*others]) if others else ledger, limit, after),
+            *(ledger, limit.score if lost is None else lost.float()),
+            torch.stack([*others]) if others else ledger,
+            *(limit.score, limit.all_back.view(torch.uint8), after),
             *(query_tiles, int(lost is not None), len(others)),
             *(DECAY, start, PRIOR_WEIGHT, aim, share * aim),
             *(allocation.TOO_MUCH * aim, allocation.TOO_MUCH * share * aim),
@@ -109,6 +112,12 @@ def _every(tk: int, device: torch.device) -> Tensor:
     return all_live(1, 1, 1, tk, device)
 
 
+@lru_cache(maxsize=8)
+def _no(device: torch.device) -> Tensor:
+    """``[]`` bool: not all tiles come back."""
+    return torch.zeros((), dtype=torch.bool, device=device)
+
+
 class TileMaps:
     """The tile map of each card, or None where its self-test fails; tested once."""
 
@@ -152,8 +161,9 @@ def problem(tile_map: TileMapKernels, device: torch.device) -> str | None:
         for mask, known in ((before, True), (torch.ones_like(before), False)):
             live = pack(mask).to(device)
             bits = live if known else None  # before a layer has marked anything, all are live
-            for limit in (-4.0, math.nan):
-                kept = torch.ones_like(mask) if math.isnan(limit) else mask & ~(score <= limit)
+            for all_back in (False, True):
+                kept = torch.ones_like(mask) if all_back else mask & ~(score <= -4)
+                limit = Limit(scored.new_tensor(-4.0), torch.tensor(all_back, device=device))
                 following = tile_map.next_live(bits, scored, limit, always)
                 if not torch.equal(unpack(following.cpu(), tk), kept | best | pinned):
                     return "self-test of the tile map: other tiles are kept"
@@ -184,13 +194,15 @@ def _chooses_well(
     def made(choose: Callable[..., Choice], counts: Tensor) -> Iterator[Tensor]:
         there = counts.device
         audit, others = lost.to(there), [other.to(there)]
-        yield from choose(counts, query_tiles, ledger.to(there), None, 0.3, [], 0.2)
-        yield from choose(counts, query_tiles, ledger.to(there), audit, 0.3, others, 0.2)
-        yield from choose(counts, query_tiles, ledger.to(there), audit, 0.3, others, 1e-4)
+        for audited, beside, aim in ((None, [], 0.2), (audit, others, 0.2), (audit, others, 1e-4)):
+            chosen = choose(counts, query_tiles, ledger.to(there), audited, 0.3, beside, aim)
+            score, all_back = chosen.limit
+            # Where all come back it isn't looked at.
+            yield from (score.masked_fill(all_back, 0), all_back, chosen.ledger, chosen.remaining)
 
     pairs = zip(made(tile_map.choose, counts), made(allocation.choose, want_counts), strict=True)
     return all(_close(got.cpu(), want) for got, want in pairs)
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
-    return torch.allclose(got, want, rtol=1e-5, atol=1e-9, equal_nan=True)
+    return torch.allclose(got.double(), want.double(), rtol=1e-5, atol=1e-9)

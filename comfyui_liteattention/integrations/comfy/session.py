@@ -58,7 +58,7 @@ class Patch:
         if is_ours(options.get(OVERRIDE)):  # called twice, because a pack has copied this wrapper
             return executor(*args, **kwargs)
         sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-        backend = _backend(guider.model_patcher, self.settings)
+        backend = _backend(guider.model_patcher, self.settings, attention_in_use(options))
         if isinstance(backend, str) or not self.settings.skips:
             reason = backend if isinstance(backend, str) else "the threshold is at its safest"
             self._end(_inactive(self.settings, reason, len(sigmas) - 1))
@@ -128,5 +128,6 @@ def _is_flow(model_patcher: Any) -> bool:
     return isinstance(sampling, comfy.model_sampling.CONST)
 
 
-def _backend(model_patcher: Any, settings: Settings) -> Provider | str:
-    return backend_for(torch.device(model_patcher.load_device), settings.qk)
+def _backend(model_patcher: Any, settings: Settings, attention: str) -> Provider | str:
+    device = torch.device(model_patcher.load_device)
+    return backend_for(device, settings.mode, attention, settings.criterion)

@@ -190,7 +190,9 @@ class Session:
         if mine.calling:  # the previous call raised an exception
             self.reset()
         device = arguments["hidden_states"].device
-        backend = backend_for(device, self.settings.qk)
+        attention = attention_in_use(self.transformers()[name])
+        settings = self.settings
+        backend = backend_for(device, settings.mode, attention, settings.criterion)
         if isinstance(backend, str) or not self.settings.skips:
             self._stay_dense(backend if isinstance(backend, str) else SAFE)
             return None

@@ -36,6 +36,10 @@ def cvt(o: Operands) -> Operation:
         return _whole(o)
     if parts[1] == "rzi" and of == "f32" and to in ("s16", "s32") and len(parts) == 4:
         return _truncate(o, to)
+    if op in ("cvt.rn.f16.s32", "cvt.rn.bf16.s32"):
+        narrow = to_float16 if to == "f16" else to_bfloat16
+        d, whole = o.target(o[0], "b16"), o.source(o[1], "s32")
+        return assign(d, lambda: narrow(whole.astype(np.float32)))  # exact up to 2^24
     if op in _PLAIN:
         d, a = o.target(o[0], to), o.source(o[1], of)
         return assign(d, lambda: a)

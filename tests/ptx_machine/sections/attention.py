@@ -9,11 +9,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from comfyui_liteattention.backends.base import Criterion, Inputs
-from comfyui_liteattention.backends.gpu.kernel_table import HEAD_DIMS, KERNELS, Variant
+from comfyui_liteattention.backends.base import Criterion, Inputs, Mode, rows_of
+from comfyui_liteattention.backends.gpu.kernel_table import KERNELS, TILE, Variant
 from comfyui_liteattention.tiles import TileLists, make_lists
 
-from ..card import MODES, Card
+from ..card import Card
 from ..cases import Case
 from ..problems import DTYPES, LAYOUTS, problem, random_mask, shuffled, with_sink
 from ..truth import problems_with
@@ -21,7 +21,7 @@ from ..truth import problems_with
 
 def attend(
     card: Card,
-    mode: str,
+    mode: Mode,
     call: Inputs,
     lists: TileLists | None = None,
     criterion: Criterion | None = None,
@@ -32,7 +32,7 @@ def attend(
     backend = card.backends[mode]
     before = [x.clone() for x in call[:3]]
     got = backend.forward(call, lists, criterion)
-    problems = problems_with(got, call, clean or lists, criterion, mode)
+    problems = problems_with(got, call, clean or lists, criterion, card.method(mode, call))
     if not all(torch.equal(x, old) for x, old in zip(call[:3], before, strict=True)):
         problems.append("an input was changed")
     return problems
@@ -47,13 +47,15 @@ def attention(card: Card) -> Iterator[Case]:
     """Each kernel: ragged lengths, several batches and heads, in an order and without."""
     variants = [kernel for kernel in KERNELS if isinstance(kernel, Variant)]
     for n, variant in enumerate(variants):
-        d, dtype, mode = variant.head_dim, DTYPES[variant.dtype], variant.qk
+        d, dtype, mode = variant.head_dim, DTYPES[variant.dtype], card.mode_of(variant)
+        if mode is None:
+            continue
         criterion = variant.criterion
         call = problem((2, 2), (300, 470), d, dtype, LAYOUTS[n % 2], n)
         mask = random_mask(call, 0.5, n) if variant.lists else None
         if mask is not None:
             mask[1, 0, 1] = False  # an empty row
-        if criterion and mode == "native":
+        if criterion and not variant.method.int8:
             call = with_sink(call)
         elif n % 5 == 0:  # peaks: scores of some thousands
             call = call._replace(q=call.q * 16)
@@ -68,20 +70,45 @@ def attention(card: Card) -> Iterator[Case]:
             yield Case(f"{variant.name} {lengths}", run)
 
 
+def audits(card: Card) -> Iterator[Case]:
+    """Query tiles that are done over all tiles in the same launch: the same bits as in calls of
+    their own."""
+    for (d, mode), dtype in product(card.kinds(), DTYPES.values()):
+        for order in (None, shuffled(300)):
+            call = problem((1, 2), (300, 470), d, dtype)._replace(order=order)
+            name = f"{mode} d{d} {dtype}, order {order is not None}"
+            yield Case(name, partial(_audit, card, mode, call))
+
+
+def _audit(card: Card, mode: Mode, call: Inputs) -> list[str]:
+    backend, lists, audited = card.backends[mode], listed(random_mask(call, 0.5)), range(1, 3)
+    assert lists is not None
+    got, full = backend.forward_and_audit(call, lists, "mass", audited)
+    alone, every = backend.forward(call, lists, "mass"), backend.forward(call)
+    rows = rows_of(audited, TILE, call.order)
+    problems = [] if torch.equal(got.out, alone.out) else ["the audit changed the result"]
+    if not torch.equal(full.out, every.out[:, :, rows]):
+        problems.append("audited rows differ from those of a dense call")
+    if not torch.allclose(full.lse, every.lse[:, :, rows], rtol=0, atol=1e-5):
+        problems.append("their LSEs differ")
+    return problems
+
+
 def shapes(card: Card) -> Iterator[Case]:
     """Lengths around the tile sides, each layout, q, k and v of one memory."""
     lengths = ((1, 64), (127, 1), (128, 64), (5, 129), (128, 191), (257, 192), (2, 193), (130, 321))
-    for n, (pair, mode) in enumerate(product(lengths, MODES)):
-        d, dtype = HEAD_DIMS[n % 3], list(DTYPES.values())[n // 3 % 2]
+    kinds = card.kinds()
+    for n, (pair, _) in enumerate(product(lengths, range(2))):
+        (d, mode), dtype = kinds[n % len(kinds)], list(DTYPES.values())[n // 3 % 2]
         call = problem((1, 2), pair, d, dtype, LAYOUTS[n % 2], n)
         lists = listed(random_mask(call, 0.6, n) if n % 2 else None)
         yield Case(f"{mode} d{d} {pair}", partial(attend, card, mode, call, lists, "mass"))
-    for n, (layout, mode, d) in enumerate(product(LAYOUTS, MODES, HEAD_DIMS)):
+    for n, (layout, (d, mode)) in enumerate(product(LAYOUTS, card.kinds())):
         call = problem((2, 2), (150, 150), d, list(DTYPES.values())[n % 2], layout, n)
         lists = listed(random_mask(call, 0.6, n) if n % 3 else None)
         call = call._replace(order=shuffled(150) if n % 2 else None)
         yield Case(f"{mode} d{d} {layout}", partial(attend, card, mode, call, lists, "mass"))
-    for d, mode in product(HEAD_DIMS, MODES):
+    for d, mode in card.kinds():
         random = torch.Generator().manual_seed(d)
         fused = torch.randn(2, 170, 3, 2, d, generator=random).bfloat16()
         call = Inputs(*(fused[:, :, n].transpose(1, 2) for n in range(3)), d**-0.5)
@@ -90,11 +117,11 @@ def shapes(card: Card) -> Iterator[Case]:
 
 def many_heads(card: Card) -> Iterator[Case]:
     """The last of 65535 heads; blocks at the ends of the grid only."""
-    for d, mode in product(HEAD_DIMS, MODES):
+    for d, mode in card.kinds():
         yield Case(f"{mode} d{d}", partial(_ends_of_grid, card, d, mode))
 
 
-def _ends_of_grid(card: Card, d: int, mode: str) -> list[str]:
+def _ends_of_grid(card: Card, d: int, mode: Mode) -> list[str]:
     heads, random = 65535, torch.Generator().manual_seed(d)
     q, k, v = (torch.randn(1, heads, 1, d, generator=random).bfloat16() for _ in range(3))
     some = [0, 40000, heads - 1]
@@ -108,10 +135,10 @@ def _ends_of_grid(card: Card, d: int, mode: str) -> list[str]:
 def bases(card: Card) -> Iterator[Case]:
     """Shared memory that starts at a multiple of 16 bytes only, as its declaration says."""
     other = Card(card.capability, shared_base=16)
-    for d, dtype, mode in product(HEAD_DIMS, DTYPES.values(), MODES):
+    for (d, mode), dtype in product(card.kinds(), DTYPES.values()):
         call = problem((1, 1), (130, 200), d, dtype, "tokens first", d)
 
-        def run(mode: str = mode, call: Inputs = call) -> list[str]:
+        def run(mode: Mode = mode, call: Inputs = call) -> list[str]:
             return attend(other, mode, call, None, "mass") + other.take_findings()
 
         yield Case(f"{mode} d{d} {dtype}", run)

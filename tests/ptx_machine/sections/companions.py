@@ -1,4 +1,4 @@
-"""What works beside the attention kernel: quantised queries and keys, the skipped tiles' means."""
+"""What works beside the attention kernel: q, k and v in fewer bits, the skipped tiles' means."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from comfyui_liteattention.backends.base import Attended, Inputs, Skipped, empty_out, pick, rows_of
-from comfyui_liteattention.backends.gpu import qk_int8
+from comfyui_liteattention.backends.base import (
+    Attended,
+    Inputs,
+    Mode,
+    Skipped,
+    empty_out,
+    pick,
+    rows_of,
+)
+from comfyui_liteattention.backends.gpu import qk_int8, scaled_values
 from comfyui_liteattention.backends.gpu.kernel_table import HEAD_DIMS, TILE
 from comfyui_liteattention.backends.pooled import pool, skipped_part
 from comfyui_liteattention.backends.reference import ReferenceBackend
@@ -25,7 +33,8 @@ from ..truth import UNIT
 
 def quantised(card: Card) -> Iterator[Case]:
     """Queries and keys in 8 bits, number by number."""
-    cases = product(HEAD_DIMS, DTYPES.values(), ((300, 470), (1, 1), (65, 64)), LAYOUTS[:4])
+    dims = [d for d, mode in card.kinds() if mode == "int8"]
+    cases = product(dims, DTYPES.values(), ((300, 470), (1, 1), (65, 64)), LAYOUTS[:4])
     for n, (d, dtype, lengths, layout) in enumerate(cases):
         call = problem((2, 2), lengths, d, dtype, layout, n)
         if n % 5 == 0:
@@ -54,6 +63,39 @@ def quantise(card: Card, call: Inputs) -> list[str]:
     off = (shift - queries.shift).abs().max().item()
     if not off < 1e-5 * (1 + queries.shift.abs().max()):
         problems.append(f"shift off by {off:.1e}")
+    return problems
+
+
+def scaled(card: Card) -> Iterator[Case]:
+    """Values in fp16 and e4m3, number by number; an empty channel, one with large and small."""
+    modes = [(d, mode) for d, mode in card.kinds() if mode != "native"] or card.kinds()
+    cases = product(modes, DTYPES.values(), ((1, 470), (1, 1), (1, 64)), LAYOUTS[:4])
+    for n, ((d, mode), dtype, lengths, layout) in enumerate(cases):
+        call = problem((2, 2), lengths, d, dtype, layout, n)
+        if card.method(mode, call).values == "own":
+            continue
+        call.v[..., 7] = 0
+        call.v[..., 9] *= torch.logspace(-4, 0, lengths[1])
+        yield Case(f"{mode} d{d} {dtype} {lengths} {layout}", partial(scale, card, mode, call))
+
+
+def scale(card: Card, mode: Mode, call: Inputs) -> list[str]:
+    """What is wrong with the scaled values of one call."""
+    card.backends[mode].forward(call)
+    values = card.method(mode, call).values
+    want, got = (
+        scaled_values.scale_values(call.v, values, TILE.k),
+        card.launcher.last["scale_values"],
+    )
+    numbers, unit = got["values"], got["unit"]
+    assert isinstance(numbers, Tensor) and isinstance(unit, Tensor)
+    problems, off = [], (unit - want.unit).abs() / want.unit
+    if not off.max() < (1e-6 if values == "e4m3" else 1e-30):
+        problems.append(f"units off by {off.max():.1e}")
+    other = numbers.float() != want.values.float()
+    # A quotient's last bit may decide what is nearest.
+    if other.float().mean() > (2e-3 if values == "e4m3" else 0):
+        problems.append(f"{other.sum()} of {other.numel()} differ")
     return problems
 
 

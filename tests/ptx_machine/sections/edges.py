@@ -11,13 +11,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from comfyui_liteattention.backends.base import Inputs, Skipped
-from comfyui_liteattention.backends.gpu.kernel_table import HEAD_DIMS, TILE
+from comfyui_liteattention.backends.base import Inputs, Mode, Skipped
+from comfyui_liteattention.backends.gpu.kernel_table import HEAD_DIMS, TILE, Method
 from comfyui_liteattention.backends.gpu.launches import CONSTRAINTS
 from comfyui_liteattention.backends.pooled import pool
 from comfyui_liteattention.tiles import TileLists, make_lists, pack
 
-from ..card import MODES, Card
+from ..card import Card
 from ..cases import Case
 from ..global_memory import lazy_zeros
 from ..problems import moved, problem, random_mask, shuffled
@@ -41,7 +41,7 @@ def refused(card: Card) -> Iterator[Case]:
     for name, x in (("4 bytes off", moved(q, 2)), ("rows 66 apart", far_off)):
         yield Case(f"forced through, {name}", partial(_misaligned, card, call._replace(q=x)))
     # A stride of a dimension of size 1 is never used, whatever it is.
-    for d, mode in product(HEAD_DIMS, MODES):
+    for d, mode in card.kinds():
         one = [torch.randn(d).bfloat16().as_strided((1, 1, 1, d), (3, 5, 7, 1)) for _ in range(3)]
         call = Inputs(*one, d**-0.5)
         yield Case(f"{mode} d{d} odd strides", partial(attend, card, mode, call, None, "mass"))
@@ -60,7 +60,7 @@ def _misaligned(card: Card, call: Inputs) -> list[str]:
 
 def unaligned(card: Card) -> Iterator[Case]:
     """Lists, orders, bits, factors, LSEs start anywhere: nothing promises more than their dtype."""
-    for n, (d, mode) in enumerate(product(HEAD_DIMS, MODES)):
+    for n, (d, mode) in enumerate(card.kinds()):
         call = problem((1, 2), (300, 300), d, torch.bfloat16, "tokens first", n)
         lists = make_lists(random_mask(call, 0.6, n))
         lists = TileLists(moved(lists.count, 1), moved(lists.index, 1))
@@ -88,7 +88,7 @@ def _unaligned_tail(card: Card, d: int) -> list[str]:
 def padding(card: Card) -> Iterator[Case]:
     """The rest of a row of the lists is padding that nobody reads: garbage there does no harm."""
     values = (2**31 - 1, -(2**31), -1, 10**6)
-    for n, (d, mode, garbage) in enumerate(product(HEAD_DIMS, MODES, values)):
+    for n, ((d, mode), garbage) in enumerate(product(card.kinds(), values)):
         call = problem((1, 2), (300, 470), d, torch.bfloat16, "tokens first", n)
         mask = random_mask(call, 0.5, n)
         mask[0, 0, 1] = False  # an empty row
@@ -104,13 +104,13 @@ def not_numbers(card: Card) -> Iterator[Case]:
     """A NaN or infinity in q, k or v spoils the rows that it spoils in the reference, no others; a
     tile that isn't visited spoils nothing."""
     values = (math.nan, math.inf, -math.inf)
-    for n, (d, mode, value, where) in enumerate(product(HEAD_DIMS, MODES, values, range(3))):
+    for n, ((d, mode), value, where) in enumerate(product(card.kinds(), values, range(3))):
         for lists in (False, True):
             run = partial(_spoilt, card, mode, d, (value, where, lists), n)
             yield Case(f"{mode} d{d} {value} in {'qkv'[where]}, lists {lists}", run)
 
 
-def _spoilt(card: Card, mode: str, d: int, what: tuple[float, int, bool], seed: int) -> list[str]:
+def _spoilt(card: Card, mode: Mode, d: int, what: tuple[float, int, bool], seed: int) -> list[str]:
     value, where, with_lists = what
     clean = problem((1, 2), (140, 200), d, torch.bfloat16, "tokens first", seed)
     tensors = [x.clone() for x in clean[:3]]
@@ -120,18 +120,19 @@ def _spoilt(card: Card, mode: str, d: int, what: tuple[float, int, bool], seed: 
     if with_lists:
         mask[0, 1, 1, 1] = False  # the second query tile doesn't visit it
     lists = listed(mask) if with_lists else None
-    got, truth = card.backends[mode].forward(call, lists, "mass"), reference(mode)
-    spoilt = ~truth.forward(wide(call, mode), lists).out.isfinite()
+    method = card.method(mode, call)
+    got, truth = card.backends[mode].forward(call, lists, "mass"), reference(method)
+    spoilt = ~truth.forward(wide(call, method), lists).out.isfinite()
     if with_lists:  # 0 times not a number is none, in the reference
         # Keys are quantised all together: what one of them spoils in 8 bits, others feel.
-        unseen = call._replace(k=call.k if mode == "int8" else clean.k, v=clean.v)
-        spoilt[0, 1, 128:] = ~truth.forward(wide(unseen, mode), lists).out.isfinite()[0, 1, 128:]
+        unseen = call._replace(k=call.k if method.int8 else clean.k, v=clean.v)
+        spoilt[0, 1, 128:] = ~truth.forward(wide(unseen, method), lists).out.isfinite()[0, 1, 128:]
     problems = []
     if not torch.equal(~got.out.isfinite(), spoilt):
         rows = (~got.out.isfinite() != spoilt).any(-1).nonzero().tolist()
         problems.append(f"other rows are spoilt: {len(rows)}, first {rows[:3]}")
     assert got.score is not None
-    twin = _scores_of_numbers(call, mode, mask)
+    twin = _scores_of_numbers(call, method, mask)
     near = (got.score == twin) | ((got.score - twin).abs() < 1e-4)
     same = (got.score.isnan() == twin.isnan()) & (twin.isnan() | near)
     if not same.all():
@@ -140,9 +141,9 @@ def _spoilt(card: Card, mode: str, d: int, what: tuple[float, int, bool], seed: 
     return problems
 
 
-def _scores_of_numbers(call: Inputs, mode: str, mask: Tensor) -> Tensor:
+def _scores_of_numbers(call: Inputs, method: Method, mask: Tensor) -> Tensor:
     """Running mass scores, without the rows that are no numbers; ascending order."""
-    q, k, scale = multiplied(call, mode)
+    q, k, scale = multiplied(call, method)
     s = q.double() @ k.double().mT * scale
     score = torch.full(mask.shape, -torch.inf, dtype=torch.float64)
     for b, h, i in product(*map(range, mask.shape[:3])):
@@ -161,7 +162,7 @@ def far(card: Card) -> Iterator[Case]:
     """Elements more than 2^31 apart: batches, heads, rows as far apart as is let through."""
     rows = (2**31 // 128 - 1) // 8 * 8  # the largest row stride that isn't refused
     places = ("batches 2^31 + 8", "batches 2^33", "heads 2^31 + 64", f"rows {rows}")
-    for n, (place, d, mode) in enumerate(product(range(4), HEAD_DIMS, MODES)):
+    for n, (place, (d, mode)) in enumerate(product(range(4), card.kinds())):
         lengths = (130, 140) if place == 3 else (140, 200)
         call = problem((2, 2), lengths, d, torch.bfloat16, "heads first", n)
         lists = listed(random_mask(call, 0.7, n) if n % 2 else None)

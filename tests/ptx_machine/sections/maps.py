@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from comfyui_liteattention.backends import kernel_selftest, tile_map
-from comfyui_liteattention.backends.gpu.kernel_table import HEAD_DIMS
+from comfyui_liteattention.backends.base import Mode
+from comfyui_liteattention.backends.gpu.kernel_table import PREBUILT_CRITERIA, method
 from comfyui_liteattention.backends.gpu.tile_map import failure
 from comfyui_liteattention.budget import allocation
+from comfyui_liteattention.budget.allocation import Limit
 from comfyui_liteattention.tiles import pack
 
-from ..card import MODES, Card
+from ..card import Card
 from ..cases import Case
 from ..problems import DTYPES, moved
 
@@ -52,7 +54,7 @@ _KINDS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 
 def tile_maps(card: Card) -> Iterator[Case]:
-    """Few tiles and many, kinds of scores, limits that are no numbers, memory at odd places."""
+    """Few tiles and many, kinds of scores, limits of any kind, memory at odd places."""
     random = torch.Generator().manual_seed(1)
     for n, (shape, (kind, change)) in enumerate(product(_SHAPES, _KINDS.items())):
         score = change(-torch.rand(shape, generator=random) * 45, random)
@@ -67,7 +69,11 @@ def map_problems(card: Card, score: Tensor, live: Tensor, pinned: Tensor) -> lis
     """What is wrong with one map, all kernels."""
     problems, tk = [], score.shape[-1]
     for bits in (live, None):
-        for limit in (-4.0, -20.25, math.nan, -math.inf, math.inf, torch.tensor(-8.0)):
+        limits = (-4.0, -20.25, math.nan, -math.inf, math.inf)
+        for limit in (
+            *limits,
+            *(Limit(torch.tensor(-8.0), torch.tensor(x)) for x in (False, True)),
+        ):
             got = card.map.next_live(bits, score, limit, pinned)
             if not torch.equal(got, tile_map.next_live(bits, score, limit, pinned)):
                 problems.append(f"mark_tiles: other tiles are kept at {limit}")
@@ -106,8 +112,10 @@ def _choice(card: Card, n: int) -> list[str]:
     arguments = (counts, tiles, ledger, lost, start, others, aim)
     got, want = card.map.choose(*arguments), tile_map.choose(*arguments)
     problems = []
-    if not torch.equal(got.limit.nan_to_num(9e9), want.limit.nan_to_num(9e9)):
-        problems.append(f"limit {got.limit.item()}, want {want.limit.item()}")
+    if got.limit.all_back != want.limit.all_back or (
+        not want.limit.all_back and got.limit.score != want.limit.score
+    ):
+        problems.append(f"limit {got.limit}, want {want.limit}")
     for name, a, w in (
         ("ledger", got.ledger, want.ledger),
         ("remaining", got.remaining, want.remaining),
@@ -119,11 +127,14 @@ def _choice(card: Card, n: int) -> list[str]:
 
 def selftests(card: Card) -> Iterator[Case]:
     """The project's own, as a card would run them."""
-    for mode, d, dtype in product(MODES, HEAD_DIMS, DTYPES.values()):
+    for (d, mode), short in product(card.kinds(), DTYPES):
 
-        def run(mode: str = mode, d: int = d, dtype: torch.dtype = dtype) -> list[str]:
-            reason = kernel_selftest.failure(card.backends[mode], d, dtype, _CPU, mode)
+        def run(mode: Mode = mode, d: int = d, short: str = short) -> list[str]:
+            how = method(mode, card.arch, d, short)
+            assert how is not None
+            trial = kernel_selftest.Trial(d, DTYPES[short], _CPU, how, PREBUILT_CRITERIA)
+            reason = kernel_selftest.judge(card.backends[mode], trial).reason
             return [reason] if reason else []
 
-        yield Case(f"{mode} d{d} {dtype}", run)
+        yield Case(f"{mode} d{d} {short}", run)
     yield Case("tile map", lambda: [reason] if (reason := failure(card.map, _CPU)) else [])

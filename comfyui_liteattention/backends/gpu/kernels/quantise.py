@@ -1,18 +1,20 @@
 """Queries and keys in 8 bits, before the attention kernel multiplies them (``INT8`` there).
 
-As SageAttention does it (arXiv 2410.02367): with the keys' mean over the tokens ``m`` and
-``c = scale * log2(e)``,
+As SageAttention does it (arXiv 2410.02367), but rotated first: with an orthogonal ``R``, the keys'
+mean over the tokens ``m`` and ``c = scale * log2(e)``,
 
-    q_r . k_j  =  q_r . (k_j - m)  +  q_r . m
+    q_r . k_j  =  R q_r . R k_j  =  R q_r . R (k_j - m)  +  R q_r . R m
 
 The last term is the same for all keys of a row: a softmax doesn't see it, only the LSE does, to
-which ``shift_r = scale * q_r . m`` is added at the end. What keys have in common, often most of
-them, then costs no precision. The rest is rounded to a grid of its own unit, per row of q and per
-key tile, so that a product of units takes sums of integers to log2:
+which ``shift_r = scale * R q_r . R m`` is added at the end. What keys have in common, often most of
+them, then costs no precision. ``R`` is a Hadamard matrix over the root of D, all signs: it spreads
+a channel far larger than the others over all of them (QuaRot, arXiv 2404.00456). The rest is
+rounded to a grid of its own unit, per row of q and of k, so that a product of units takes sums of
+integers to log2:
 
-    Q_r = round(127 q_r / max |q_r|)                  q_unit_r = c max |q_r| / 127
-    K_j = round(127 (k_j - m) / max_t |k - m|)        k_unit_t = max_t |k - m| / 127
-    c q_r . (k_j - m)  ~=  q_unit_r k_unit_t (Q_r . K_j)
+    Q_r = round(127 R q_r / max |R q_r|)                    q_unit_r = c max |R q_r| / 127
+    K_j = round(127 R (k_j - m) / max |R (k_j - m)|)        k_unit_j = max |R (k_j - m)| / 127
+    c q_r . (k_j - m)  ~=  q_unit_r k_unit_j (Q_r . K_j)
 
 ``qk_int8.py`` has the same in plain PyTorch. **No GPU has run this yet.**
 """
@@ -28,7 +30,7 @@ import triton.language as tl
 @triton.jit
 def quantise_queries(
     q,  # [B, H, Lq, D] fp16 or bf16; strides below, the last one is 1
-    mean,  # [B, H, D] float32, contiguous: the keys' mean
+    mean,  # [B, H, D] float32, contiguous: the keys' mean, rotated
     values,  # [B, H, Lq, D] int8, contiguous
     unit,  # [B, H, Lq] float32, contiguous
     shift,  # [B, H, Lq] float32, contiguous
@@ -49,7 +51,7 @@ def quantise_queries(
     inside = (rows < lq)[:, None] & (d < HEAD_DIM)[None, :]
     q += pair // heads * q_batch + pair % heads * q_head
     x = tl.load(q + (rows.to(tl.int64) * q_row)[:, None] + d[None, :], mask=inside, other=0.0)
-    x = x.to(tl.float32)
+    x = rotated(x, HEAD_DIM, PADDED_DIM)
     m = tl.load(mean + pair * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
     largest = largest_of(x, 1)
     places = pair * lq + rows
@@ -64,7 +66,7 @@ def quantise_keys(
     k,  # [B, H, Lk, D] fp16 or bf16; strides below, the last one is 1
     mean,  # [B, H, D] float32, contiguous
     values,  # [B, H, Lk, D] int8, contiguous
-    unit,  # [B, H, Tk] float32, contiguous
+    unit,  # [B, H, Tk * ROWS] float32, contiguous
     k_batch,
     k_head,
     k_row,
@@ -83,11 +85,27 @@ def quantise_keys(
     k += pair // heads * k_batch + pair % heads * k_head
     x = tl.load(k + (rows.to(tl.int64) * k_row)[:, None] + d[None, :], mask=inside, other=0.0)
     m = tl.load(mean + pair * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
-    x = tl.where(inside, x.to(tl.float32) - m[None, :], 0.0)
-    largest = largest_of(largest_of(x, 1), 0)
+    x = tl.where(inside, rotated(x, HEAD_DIM, PADDED_DIM) - m[None, :], 0.0)
+    largest = largest_of(x, 1)
     target = values + (pair * lk + rows)[:, None] * HEAD_DIM + d[None, :]
-    tl.store(target, round_to_grid(x, largest), mask=inside)
-    tl.store(unit + pair * tl.num_programs(0) + tile, largest / 127)
+    tl.store(target, round_to_grid(x, largest[:, None]), mask=inside)
+    # Two bits less than a float32 has: see attend.py.
+    step = ((largest * (1 / 127)).to(tl.int32, bitcast=True) & -4).to(tl.float32, bitcast=True)
+    tl.store(unit + pair * tl.num_programs(0) * ROWS + rows, step)
+
+
+@triton.jit
+def rotated(x, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """Rows of 16 bits times the Hadamard matrix: at i, j minus one where i and j have an odd number
+    of bits in common, else one, over the root of their number. float32, exact products."""
+    tl.static_assert(HEAD_DIM == PADDED_DIM)
+    d = tl.arange(0, PADDED_DIM)
+    common = d[:, None] & d[None, :]
+    common ^= common >> 4
+    common ^= common >> 2
+    common ^= common >> 1
+    sign = (1 - 2 * (common & 1)).to(tl.float32).to(x.dtype)
+    return tl.dot(x, sign) * (HEAD_DIM**-0.5)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Scores -> a threshold that holds the budget -> next live bits -> lists, on the card.
 
-``torch_tile_map.py`` has the twins in plain PyTorch, many small launches where these are
-four; the map stays packed, one bit a tile. **No GPU has run this yet.**
+``backends/tile_map.py`` has the twins in plain PyTorch, many small launches where these are four;
+the map stays packed, one bit a tile. **No GPU has run this yet.**
 """
 
 # ruff: noqa: N803 - compile-time arguments are capitals, as is the custom in Triton
@@ -17,7 +17,8 @@ def mark_tiles(
     live,  # [B, H, Tq, W] int32, contiguous, bits as in tiles.py; not looked at without HAS_LIVE
     score,  # [B, H, Tq, Tk] float32, contiguous
     pinned,  # [Tq, Tk] bytes, contiguous: 0 or 1
-    threshold,  # [] float32; not a number: all tiles are live again
+    limit,  # [] float32: tiles whose score is at most this go
+    all_back,  # [] byte: not 0 where none goes and those that went come back
     following,  # [B, H, Tq, W] int32, contiguous: the next live bits
     tq,
     tk,
@@ -31,7 +32,8 @@ def mark_tiles(
     pinned += row % tq * tk
     live += row * words
     following += row * words
-    limit = tl.load(threshold)
+    highest = tl.load(limit)
+    back = tl.load(all_back) != 0
     w = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)
 
@@ -50,13 +52,12 @@ def mark_tiles(
         tiles = (start + w)[:, None] * 32 + bit[None, :]
         inside = tiles < tk
         s = tl.load(score + tiles, mask=inside, other=0.0)
-        negligible = s <= limit
+        negligible = s <= highest
         if HAS_LIVE:
             before = tl.load(live + start + w, mask=start + w < words, other=0)
-            before = tl.where(limit == limit, before, -1)
             negligible |= (before[:, None] >> bit[None, :]) & 1 == 0
         stays = tl.load(pinned + tiles, mask=inside, other=0) != 0
-        kept = inside & ((negligible == 0) | stays | (tiles == best))
+        kept = inside & ((negligible == 0) | stays | (tiles == best) | back)
         word = tl.sum(kept.to(tl.int32) << bit[None, :], 1)
         tl.store(following + start + w, word, mask=start + w < words)
 
@@ -144,6 +145,7 @@ def choose_limit(
     lost,  # [] float32: the loss that this call's audit has measured; not looked at with audited 0
     others,  # [N, 1 + BINS] float64, contiguous: the other layers' stocks
     limit,  # [] float32: out
+    all_back,  # [] byte: out: not 0 where the layer starts over
     after,  # [4 + 1 + BINS] float64: out: the ledger, then this layer's stock
     query_tiles,
     audited,  # 0 or 1
@@ -193,7 +195,8 @@ def choose_limit(
     fresh |= now > too_much_alone
     # Everything below the first bin that doesn't fit: the number next to its edge.
     edge = ((BINS - bins) * (-1.0 / PER_LOG2)).to(tl.int32, bitcast=True) + 1
-    tl.store(limit, tl.where(fresh, float("nan"), edge.to(tl.float32, bitcast=True)))
+    tl.store(limit, edge.to(tl.float32, bitcast=True))
+    tl.store(all_back, fresh.to(tl.uint8))
     tl.store(after, tl.where(fresh, 0.0, bound))
     tl.store(after + 1, measured)
     tl.store(after + 2, expected)
