@@ -251,6 +251,8 @@ def long_videos() -> str:
         ]
         rows.append([f"{tokens:,}", str(steps), f"{dense:.0f} s", *taken])
     return _table(["tokens", "steps", "dense", *(f"*{name}*" for name in names)], rows)
+
+
 def archives() -> str:
     """What is prebuilt for which card, and the driver that takes it."""
     found = Prebuilt().manifest["archives"]

@@ -92,32 +92,38 @@ METHODS: dict[Mode, dict[int, Method]] = {
 
 # Chosen from registers, spills and occupancy (kernels/inspect.py); no GPU has timed them yet.
 # 4 warps at head_dim 64 read every key fragment half as often as 8 and leave room for two blocks
-# on a multiprocessor; at 128 they spill. 100 kB of shared memory cap sm_86, 89 and 12x at 128.
+# on a multiprocessor; at 128 they spill, and on RTX 50 at 64 as well. 100 kB of shared memory cap
+# sm_86, 89 and 12x at 128.
 _AMPERE = {64: Config(4, 3), 96: Config(8, 3), 128: Config(8, 3)}
-_CONSUMER = {64: Config(4, 3), 96: Config(8, 2), 128: Config(8, 2)}
+_RTX_30_40 = {64: Config(4, 3), 96: Config(8, 2), 128: Config(8, 2)}
+_RTX_50 = {64: Config(8, 3), 96: Config(8, 2), 128: Config(8, 2)}
 _HOPPER = {64: Config(8, 3), 96: Config(8, 3), 128: Config(8, 3)}
 # With 4 warps a thread has a row to itself, and a quarter of the instructions is spared; beyond
 # head_dim 64 they spill.
 _BLACKWELL = {64: Config(4, 2), 96: Config(8, 3), 128: Config(8, 3)}
 #: head_dims that the modes in 8 bits have: the rotation takes powers of two.
 _IN_8_BITS = (64, 128)
-_CONSUMER_8 = {head_dim: _CONSUMER[head_dim] for head_dim in _IN_8_BITS}
+_CONSUMER = {86: _RTX_30_40, 89: _RTX_30_40, 120: _RTX_50, 121: _RTX_50}
+_CONSUMER_8 = {
+    arch: {head_dim: configs[head_dim] for head_dim in _IN_8_BITS}
+    for arch, configs in _CONSUMER.items()
+}
 
 #: Method -> compute capability -> head_dim -> configuration.
 CONFIGS: dict[Method, dict[int, dict[int, Config]]] = {
     NATIVE: {
         **dict.fromkeys((80,), _AMPERE),
-        **dict.fromkeys(_RTX, _CONSUMER),
+        **_CONSUMER,
         **dict.fromkeys((90,), _HOPPER),
         **dict.fromkeys((100, 103), _BLACKWELL),
     },
-    Method(values="fp16"): dict.fromkeys(_RTX, _CONSUMER),
+    Method(values="fp16"): _CONSUMER,
     Method(True): {
         arch: {head_dim: configs[head_dim] for head_dim in _IN_8_BITS}
         for arch, configs in ((80, _AMPERE), (90, _HOPPER), (100, _BLACKWELL))
     },
-    Method(True, "fp16"): dict.fromkeys(_RTX, _CONSUMER_8),
-    Method(True, "e4m3"): dict.fromkeys((89, 120, 121), _CONSUMER_8),
+    Method(True, "fp16"): _CONSUMER_8,
+    Method(True, "e4m3"): {arch: _CONSUMER_8[arch] for arch in (89, 120, 121)},
 }
 
 

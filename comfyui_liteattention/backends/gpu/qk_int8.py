@@ -25,7 +25,8 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """``values [B, H, Lk, D]`` int8; ``unit [B, H, L]`` float32, L the next multiple of a key tile."""
+    """``values [B, H, Lk, D]`` int8; ``unit [B, H, L]`` float32, L the next multiple of a key
+    tile."""
 
     values: Tensor
     unit: Tensor

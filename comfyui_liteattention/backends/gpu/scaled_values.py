@@ -10,8 +10,8 @@ from torch import Tensor
 from .kernel_table import LARGEST_E4M3, TOP, Values
 
 DTYPES: dict[Values, torch.dtype] = {"fp16": torch.float16, "e4m3": torch.float8_e4m3fn}
-#: Lower bound of what is called the largest magnitude: units must not be 0.
-SMALLEST = 1e-12
+#: Lower bound of what is called the largest magnitude: it and its inverse are float32 numbers.
+SMALLEST = 1e-36
 #: As in kernels/values.py.
 ERROR_STEPS = 2.0**20
 
@@ -44,8 +44,8 @@ def scale_values(v: Tensor, values: Values, rows: int) -> Scaled:
 
 
 def balanced(x: Tensor, inside: Tensor) -> Tensor:
-    """``x [B, H, Tk, rows, D]`` rounded to e4m3 such that errors cancel over a tile's rows, those of
-    them that are ``inside [Tk, rows]``: see kernels/values.py."""
+    """``x [B, H, Tk, rows, D]`` rounded to e4m3 such that errors cancel over a tile's rows, as far
+    as they are ``inside [Tk, rows]``: see kernels/values.py."""
     nearest = _to_e4m3(x)
     off = _summed_error(nearest, x)
     shifted = x - off * (1 / ERROR_STEPS / x.shape[3])

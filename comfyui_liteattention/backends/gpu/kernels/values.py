@@ -8,9 +8,10 @@ the channel:
     e4m3    so that the largest becomes LARGEST; written channel by channel, with zeros up to a
             whole key tile, as the matrix instruction wants to read them
 
-Each to the nearest e4m3, the values of a channel in one tile have errors with a sum, which keys that
-are attended to about alike pass on. All are shifted by the mean error and rounded anew: few change,
-those that were nearly halfway. Where the sum of errors is smaller then, they stay so.
+Rounded each to the nearest e4m3, the values of a channel in one tile have errors that don't cancel,
+and keys that are attended to about alike pass their sum on. So all are shifted by the mean error
+and rounded anew, which changes the few that were nearly halfway; the tile keeps what of the two has
+the smaller sum of errors.
 
 ``scaled_values.py`` beside this folder has the same in plain PyTorch. **No GPU has run this yet.**
 """
@@ -81,7 +82,7 @@ def scale_values(
     if E4M3:
         largest = bits.to(tl.float32, bitcast=True)
         # Not maximum: what is not a number has to stay it.
-        largest = tl.where(largest < 1e-12, 1e-12, largest)
+        largest = tl.where(largest < 1e-36, 1e-36, largest)
         channel = largest * (1 / LARGEST)
         scaled = x.to(tl.float32) * (LARGEST / largest)[None, :]
         nearest = to_e4m3(scaled)
