@@ -85,7 +85,8 @@ class Settings:
         How a graphics card multiplies: ``native``, as precisely as 16 bits do; ``int8``, queries
         and keys in 8 bits; ``fp8``, weights and values as well (RTX 40, 50). The later, the faster
         and the less precise. ``auto``: the fastest that is as exact as your own attention, native
-        where that is in 16 bits. Where a mode isn't there, and on the CPU, it is native.
+        where that is in 16 bits. Where a mode isn't there, the next more exact one is taken; the
+        CPU has native alone.
     """
 
     closeness: float | None = None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from comfyui_liteattention import doctor
+from comfyui_liteattention.backends.modes import KITCHEN, SAGE, SAGE_FP16
 
 
 class Card:
@@ -49,8 +50,8 @@ def test_a_card_is_tested_before_it_is_called_active(card):
 
 def test_what_auto_comes_to_on_this_card(card):
     found, text = card(None)
-    assert set(found["auto"].values()) == {"int8"}
-    assert "Mode auto is native beside attention in 16 bits; int8 beside SageAttention;" in text
+    assert found["auto"] == {SAGE: "fp8", SAGE_FP16: "int8", KITCHEN: "int8"}
+    assert "Mode auto is native beside attention in 16 bits; fp8 beside SageAttention;" in text
     assert "Mode auto is native\n" in card(None, capability=103)[1]
 
 

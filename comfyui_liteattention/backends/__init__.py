@@ -13,7 +13,7 @@ from .gpu.backend import KernelBackend
 from .gpu.first_trusted import FirstTrusted
 from .gpu.jit import JitLauncher
 from .gpu.prebuilt import process_launcher
-from .modes import Chosen, Wanted, mode_for
+from .modes import Chosen, Wanted, and_more_exact, mode_for
 
 __all__ = ["backend_for", "capability"]
 
@@ -27,9 +27,9 @@ def backend_for(
     """What provides the backends for a device during a run, or the reason why there is none.
 
     ``mode``: how a card multiplies, and ``attention``, what attends where we don't, by its name:
-    see :func:`.modes.mode_for`; where the mode isn't there, and on the CPU, it is ``native``
-    all the same. A kernel is trusted after its self-test: on the CPU here, on a card for each
-    head_dim and dtype when they are first used (``Provider.provide``).
+    see :func:`.modes.mode_for`; where the mode isn't there, the next more exact one is taken,
+    and the CPU has ``native`` alone. A kernel is trusted after its self-test: on the CPU here, on a
+    card for each head_dim and dtype when they are first used (``Provider.provide``).
     """
     if device.type == "cpu":
         cpu = _cpu()
@@ -56,11 +56,11 @@ def capability(device: torch.device) -> int | None:
 
 @lru_cache
 def _card(device: torch.device, chosen: Chosen, criterion: Criterion) -> FirstTrusted | str:
-    """Prebuilt code first, then the same kernel through triton; both in native mode after that."""
+    """Prebuilt code first, then the same kernel through triton; after that both in the modes that
+    are more exact."""
     candidates: list[KernelBackend] = []
     reasons = []
-    modes = dict.fromkeys((chosen, Chosen()))
-    for (mode, why), launcher in product(modes, (process_launcher, JitLauncher)):
+    for (mode, why), launcher in product(and_more_exact(chosen), (process_launcher, JitLauncher)):
         backend = KernelBackend(launcher(), mode, why)
         reason = backend.unavailable(device, criterion)
         if reason is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from .base import Mode
 from .gpu.kernel_table import METHODS
@@ -50,6 +50,13 @@ def mode_for(wanted: Wanted, attention: str, capability: int | None) -> Chosen:
         return Chosen(wanted, "" if wanted == "native" else "as set")
     found = fastest(users, capability) if users else None
     return Chosen(found, f"as exact as {users}") if found else Chosen()
+
+
+def and_more_exact(chosen: Chosen) -> list[Chosen]:
+    """What is chosen, then what to take in its place, the fastest first, up to ``native``."""
+    modes: tuple[Mode, ...] = get_args(Mode)
+    others = modes[: modes.index(chosen.mode)]
+    return [chosen, *(Chosen(mode) for mode in reversed(others))]
 
 
 def fastest(users: Users, capability: int | None) -> Mode | None:

@@ -114,7 +114,11 @@ def score_limit(own: Tensor, others: Tensor, aim: float) -> Tensor:
     """Score ``[]`` up to which tiles go so that the layers lose at most ``aim`` on average, and
     this one no more than its largest share. ``own [1 + BINS]``, ``others [N, 1 + BINS]``."""
     total = own + others.sum(0)
-    together, alone = _up_to(torch.stack([total[1:], own[1:]]))
+    # As cumsum, which on a card adds up in another order every time.
+    bins = torch.arange(BINS, device=own.device)
+    upto = bins <= bins.unsqueeze(1)
+    left = torch.stack([total[1:], own[1:]]).unsqueeze(1)
+    together, alone = torch.where(upto, left, 0).sum(-1)
     together = together <= (len(others) + 1) * aim - total[0]
     alone = alone <= LARGEST_SHARE * aim - own[0]
     fits = (together & alone).sum()
@@ -131,10 +135,3 @@ def overspent(own: Tensor, others: Tensor, aim: float) -> Tensor:
     mean = (spent + others[:, 0].sum()) / (len(others) + 1)
     together = (mean > TOO_MUCH * aim) & (spent >= mean)
     return together | (spent > TOO_MUCH * LARGEST_SHARE * aim)
-
-
-def _up_to(left: Tensor) -> Tensor:
-    """Sums of the bins up to each, ``[..., BINS]``. (As ``cumsum``, which on a card adds up in
-    another order every time.)"""
-    bins = torch.arange(BINS, device=left.device)
-    return torch.where(bins <= bins.unsqueeze(1), left.unsqueeze(-2), 0).sum(-1)

@@ -111,6 +111,7 @@ def test_what_the_kernel_cannot_take_is_not_tested():
         ("native", ("cuda",), ["triton"]),
         ("int8", (), ["cuda, int8", "triton, int8", "cuda", "triton"]),
         ("int8", ("cuda, int8", "triton, int8"), ["cuda", "triton"]),
+        ("fp8", ("triton, fp8",), ["cuda, fp8", "cuda, int8", "triton, int8", "cuda", "triton"]),
     ],
 )
 def test_order_of_the_candidates(monkeypatch, mode, missing, names):
@@ -143,7 +144,7 @@ def test_the_peak_gap_is_for_triton_alone(monkeypatch):
     ("wanted", "attention", "capability", "mode"),
     [
         ("auto", "attention_pytorch", 89, "native"),
-        ("auto", "comfy.ldm.modules.attention.attention_sage", 120, "int8"),
+        ("auto", "comfy.ldm.modules.attention.attention_sage", 120, "fp8"),
         ("auto", "AttentionBackendName.SAGE_HUB", 86, "int8"),
         ("auto", "AttentionBackendName._SAGE_QK_INT8_PV_FP8_CUDA", 90, "int8"),
         ("auto", "AttentionBackendName._SAGE_QK_INT8_PV_FP16_CUDA", 120, "int8"),
