@@ -348,6 +348,12 @@ def test_choices_that_make_no_sense(pipe, choices, error, says):
     assert hooks_left(pipe.transformer) == []
 
 
+def test_mode_goes_by_its_older_name_as_well(pipe):
+    assert lite.enable(pipe, qk="int8").settings == lite.enable(pipe, mode="int8").settings
+    with pytest.raises(ValueError, match="qk is the older name of mode"):
+        lite.enable(pipe, qk="int8", mode="fp8")
+
+
 def test_choices(pipe):
     assert lite.enable(pipe).settings == PRESETS[DEFAULT]
     assert lite.enable(pipe, preset="Safe", audit=8).settings.audit == 8

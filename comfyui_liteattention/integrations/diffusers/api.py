@@ -135,7 +135,9 @@ def _settings(choices: dict[str, Any], others: dict[str, Any]) -> Settings:
     """Settings from the one choice of how much to skip, and the other fields."""
     if len(choices) > 1:
         raise ValueError(f"LiteAttention: {' and '.join(choices)} exclude each other; give one.")
-    if "qk" in others:  # what mode was called when it was about q and k alone
+    if "qk" in others:
+        if "mode" in others:
+            raise ValueError("LiteAttention: qk is the older name of mode; give mode alone.")
         others["mode"] = others.pop("qk")
     known = [field.name for field in fields(Settings)]
     unknown = [key for key in others if key not in known]
