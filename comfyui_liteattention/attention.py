@@ -14,12 +14,11 @@ from torch import Tensor
 from . import policy, tail
 from .backends import tile_map as torch_tile_map
 from .backends.base import Agreement, Attended, Backend, Inputs, Skipped, TileMap, rows_of
-from .backends.pooled import pool
 from .budget.allocation import Limit
 from .budget.ledger import PRIOR, enter_audit, open_ledger
 from .settings import Settings
 from .tiles import TileShape
-from .token_order import VideoTokens, arrange, take
+from .token_order import VideoTokens, arrange
 
 #: Layers begin their audits at one of so many turns: in short sequences, where not every call is
 #: audited, every step is, by some of the layers.
@@ -154,8 +153,6 @@ def attend(
     """
     tile = backend.tile_shape(call.q.shape[3])
     order = _order(settings, video, call.q, tile)
-    if order is not None:
-        call = call._replace(k=take(call.k, order), v=take(call.v, order), order=order)
     b, h, lq, _ = call.q.shape
     lk = call.k.shape[2]
     tq, tk = tile.grid(lq, lk)
@@ -171,9 +168,8 @@ def attend(
     turn = state.first_turn + state.calls
     audited = range(0) if live is None else policy.audited_tiles(turn, tq, settings.audit)
     rows = rows_of(audited, tile, order)
-    # Now, while k and v are in the caches from being put in order.
-    needed = settings.tail and (audited or state.fit is not None)
-    pooled = pool(call.k, call.v, tile.k) if needed else None
+    needed = settings.tail and (bool(audited) or state.fit is not None)
+    call, pooled = backend.in_order(call, order, needed)
     full = None
     if audited and lists is not None:
         result, full = backend.forward_and_audit(call, lists, criterion, audited)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
 
@@ -9,7 +10,7 @@ import torch
 
 from .base import Criterion, Provider
 from .cpu.backend import CpuBackend
-from .gpu.backend import KernelBackend
+from .gpu.backend import KernelBackend, Launcher
 from .gpu.first_trusted import FirstTrusted
 from .gpu.jit import JitLauncher
 from .gpu.prebuilt import process_launcher
@@ -60,7 +61,8 @@ def _card(device: torch.device, chosen: Chosen, criterion: Criterion) -> FirstTr
     are more exact."""
     candidates: list[KernelBackend] = []
     reasons = []
-    for (mode, why), launcher in product(and_more_exact(chosen), (process_launcher, JitLauncher)):
+    launchers: tuple[Callable[[], Launcher], ...] = (process_launcher, JitLauncher)
+    for (mode, why), launcher in product(and_more_exact(chosen), launchers):
         backend = KernelBackend(launcher(), mode, why)
         reason = backend.unavailable(device, criterion)
         if reason is None:

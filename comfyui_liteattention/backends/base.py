@@ -26,12 +26,26 @@ Mode = Literal["native", "int8", "fp8"]
 Rows: TypeAlias = slice | Tensor
 
 
+class Narrowed(NamedTuple):
+    """``q, k, v`` of a call as a card's mode multiplies them, ``k`` and ``v`` in the order of the
+    tile map, and what undoes it; None where nothing has to be undone. See gpu/narrow.py."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_unit: Tensor | None = None
+    k_unit: Tensor | None = None
+    shift: Tensor | None = None
+    v_unit: Tensor | None = None
+
+
 class Inputs(NamedTuple):
     """What one call of attention is computed from.
 
-    ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` (any strides). ``order [Lq]`` int64: row ``r`` of
-    the tile map is the query ``order[r]``, each exactly once; None: as they come. The result stays
-    in the order of ``q``.
+    ``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` (any strides), the latter in the order of the tile
+    map. ``order [Lq]`` int64: row ``r`` of the map is the query ``order[r]``, each exactly once;
+    None: as they come. The result stays in the order of ``q``. ``narrowed``: what a backend has
+    made of ``q, k, v`` already (:meth:`Backend.in_order`); ``k`` and ``v`` are in any order then.
     """
 
     q: Tensor
@@ -39,6 +53,7 @@ class Inputs(NamedTuple):
     v: Tensor
     scale: float
     order: Tensor | None = None
+    narrowed: Narrowed | None = None
 
 
 class Attended(NamedTuple):
@@ -118,6 +133,13 @@ class Backend(Protocol):
 
     def tile_shape(self, head_dim: int) -> TileShape:
         """Tile sides used for this head_dim; the lists passed to ``forward`` must fit them."""
+        ...
+
+    def in_order(
+        self, call: Inputs, order: Tensor | None, means: bool
+    ) -> tuple[Inputs, Pooled | None]:
+        """The call, whose tokens come as the model lists them, in the ``order`` of the tile map
+        (None: as they come), and the means of the key tiles where ``means`` asks for them."""
         ...
 
     def forward(
@@ -224,10 +246,10 @@ def some_of(call: Inputs, tiles: range, tile: TileShape) -> Inputs:
     return Inputs(pick(call.q, rows_of(tiles, tile, call.order)), call.k, call.v, call.scale)
 
 
-def check_order(order: Tensor, lq: int) -> None:
-    """Raise ValueError for an order that doesn't fit ``lq`` queries."""
-    if order.shape != (lq,) or order.dtype != torch.int64:
-        raise ValueError(f"order {tuple(order.shape)}, {order.dtype}, for {lq} queries.")
+def check_order(order: Tensor, length: int) -> None:
+    """Raise ValueError for an order that doesn't fit so many tokens."""
+    if order.shape != (length,) or order.dtype != torch.int64:
+        raise ValueError(f"order {tuple(order.shape)}, {order.dtype}, for {length} tokens.")
 
 
 def pick(q: Tensor, rows: Rows) -> Tensor:

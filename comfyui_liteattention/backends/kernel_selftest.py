@@ -152,6 +152,8 @@ def problem(backend: Backend, trial: Trial) -> str | None:
             if reason := _difference(got, want, trial.tolerance):
                 listed = "all tiles" if tiles is None else "a tile list"
                 return f"self-test at head_dim {head_dim}, {dtype}, {listed}, {criterion}: {reason}"
+    if reason := _order_problem(backend, reference, (here, there), ordered[1].order, trial):
+        return f"self-test at head_dim {head_dim}, {dtype}, in an order: {reason}"
     wide, card = ordered
     audited = range(1, shape[2])
     got, full = backend.forward_and_audit(card, lists.to(device), None, audited)
@@ -166,6 +168,31 @@ def problem(backend: Backend, trial: Trial) -> str | None:
     )
     reason = _means_problem(backend, reference, means, (want, got), want_full, trial.tolerance)
     return reason and f"self-test at head_dim {head_dim}, {dtype}, skipped tiles: {reason}"
+
+
+def _order_problem(
+    backend: Backend,
+    reference: Backend,
+    calls: tuple[Inputs, Inputs],
+    order: Tensor | None,
+    trial: Trial,
+) -> str | None:
+    """What is wrong with as many keys as queries, put in an ``order``, or None. ``calls``: in
+    float64 and on the card."""
+    results = []
+    for attends, call in zip((reference, backend), calls, strict=True):
+        k, v = (x[:, :, :_QUERIES] for x in call[1:3])
+        here = None if order is None else order.to(k.device)
+        listed, means = attends.in_order(call._replace(k=k, v=v), here, means=True)
+        results.append((attends.forward(listed), means))
+    (want, wanted), (got, found) = results
+    if found is None or wanted is None:
+        return "no means of the key tiles"
+    for a, b in zip(found[:2], wanted[:2], strict=True):
+        error = ((a.cpu().double() - b).norm() / b.norm()).item()
+        if not error <= TOLERANCE[trial.dtype]:
+            return f"relative error of means {error:.1e}"
+    return _difference(got, want, trial.tolerance)
 
 
 def _means_problem(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..tiles import PART, TileShape, unpack
-from .base import Agreement, Attended, Pooled, Skipped, pick, rows_of
+from ..token_order import take
+from .base import Agreement, Attended, Inputs, Pooled, Skipped, pick, rows_of
 from .merge import merge
 
 #: Upper limit for the log of a ratio of softmax sums, so that its square stays finite in float32.
@@ -29,12 +30,21 @@ class Part(NamedTuple):
     lse: Tensor
 
 
+def in_order(call: Inputs, order: Tensor | None, rows: int | None) -> tuple[Inputs, Pooled | None]:
+    """:meth:`.Backend.in_order`, with means of ``rows`` keys where they are asked for."""
+    if order is not None:
+        call = call._replace(k=take(call.k, order), v=take(call.v, order), order=order)
+    # Now, while k and v are in the caches.
+    return call, None if rows is None else pool(call.k, call.v, rows)
+
+
 def pool(k: Tensor, v: Tensor, rows: int) -> Pooled:
     """Means of ``k, v [B, H, Lk, D]`` over tiles of ``rows`` keys; the last one may hold fewer."""
-    return Pooled(_means(k, rows), _means(v, rows), k.shape[2], rows)
+    return Pooled(means_of(k, rows), means_of(v, rows), k.shape[2], rows)
 
 
-def _means(x: Tensor, rows: int) -> Tensor:
+def means_of(x: Tensor, rows: int) -> Tensor:
+    """``x [B, H, L, D]`` -> ``[B, H, ceil(L / rows), D]``."""
     full = x.shape[2] // rows * rows
     parts = [x[:, :, :full].unflatten(2, (-1, rows)).mean(3, dtype=torch.float32)]
     if full < x.shape[2]:

@@ -17,11 +17,12 @@ from .base import (
     Backend,
     Criterion,
     Inputs,
+    Pooled,
     Skipped,
     check_order,
     one_after_the_other,
 )
-from .pooled import add_skipped, audit_skipped
+from .pooled import add_skipped, audit_skipped, in_order
 
 LOG2E = math.log2(math.e)
 
@@ -47,10 +48,15 @@ class ReferenceBackend:
     def provide(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Backend:
         return self
 
+    def in_order(
+        self, call: Inputs, order: Tensor | None, means: bool
+    ) -> tuple[Inputs, Pooled | None]:
+        return in_order(call, order, self.tile.k if means else None)
+
     def forward(
         self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
     ) -> Attended:
-        q, k, v, scale, order = call
+        q, k, v, scale, order = call[:5]
         if order is not None:
             check_order(order, q.shape[2])
             q = q[:, :, order]

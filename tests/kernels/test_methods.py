@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from comfyui_liteattention.backends.base import Inputs
-from comfyui_liteattention.backends.gpu import launches, qk_int8, scaled_values
+from comfyui_liteattention.backends.gpu import qk_int8, scaled_values
 from comfyui_liteattention.backends.gpu.kernel_table import CONFIGS, HEAD_DIMS, TILE, TOP, Method
 from comfyui_liteattention.backends.gpu.low_precision import LowPrecisionReference
+from comfyui_liteattention.backends.gpu.narrow import narrow
 from comfyui_liteattention.backends.gpu.scaled_values import scale_values
+from comfyui_liteattention.backends.pooled import pool
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.backends.tile_map import mark
 from comfyui_liteattention.policy import lost_mass
@@ -95,20 +97,28 @@ def dense_truth(q, k, v) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantising_matches_its_twin(d, dtype):
     q, k, v = draw(b=2, d=d, dtype=dtype)
-    call = launches.prepare(Inputs(q, k, v, 0.2), None, None, method=INT8)
-    for launch in call.launches[:2]:
+    order = torch.randperm(330)
+    made = narrow(Inputs(q, k, v, 0.2), order, INT8, TILE)
+    for launch in made.launches:
         interpret(launch)
-    mean = qk_int8.mean_key(k)
-    queries, keys = qk_int8.quantise_queries(q, mean, 0.2), qk_int8.quantise_keys(k, mean, TILE.k)
-    arguments = call.launches[2].arguments
-    q8, k8 = arguments[:2]
-    q_unit, k_unit, shift = arguments[8:11]
+    mean, listed = qk_int8.mean_key(k), k[:, :, order]
+    queries = qk_int8.quantise_queries(q, mean, 0.2)
+    keys = qk_int8.quantise_keys(listed, mean, TILE.k)
+    (q8, k8, v8, q_unit, k_unit, shift, _), pooled, _ = made
+    assert torch.equal(v8, v[:, :, order])
+    check_means(pooled, pool(listed, v8, TILE.k))
     for got, want in ((q8, queries.values), (k8, keys.values)):
         steps = (got.int() - want.int()).abs()  # sums in another order may round to the next
         assert steps.max() <= 1 and (steps > 0).float().mean() < 1e-3 and want.abs().max() == 127
     for got, want in ((q_unit, queries.unit), (k_unit, keys.unit)):
         assert torch.allclose(got, want, rtol=1e-5, atol=0)
     assert torch.allclose(shift, queries.shift, rtol=1e-4, atol=1e-4)
+
+
+def check_means(got, want):
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert a.dtype == b.dtype and relative_error(a, b) < 1e-3  # another last bit here and there
+    assert got[2:] == want[2:]
 
 
 def draw_values(dtype: torch.dtype) -> Tensor:
@@ -126,13 +136,17 @@ def draw_values(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scaling_matches_its_twin(values, dtype):
     v = draw_values(dtype)
-    call = launches.prepare(Inputs(v, v, v, 0.2), None, None, method=Method(values=values))
-    for launch in call.launches[:2]:
+    order = torch.randperm(150)
+    made = narrow(Inputs(v, v, v, 0.2), order, Method(values=values), TILE)
+    for launch in made.launches:
         interpret(launch)
-    arguments, want = call.launches[2].arguments, scale_values(v, values, TILE.k)
+    listed = v[:, :, order]
+    want, got = scale_values(listed, values, TILE.k), made.narrowed
     bits = torch.uint8 if values == "e4m3" else torch.int16
-    assert torch.equal(arguments[2].view(bits), want.values.view(bits))
-    assert torch.allclose(arguments[11], want.unit, rtol=1e-6, atol=0)
+    assert torch.equal(got.v.view(bits), want.values.view(bits))
+    assert torch.allclose(got.v_unit, want.unit, rtol=1e-6, atol=0)
+    assert torch.equal(got.k, listed)
+    check_means(made.pooled, pool(listed, listed, TILE.k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

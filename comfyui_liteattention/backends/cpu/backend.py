@@ -35,13 +35,14 @@ from ..base import (
     Backend,
     Criterion,
     Inputs,
+    Pooled,
     Skipped,
     check_order,
     empty_out,
     some_of,
 )
 from ..constraints import Constraints
-from ..pooled import audit_skipped
+from ..pooled import audit_skipped, in_order
 from . import cache
 
 KERNELS = "_liteattention_cpu_kernels"
@@ -87,6 +88,11 @@ class CpuBackend:
         reason = kernels if isinstance(kernels, str) else None
         trial = kernel_selftest.Trial(64, torch.float32, device)
         return reason or self._verdicts.of(self, trial) or self
+
+    def in_order(
+        self, call: Inputs, order: Tensor | None, means: bool
+    ) -> tuple[Inputs, Pooled | None]:
+        return in_order(call, order, self.tile.k if means else None)
 
     def forward(
         self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
@@ -242,7 +248,7 @@ def _call(
     packed: Packed,
 ) -> tuple[Attended, Task]:
     """A result, and the task that fills it from packed keys and values: ``kernels.attend``."""
-    (q, k, _, scale, order), lists, criterion = made
+    (q, k, _, scale, order, _), lists, criterion = made
     keys, values, _ = packed
     b, h, lq, d = q.shape
     if order is not None:

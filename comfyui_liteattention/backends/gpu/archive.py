@@ -15,6 +15,8 @@ from .kernel_table import KERNELS, PTX_ARCH, PTX_VERSION, TILE, Archive, Kernel
 FOLDER = Path(__file__).parent / "archives"
 FORMAT = 3
 _SOURCES = Path(__file__).parent / "kernels"
+#: What else a source of kernels takes functions from.
+_IMPORTED = {"tail": ("attend",), "quantise": ("attend",), "values": ("attend", "quantise")}
 
 
 class PrebuiltError(RuntimeError):
@@ -37,7 +39,7 @@ def parameters() -> dict[str, dict[str, str]]:
 def recipe(kernel: Kernel, archive: Archive) -> str:
     """sha256 of all that a kernel is compiled from, the versions of triton and of its assemblers
     aside, whatever the line ends of the checkout."""
-    modules = {kernel.entry.module, *(["attend"] if kernel.entry.module == "tail" else [])}
+    modules = {kernel.entry.module, *_IMPORTED.get(kernel.entry.module, ())}
     source = b"".join((_SOURCES / f"{name}.py").read_bytes() for name in sorted(modules))
     ptx = PTX_VERSION if archive.arch == PTX_ARCH else None
     config = kernel.config(archive.arch)

@@ -16,12 +16,15 @@ from ..base import (
     Criterion,
     Inputs,
     Mode,
+    Pooled,
     Skipped,
     TileMap,
 )
+from ..pooled import in_order
 from . import launches
-from .kernel_table import Method
+from .kernel_table import NATIVE, Method
 from .launch import DTYPE_NAMES, Launch
+from .narrow import narrow
 from .tile_map import TileMaps
 
 
@@ -86,6 +89,17 @@ class KernelBackend:
         """Let what failed for a passing reason be tried again."""
         self._verdicts.begin_run()
 
+    def in_order(
+        self, call: Inputs, order: Tensor | None, means: bool
+    ) -> tuple[Inputs, Pooled | None]:
+        tile, method = self.launcher.tile, self._method(call.q)
+        if method == NATIVE:
+            return in_order(call, order, tile.k if means else None)
+        narrowed, pooled, launches = narrow(call, order, method, tile)
+        for launch in launches:
+            self.launcher.launch(launch, call.q.device)
+        return call._replace(order=order, narrowed=narrowed), pooled if means else None
+
     def forward(
         self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
     ) -> Attended:
@@ -100,14 +114,17 @@ class KernelBackend:
     def _forward(
         self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: range
     ) -> launches.Call:
-        q, tile = call.q, self.launcher.tile
-        method = self.launcher.method(q.device, self.mode, q.shape[3], DTYPE_NAMES[q.dtype])
-        if method is None:
-            raise ValueError(f"no {self.mode} kernel for head_dim {q.shape[3]}")
+        tile, method = self.launcher.tile, self._method(call.q)
         made = launches.prepare(call, lists, criterion, tile, method, audited)
         for launch in made.launches:
-            self.launcher.launch(launch, q.device)
+            self.launcher.launch(launch, call.q.device)
         return made
+
+    def _method(self, q: Tensor) -> Method:
+        found = self.launcher.method(q.device, self.mode, q.shape[3], DTYPE_NAMES[q.dtype])
+        if found is None:
+            raise ValueError(f"no {self.mode} kernel for head_dim {q.shape[3]}")
+        return found
 
     def add_skipped(self, kept: Attended, skipped: Skipped, factor: Tensor) -> None:
         launch = launches.prepare_skipped(kept, skipped, factor, self.launcher.tile)

@@ -199,9 +199,9 @@ QUANTISE_KEYS = Entry(
     "quantise",
     (
         *(("k", "*io"), ("mean", "*fp32")),
-        *(("values", "*i8"), ("unit", "*fp32")),
+        *(("values", "*i8"), ("unit", "*fp32"), ("means", "*io"), ("order", "*i64")),
         *_strides("k"),
-        *((name, "i32") for name in ("heads", "lk")),
+        *((name, "i32") for name in ("heads", "lk", "ordered")),
     ),
 )
 
@@ -219,8 +219,9 @@ SCALE_VALUES = Entry(
     "values",
     (
         *(("v", "*io"), ("peak", "*i32"), ("values", "*pv"), ("unit", "*fp32")),
+        *(("means", "*io"), ("order", "*i64")),
         *_strides("v"),
-        *((name, "i32") for name in ("heads", "lk")),
+        *((name, "i32") for name in ("heads", "lk", "ordered")),
     ),
 )
 

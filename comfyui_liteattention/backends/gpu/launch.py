@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..base import check_order
 from .kernel_table import Kernel
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -22,6 +24,21 @@ class Launch(NamedTuple):
     kernel: Kernel
     grid: tuple[int, int]
     arguments: tuple[Argument, ...]
+
+
+def order_arguments(order: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
+    """What a kernel is told about an order of the tokens of ``x [B, H, L, D]``: which, and how much
+    of it there is to look at."""
+    length = x.shape[2]
+    if order is None:
+        return _nothing(x.device), 0
+    check_order(order, length)
+    return order.contiguous(), length
+
+
+@lru_cache(maxsize=8)
+def _nothing(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=device)
 
 
 def card_number(device: torch.device) -> int:

@@ -15,9 +15,9 @@ from ..base import (
     Attended,
     Criterion,
     Inputs,
+    Narrowed,
     Pooled,
     Skipped,
-    check_order,
     empty_out,
 )
 from ..constraints import Constraints, short
@@ -25,6 +25,7 @@ from .kernel_table import (
     ADD_SKIPPED,
     AUDIT_SKIPPED,
     HEAD_DIMS,
+    NATIVE,
     POINTER_ALIGNMENT,
     STRIDE_ALIGNMENT,
     TILE,
@@ -32,7 +33,7 @@ from .kernel_table import (
     Method,
     Variant,
 )
-from .launch import DTYPE_NAMES, Argument, Launch
+from .launch import DTYPE_NAMES, Argument, Launch, order_arguments
 from .narrow import narrow
 
 LOG2E = math.log2(math.e)
@@ -69,13 +70,13 @@ def prepare(
     lists: TileLists | None,
     criterion: Criterion | None,
     tile: TileShape = TILE,
-    method: Method = Method(),
+    method: Method = NATIVE,
     audited: range = range(0),
 ) -> Call:
     """Outputs and launches of one call. The tensors must have passed :data:`CONSTRAINTS`.
 
     ``audited``: query tiles that are done over all tiles as well, where there are lists."""
-    q, k, v, scale, order = call
+    q, k, v, scale, order, made = call
     if not scale > 0:
         raise ValueError(f"scale={scale}: the kernel takes positive scales only.")
     if audited and lists is None:
@@ -96,8 +97,12 @@ def prepare(
     full = Attended(
         q.new_empty(b, h, queries, d), q.new_empty(b, h, queries, dtype=torch.float32), None
     )
-    made = narrow(q, k, v, scale, method, tile)
-    rows, ordered = _order(order, q)
+    before: tuple[Launch, ...] = ()
+    if made is None and method == NATIVE:
+        made = Narrowed(q, k, v)
+    elif made is None:
+        made, _, before = narrow(call, None, method, tile)
+    rows, ordered = order_arguments(order, q)
     arguments = (
         *(made.q, made.k, made.v, result.out),
         *(result.lse, result.score),
@@ -114,7 +119,7 @@ def prepare(
     )
     variant = Variant(d, DTYPE_NAMES[q.dtype], lists is not None, criterion, method)
     launch = Launch(variant, (tq + len(audited), b * h), arguments)
-    return Call((*made.launches, launch), result, full, criterion)
+    return Call((*before, launch), result, full, criterion)
 
 
 def prepare_skipped(
@@ -124,7 +129,7 @@ def prepare_skipped(
     q, pooled, scale, live, order = skipped
     b, h, lq, d = q.shape
     tq, tk = _check_means(q, pooled, live, tile)
-    rows, ordered = _order(order, q)
+    rows, ordered = order_arguments(order, q)
     arguments: tuple[Argument, ...] = (
         *(q, pooled.keys, pooled.values, kept.out),
         *(kept.lse, live.contiguous(), factor.float().contiguous(), rows),
@@ -152,7 +157,7 @@ def prepare_audit(
     if not audited or full.out.shape != (b, h, queries, d):
         raise ValueError(f"{tuple(full.out.shape)} isn't the result of query tiles {audited}.")
     sums = q.new_empty(b, h, len(audited), 2, dtype=torch.float32)
-    rows, ordered = _order(order, q)
+    rows, ordered = order_arguments(order, q)
     arguments: tuple[Argument, ...] = (
         *(q, pooled.keys, pooled.values, kept.out, kept.lse),
         *(full.out, full.lse, live.contiguous(), rows, sums),
@@ -200,24 +205,10 @@ def _check_means(q: Tensor, pooled: Pooled, live: Tensor, tile: TileShape) -> tu
     return tq, tk
 
 
-def _order(order: Tensor | None, q: Tensor) -> tuple[Tensor, int]:
-    """What a kernel is told about an order, and how much of it there is to look at."""
-    lq = q.shape[2]
-    if order is None:
-        return _nothing(q.device), 0
-    check_order(order, lq)
-    return order.contiguous(), lq
-
-
 @lru_cache(maxsize=8)
 def _ascending(tk: int, device: torch.device) -> Tensor:
     """The list of all key tiles."""
     return torch.arange(tk, dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=8)
-def _nothing(device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=torch.int64, device=device)
 
 
 def _int32(tensor: Tensor) -> Tensor:

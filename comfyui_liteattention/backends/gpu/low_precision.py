@@ -33,7 +33,7 @@ class LowPrecisionReference(ReferenceBackend):
     def forward(
         self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None
     ) -> Attended:
-        q, k, v, scale, _ = call
+        q, k, v, scale = call[:4]
         if self.method.values != "own":
             scaled = scaled_values.scale_values(v, self.method.values, self.tile.k)
             call = call._replace(v=scaled_values.restored(scaled, v.shape[2]))

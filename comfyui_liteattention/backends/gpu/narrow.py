@@ -1,4 +1,7 @@
-"""What comes before the attention kernel in the faster modes: q, k and v in fewer bits."""
+"""What comes before the attention kernel in the faster modes: q, k and v in fewer bits.
+
+Keys and values are put in the order of the tile map, and averaged over its tiles, in the same pass.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ import torch
 from torch import Tensor
 
 from ...tiles import TileShape
+from ...token_order import take
+from ..base import Inputs, Narrowed, Pooled
+from ..pooled import means_of
 from . import qk_int8, scaled_values
 from .kernel_table import (
     PEAK_VALUES,
@@ -19,42 +25,54 @@ from .kernel_table import (
     Method,
     Values,
 )
-from .launch import DTYPE_NAMES, Argument, Launch
+from .launch import DTYPE_NAMES, Argument, Launch, order_arguments
 
 
-class Narrowed(NamedTuple):
-    """``q, k, v`` as the kernel multiplies them, and what it needs to undo it; None where nothing
-    was done. ``launches`` fill that memory, in this order."""
+class Narrowing(NamedTuple):
+    """Memory, and the ``launches`` that fill it, in this order."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    narrowed: Narrowed
+    pooled: Pooled
+    launches: tuple[Launch, ...]
+
+
+class Side(NamedTuple):
+    """Keys or values: the ``tokens`` in the order of the map, what undoes their narrowing, and the
+    ``means [B, H, Tk, D]`` of the key tiles."""
+
+    tokens: Tensor
+    unit: Tensor | None
+    means: Tensor
     launches: tuple[Launch, ...] = ()
-    q_unit: Tensor | None = None
-    k_unit: Tensor | None = None
-    shift: Tensor | None = None
-    v_unit: Tensor | None = None
 
 
-def narrow(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, method: Method, tile: TileShape
-) -> Narrowed:
-    """``q [B, H, Lq, D]``, ``k, v [B, H, Lk, D]`` -> the same for ``method``."""
-    made = Narrowed(q, k, v)
+def narrow(call: Inputs, order: Tensor | None, method: Method, tile: TileShape) -> Narrowing:
+    """``call``, its tokens as the model lists them -> the same for ``method``, in ``order``."""
+    q, k, v, scale = call[:4]
+    made, launches = Narrowed(q, k, v), []
     if method.int8:
         mean = qk_int8.mean_key(k)
-        keys, make_keys = _quantise_keys(k, mean, tile)
-        queries, make_queries = _quantise_queries(q, mean, scale)
-        made = Narrowed(
-            *(queries.values, keys.values, v),
-            (make_keys, make_queries),
-            *(queries.unit, keys.unit, queries.shift),
-        )
-    if method.values != "own":
-        scaled, make_values = _scale_values(v, method.values, tile)
-        launches = (*made.launches, *make_values)
-        made = made._replace(v=scaled.values, v_unit=scaled.unit, launches=launches)
-    return made
+        keys = _quantise_keys(k, order, mean, tile)
+        queries, launch = _quantise_queries(q, mean, scale)
+        made = made._replace(q=queries.values, q_unit=queries.unit, shift=queries.shift)
+        launches.append(launch)
+    else:
+        keys = _listed(k, order, tile)
+    if method.values == "own":
+        values = _listed(v, order, tile)
+    else:
+        values = _scale_values(v, order, method.values, tile)
+    return Narrowing(
+        made._replace(k=keys.tokens, k_unit=keys.unit, v=values.tokens, v_unit=values.unit),
+        Pooled(keys.means, values.means, k.shape[2], tile.k),
+        (*launches, *keys.launches, *values.launches),
+    )
+
+
+def _listed(x: Tensor, order: Tensor | None, tile: TileShape) -> Side:
+    """Keys or values in their own dtype."""
+    tokens = x if order is None else take(x, order)
+    return Side(tokens, None, means_of(tokens, tile.k))
 
 
 def _quantise_queries(q: Tensor, mean: Tensor, scale: float) -> tuple[qk_int8.Queries, Launch]:
@@ -69,31 +87,37 @@ def _quantise_queries(q: Tensor, mean: Tensor, scale: float) -> tuple[qk_int8.Qu
     return to, Launch(kernel, (-(-lq // QUERY_ROWS), b * h), arguments)
 
 
-def _quantise_keys(k: Tensor, mean: Tensor, tile: TileShape) -> tuple[qk_int8.Keys, Launch]:
-    """Memory for the quantised keys, and the launch that fills it."""
+def _quantise_keys(k: Tensor, order: Tensor | None, mean: Tensor, tile: TileShape) -> Side:
+    """Memory for the quantised keys."""
     b, h, lk, d = k.shape
     tk = -(-lk // tile.k)
-    to = qk_int8.Keys(
-        k.new_empty(k.shape, dtype=torch.int8),
-        k.new_empty(b, h, tk * tile.k, dtype=torch.float32),
+    tokens = k.new_empty(k.shape, dtype=torch.int8)
+    unit = k.new_empty(b, h, tk * tile.k, dtype=torch.float32)
+    means = k.new_empty(b, h, tk, d)
+    rows, ordered = order_arguments(order, k)
+    arguments: tuple[Argument, ...] = (
+        *(k, mean, tokens, unit, means, rows),
+        *(*k.stride()[:3], h, lk, ordered),
     )
     kernel = Companion(QUANTISE_KEYS, d, DTYPE_NAMES[k.dtype])
-    return to, Launch(kernel, (tk, b * h), (k, mean, *to, *k.stride()[:3], h, lk))
+    return Side(tokens, unit, means, (Launch(kernel, (tk, b * h), arguments),))
 
 
-def _scale_values(
-    v: Tensor, values: Values, tile: TileShape
-) -> tuple[scaled_values.Scaled, tuple[Launch, Launch]]:
-    """Memory for the scaled values, and the launches that fill it."""
+def _scale_values(v: Tensor, order: Tensor | None, values: Values, tile: TileShape) -> Side:
+    """Memory for the scaled values."""
     b, h, lk, d = v.shape
     tk = -(-lk // tile.k)
     shape = (b, h, d, tk * tile.k) if values == "e4m3" else (b, h, lk, d)
-    to = scaled_values.Scaled(
-        v.new_empty(shape, dtype=scaled_values.DTYPES[values]),
-        v.new_empty(b, h, d, dtype=torch.float32),
-    )
+    tokens = v.new_empty(shape, dtype=scaled_values.DTYPES[values])
+    unit = v.new_empty(b, h, d, dtype=torch.float32)
+    means = v.new_empty(b, h, tk, d)
     peak = v.new_zeros(b, h, d, dtype=torch.int32)
-    dtype, rest = DTYPE_NAMES[v.dtype], (*v.stride()[:3], h, lk)
-    find = Launch(Companion(PEAK_VALUES, d, dtype), (tk, b * h), (v, peak, *rest))
-    scale = Companion(SCALE_VALUES, d, dtype, values)
-    return to, (find, Launch(scale, (tk, b * h), (v, peak, *to, *rest)))
+    rows, ordered = order_arguments(order, v)
+    dtype, grid = DTYPE_NAMES[v.dtype], (tk, b * h)
+    find = Launch(Companion(PEAK_VALUES, d, dtype), grid, (v, peak, *v.stride()[:3], h, lk))
+    arguments: tuple[Argument, ...] = (
+        *(v, peak, tokens, unit, means, rows),
+        *(*v.stride()[:3], h, lk, ordered),
+    )
+    scale = Launch(Companion(SCALE_VALUES, d, dtype, values), grid, arguments)
+    return Side(tokens, unit, means, (find, scale))

@@ -21,7 +21,7 @@ from comfyui_liteattention.backends.base import (
 )
 from comfyui_liteattention.backends.gpu import qk_int8, scaled_values
 from comfyui_liteattention.backends.gpu.kernel_table import HEAD_DIMS, TILE
-from comfyui_liteattention.backends.pooled import pool, skipped_part
+from comfyui_liteattention.backends.pooled import means_of, pool, skipped_part
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.tiles import make_lists, pack
 
@@ -39,15 +39,18 @@ def quantised(card: Card) -> Iterator[Case]:
         call = problem((2, 2), lengths, d, dtype, layout, n)
         if n % 5 == 0:
             call.q[0, 0, 0], call.k[0, 0, :] = 0, call.k[0, 0, :1]  # nothing but zeros
-        yield Case(f"d{d} {dtype} {lengths} {layout}", partial(quantise, card, call))
+        order = shuffled(lengths[1]) if n % 2 else None
+        yield Case(f"d{d} {dtype} {lengths} {layout}", partial(quantise, card, call, order))
 
 
-def quantise(card: Card, call: Inputs) -> list[str]:
+def quantise(card: Card, call: Inputs, order: Tensor | None) -> list[str]:
     """What is wrong with the quantised numbers of one call."""
-    card.backends["int8"].forward(call)
-    mean, problems = qk_int8.mean_key(call.k), []
+    card.backends["int8"].in_order(call, order, means=True)
+    mean = qk_int8.mean_key(call.k)
     queries = qk_int8.quantise_queries(call.q, mean, call.scale)
-    keys = qk_int8.quantise_keys(call.k, mean, TILE.k)
+    listed = call.k if order is None else call.k[:, :, order]
+    keys = qk_int8.quantise_keys(listed, mean, TILE.k)
+    problems = check_means(card, "quantise_keys", listed)
     for entry, want in (("quantise_queries", queries), ("quantise_keys", keys)):
         got = card.launcher.last[entry]
         values, unit = got["values"], got["unit"]
@@ -66,6 +69,15 @@ def quantise(card: Card, call: Inputs) -> list[str]:
     return problems
 
 
+def check_means(card: Card, entry: str, listed: Tensor) -> list[str]:
+    """What is wrong with the means of the key tiles."""
+    got, want = card.launcher.last[entry]["means"], means_of(listed.double(), TILE.k)
+    assert isinstance(got, Tensor)
+    size = means_of(listed.double().abs(), TILE.k)
+    off = ((got.double() - want).abs() - UNIT[got.dtype] * want.abs()) / (size + 1e-30)
+    return [] if off.max() < 1e-6 else [f"{entry}: means off by {off.max():.1e}"]
+
+
 def scaled(card: Card) -> Iterator[Case]:
     """Values in fp16 and e4m3, number by number; an empty channel, one with large and small."""
     modes = [(d, mode) for d, mode in card.kinds() if mode != "native"] or card.kinds()
@@ -76,20 +88,24 @@ def scaled(card: Card) -> Iterator[Case]:
             continue
         call.v[..., 7] = 0
         call.v[..., 9] *= torch.logspace(-4, 0, lengths[1])
-        yield Case(f"{mode} d{d} {dtype} {lengths} {layout}", partial(scale, card, mode, call))
+        order = shuffled(lengths[1]) if n % 2 else None
+        check = partial(scale, card, mode, call, order)
+        yield Case(f"{mode} d{d} {dtype} {lengths} {layout}", check)
 
 
-def scale(card: Card, mode: Mode, call: Inputs) -> list[str]:
+def scale(card: Card, mode: Mode, call: Inputs, order: Tensor | None) -> list[str]:
     """What is wrong with the scaled values of one call."""
-    card.backends[mode].forward(call)
+    card.backends[mode].in_order(call, order, means=True)
     values = card.method(mode, call).values
-    want, got = (
-        scaled_values.scale_values(call.v, values, TILE.k),
-        card.launcher.last["scale_values"],
-    )
+    listed = call.v if order is None else call.v[:, :, order]
+    want = scaled_values.scale_values(listed, values, TILE.k)
+    got = card.launcher.last["scale_values"]
     numbers, unit = got["values"], got["unit"]
     assert isinstance(numbers, Tensor) and isinstance(unit, Tensor)
-    problems, off = [], (unit - want.unit).abs() / want.unit
+    problems, off = (
+        check_means(card, "scale_values", listed),
+        (unit - want.unit).abs() / want.unit,
+    )
     if not off.max() < (1e-6 if values == "e4m3" else 1e-30):
         problems.append(f"units off by {off.max():.1e}")
     other = numbers.float() != want.values.float()

@@ -16,7 +16,9 @@ integers to log2:
     K_j = round(127 R (k_j - m) / max |R (k_j - m)|)        k_unit_j = max |R (k_j - m)| / 127
     c q_r . (k_j - m)  ~=  q_unit_r k_unit_j (Q_r . K_j)
 
-``qk_int8.py`` has the same in plain PyTorch. **No GPU has run this yet.**
+Keys are read in the order of the tile map; the mean of each key tile, which stands in for the tile
+where it is skipped, is left beside them. ``qk_int8.py`` has the rounding in plain PyTorch. **No GPU
+has run this yet.**
 """
 
 # ruff: noqa: N803 - compile-time arguments are capitals, as is the custom in Triton
@@ -25,6 +27,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .attend import queries_of
 
 
 @triton.jit
@@ -67,11 +71,14 @@ def quantise_keys(
     mean,  # [B, H, D] float32, contiguous
     values,  # [B, H, Lk, D] int8, contiguous
     unit,  # [B, H, Tk * ROWS] float32, contiguous
+    means,  # [B, H, Tk, D] as k, contiguous: of the rows of each key tile, as they come
+    order,  # [ordered] int64, contiguous: the key of each row of the map
     k_batch,
     k_head,
     k_row,
     heads,
     lk,
+    ordered,  # Lk, or 0: keys as they come, order unused
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,  # of a key tile
@@ -83,7 +90,10 @@ def quantise_keys(
     d = tl.arange(0, PADDED_DIM)
     inside = (rows < lk)[:, None] & (d < HEAD_DIM)[None, :]
     k += pair // heads * k_batch + pair % heads * k_head
-    x = tl.load(k + (rows.to(tl.int64) * k_row)[:, None] + d[None, :], mask=inside, other=0.0)
+    listed = queries_of(order, ordered, rows)
+    x = tl.load(k + (listed * k_row)[:, None] + d[None, :], mask=inside, other=0.0)
+    means += (pair * tl.num_programs(0) + tile) * HEAD_DIM
+    store_mean(means, x, tl.minimum(lk - tile * ROWS, ROWS), d, HEAD_DIM)
     m = tl.load(mean + pair * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
     x = tl.where(inside, rotated(x, HEAD_DIM, PADDED_DIM) - m[None, :], 0.0)
     largest = largest_of(x, 1)
@@ -92,6 +102,13 @@ def quantise_keys(
     # Two bits less than a float32 has: see attend.py.
     step = ((largest * (1 / 127)).to(tl.int32, bitcast=True) & -4).to(tl.float32, bitcast=True)
     tl.store(unit + pair * tl.num_programs(0) * ROWS + rows, step)
+
+
+@triton.jit
+def store_mean(mean, x, rows, d, HEAD_DIM: tl.constexpr):
+    """The mean of the first ``rows`` of a tile, the others of which are zero."""
+    total = tl.sum(x.to(tl.float32), 0)
+    tl.store(mean + d, (total / rows).to(mean.dtype.element_ty), mask=d < HEAD_DIM)
 
 
 @triton.jit

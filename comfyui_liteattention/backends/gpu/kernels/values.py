@@ -8,6 +8,9 @@ the channel:
     e4m3    so that the largest becomes LARGEST; written channel by channel, with zeros up to a
             whole key tile, as the matrix instruction wants to read them
 
+Both read the values in the order of the tile map and leave the mean of each key tile, which stands
+in for the tile where it is skipped.
+
 Rounded each to the nearest e4m3, the values of a channel in one tile have errors that don't cancel,
 and keys that are attended to about alike pass their sum on. So all are shifted by the mean error
 and rounded anew, which changes the few that were nearly halfway; the tile keeps what of the two has
@@ -22,6 +25,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .attend import queries_of
+from .quantise import store_mean
 
 #: Steps of 1 in which errors are added up: whole numbers, whose sum is the same in any order.
 ERROR_STEPS = tl.constexpr(2.0**20)
@@ -58,11 +64,14 @@ def scale_values(
     peak,  # as above
     values,  # [B, H, Lk, D] fp16 or [B, H, D, Tk * ROWS] e4m3, contiguous
     unit,  # [B, H, D] float32, contiguous
+    means,  # [B, H, Tk, D] as v, contiguous: of the rows of each key tile
+    order,  # [ordered] int64, contiguous: the value of each row of the map
     v_batch,
     v_head,
     v_row,
     heads,
     lk,
+    ordered,  # Lk, or 0: values as they come, order unused
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,  # of a key tile
@@ -77,7 +86,10 @@ def scale_values(
     d = tl.arange(0, PADDED_DIM)
     v += pair // heads * v_batch + pair % heads * v_head
     inside = (rows < lk)[:, None] & (d < HEAD_DIM)[None, :]
-    x = tl.load(v + (rows.to(tl.int64) * v_row)[:, None] + d[None, :], mask=inside, other=0.0)
+    listed = queries_of(order, ordered, rows)
+    x = tl.load(v + (listed * v_row)[:, None] + d[None, :], mask=inside, other=0.0)
+    means += (pair * tl.num_programs(0) + tile) * HEAD_DIM
+    store_mean(means, x, tl.minimum(lk - tile * ROWS, ROWS), d, HEAD_DIM)
     bits = tl.load(peak + pair * HEAD_DIM + d, mask=d < HEAD_DIM, other=0)
     if E4M3:
         largest = bits.to(tl.float32, bitcast=True)
