@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import geometric_mean, mean
 from typing import Any
 
+from benchmarks import order_cost
 from benchmarks.sensitivity import noise_levels
 from comfyui_liteattention.backends.gpu.archive import Prebuilt
 from comfyui_liteattention.backends.gpu.kernel_table import METHODS, Variant
@@ -296,6 +297,16 @@ def accuracy() -> str:
     return _table(["inputs", "head_dim", *rows[0]["error"]], lines)
 
 
+def before_attention() -> str:
+    """What a card does before the attention, by data sheet, with half of the tiles computed."""
+    heads = ["card", "mode"]
+    for tokens in order_cost.TOKENS:
+        heads += [f"{tokens:,} tokens: as built", "passes apart"]
+    rows = order_cost.rows(0.5)
+    lines = [[card, f"`{mode}`", *(f"{s:.1%}" for s in shares)] for card, mode, shares in rows]
+    return _table(heads, lines)
+
+
 #: The pages, the places in them by name, and what fills them.
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "measured.md": {
@@ -307,7 +318,12 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     },
     DOCS / "closeness.md": {"closeness": closeness, "sensitivity": sensitivity},
     ROOT / "README.md": {"long videos": long_videos, "at 35 dB": at_35_db, "presets": presets},
-    ROOT / "kernels" / "README.md": {"archives": archives, "modes": modes, "accuracy": accuracy},
+    ROOT / "kernels" / "README.md": {
+        "archives": archives,
+        "modes": modes,
+        "accuracy": accuracy,
+        "before": before_attention,
+    },
 }
 
 
