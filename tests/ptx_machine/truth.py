@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from comfyui_liteattention.backends.base import Attended, Backend, Criterion, Inputs
-from comfyui_liteattention.backends.gpu import qk_int8
+from comfyui_liteattention.backends.gpu import qk_int8, scaled_values
 from comfyui_liteattention.backends.gpu.kernel_table import TILE, Method, Values
 from comfyui_liteattention.backends.gpu.low_precision import LowPrecisionReference
 from comfyui_liteattention.tiles import TileLists, make_lists
@@ -84,6 +84,14 @@ def problems_with(
     return problems + _problems_with_score(got.score.double(), call, lists, criterion, method)
 
 
+def _values(call: Inputs, method: Method) -> Tensor:
+    """As multiplied, in float64."""
+    if method.values == "own":
+        return call.v.double()
+    scaled = scaled_values.scale_values(call.v, method.values, TILE.k)
+    return scaled_values.restored(scaled, call.v.shape[2]).double()
+
+
 def _one_step(call: Inputs, method: Method) -> float:
     """What a score changes by at most, natural log, where one number in 8 bits is rounded the other
     way. (Rotations are sums, whose last bit may decide; section ``quantised`` counts those.)"""
@@ -105,14 +113,16 @@ def _problems_with_out(
 ) -> list[str]:
     """``step``: what scores may be off by, natural log."""
     dtype = call.q.dtype
-    sizes = wide(call, method)._replace(v=call.v.abs().double())
-    size = reference(method).forward(sizes, lists).out.double()
+    magnitudes = wide(call, method)._replace(v=_values(call, method).abs())
+    size = reference(method._replace(values="own")).forward(magnitudes, lists).out.double()
     # Shares are rounded before they are multiplied, the result when it is stored.
     twice = 2 if method.int8 else 1
     shares = max(UNIT[dtype], ROUNDED[method.values]) + 2 * step
     allowed = shares * size * 1.05 + UNIT[dtype] * (twice * want.out.double().abs()) * 1.05 + 1e-5
-    if dtype == torch.float16:  # shares below 2^-14 lose more than their last bit
-        allowed = allowed + 2.0**-25 * call.v.double().abs().sum(2, keepdim=True)
+    # Shares below 2^-14 lose more than their last bit.
+    if dtype == torch.float16 or method.values == "e4m3":
+        least = 2.0**-18 if method.values == "e4m3" else 2.0**-25
+        allowed = allowed + least * call.v.double().abs().sum(2, keepdim=True)
     empty = want.lse == -torch.inf
     problems = []
     if not (got.out[empty] == 0).all():

@@ -65,7 +65,7 @@ def narrow(call: Inputs, order: Tensor | None, method: Method, tile: TileShape) 
     return Narrowing(
         made._replace(k=keys.tokens, k_unit=keys.unit, v=values.tokens, v_unit=values.unit),
         Pooled(keys.means, values.means, k.shape[2], tile.k),
-        (*launches, *keys.launches, *values.launches),
+        (*keys.launches, *launches, *values.launches),
     )
 
 
