@@ -86,25 +86,19 @@ def make_lists(mask: Tensor, alternate: bool = False) -> TileLists:
     count = mask.sum(-1, dtype=torch.int32)
     index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
     backwards = ~mask.all() if alternate else None
+    tiles = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
     # In parts: scatter_ needs 64-bit places, which for all heads at once would take much memory.
     rows, out = mask.flatten(0, -2), index.flatten(0, -2)
     step = max(1, PART // mask.shape[-1])
     for part, into in zip(rows.split(step), out.split(step), strict=True):
-        _list_rows(part, backwards, into)
+        upto = part.cumsum(-1, dtype=torch.int32)  # live tiles up to and including this one
+        live = upto[:, -1:]
+        place = upto - 1
+        if backwards is not None:
+            place = torch.where(backwards, live - upto, place)
+        place = torch.where(part, place, live + tiles - upto)  # the others follow
+        into.scatter_(-1, place.long(), tiles.expand(part.shape))
     return TileLists(count, index)
-
-
-def _list_rows(mask: Tensor, backwards: Tensor | None, index: Tensor) -> None:
-    """Fill ``index [R, Tk]`` with the numbers of the tiles set in ``mask [R, Tk]``, then of the
-    others; the former in descending order where ``backwards [] bool`` is true."""
-    tiles = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-    upto = mask.cumsum(-1, dtype=torch.int32)  # tiles set, up to and including this one
-    count = upto[:, -1:]
-    place = upto - 1
-    if backwards is not None:
-        place = torch.where(backwards, count - upto, place)
-    place = torch.where(mask, place, count + tiles - upto)
-    index.scatter_(-1, place.long(), tiles.expand(mask.shape))
 
 
 def tiles_touching(tokens: Tensor, rows: int) -> Tensor:

@@ -30,12 +30,19 @@ class Part(NamedTuple):
     lse: Tensor
 
 
-def in_order(call: Inputs, order: Tensor | None, rows: int | None) -> tuple[Inputs, Pooled | None]:
-    """:meth:`.Backend.in_order`, with means of ``rows`` keys where they are asked for."""
-    if order is not None:
-        call = call._replace(k=take(call.k, order), v=take(call.v, order), order=order)
-    # Now, while k and v are in the caches.
-    return call, None if rows is None else pool(call.k, call.v, rows)
+class PoolingBackend:
+    """What backends have in common that leave order and means to torch."""
+
+    tile: TileShape
+
+    def in_order(
+        self, call: Inputs, order: Tensor | None, means: bool
+    ) -> tuple[Inputs, Pooled | None]:
+        """See :meth:`.Backend.in_order`."""
+        if order is not None:
+            call = call._replace(k=take(call.k, order), v=take(call.v, order), order=order)
+        # Now, while k and v are in the caches.
+        return call, pool(call.k, call.v, self.tile.k) if means else None
 
 
 def pool(k: Tensor, v: Tensor, rows: int) -> Pooled:

@@ -17,17 +17,16 @@ from .base import (
     Backend,
     Criterion,
     Inputs,
-    Pooled,
     Skipped,
     check_order,
     one_after_the_other,
 )
-from .pooled import add_skipped, audit_skipped, in_order
+from .pooled import PoolingBackend, add_skipped, audit_skipped
 
 LOG2E = math.log2(math.e)
 
 
-class ReferenceBackend:
+class ReferenceBackend(PoolingBackend):
     """Plain PyTorch twin of every kernel. See :class:`~.base.Backend`."""
 
     name = "reference"
@@ -47,11 +46,6 @@ class ReferenceBackend:
 
     def provide(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Backend:
         return self
-
-    def in_order(
-        self, call: Inputs, order: Tensor | None, means: bool
-    ) -> tuple[Inputs, Pooled | None]:
-        return in_order(call, order, self.tile.k if means else None)
 
     def forward(
         self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None

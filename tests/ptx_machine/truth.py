@@ -69,13 +69,13 @@ def problems_with(
     if got.out.dtype != call.q.dtype or got.out.shape != call.q.shape:
         return [f"out {got.out.dtype} {tuple(got.out.shape)}"]
     want = reference(method).forward(wide(call, method), lists, criterion)
-    step = 0.0 if rounded_alike else _one_step(call, method)
+    step = 0.0 if rounded_alike else one_step(call, method)
     problems = _problems_with_out(got, want, call, lists, method, step)
     empty = want.lse == -torch.inf  # rows without any tile
     if not torch.equal(got.lse == -torch.inf, empty):
         problems.append("lse: other rows are empty")
     off = (got.lse.double() - want.lse.double()).abs()[~empty]
-    if not (off <= 1e-5 + 3e-6 * want.lse[~empty].abs() + _one_step(call, method)).all():
+    if not (off <= 1e-5 + 3e-6 * want.lse[~empty].abs() + one_step(call, method)).all():
         problems.append(f"lse off by {off.max():.1e}")
     if criterion is None:
         return problems if got.score is None else [*problems, "a score"]
@@ -92,7 +92,7 @@ def _values(call: Inputs, method: Method) -> Tensor:
     return scaled_values.restored(scaled, call.v.shape[2]).double()
 
 
-def _one_step(call: Inputs, method: Method) -> float:
+def one_step(call: Inputs, method: Method) -> float:
     """What a score changes by at most, natural log, where one number in 8 bits is rounded the other
     way. (Rotations are sums, whose last bit may decide; section ``quantised`` counts those.)"""
     if not method.int8:
@@ -148,7 +148,7 @@ def _problems_with_score(
         problems.append("a tiny score isn't tiny")
     near = visited & ~tiny
     off = (score - twin).abs()[near]
-    allowed = 2e-5 + 3e-6 * twin[near].abs() + _one_step(call, method) * LOG2E
+    allowed = 2e-5 + 3e-6 * twin[near].abs() + one_step(call, method) * LOG2E
     if not (off <= allowed).all():
         problems.append(f"score off by {off.max():.1e} log2")
     # The gap is an fma of a number with the same number rounded: up to half of its last bit.

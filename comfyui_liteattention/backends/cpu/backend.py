@@ -35,14 +35,13 @@ from ..base import (
     Backend,
     Criterion,
     Inputs,
-    Pooled,
     Skipped,
     check_order,
     empty_out,
     some_of,
 )
 from ..constraints import Constraints
-from ..pooled import audit_skipped, in_order
+from ..pooled import PoolingBackend, audit_skipped
 from . import cache
 
 KERNELS = "_liteattention_cpu_kernels"
@@ -66,7 +65,7 @@ class Task(NamedTuple):
     length: int
 
 
-class CpuBackend:
+class CpuBackend(PoolingBackend):
     """Tile attention on the CPU through numba. See :class:`~..base.Backend`."""
 
     name = "cpu"
@@ -88,11 +87,6 @@ class CpuBackend:
         reason = kernels if isinstance(kernels, str) else None
         trial = kernel_selftest.Trial(64, torch.float32, device)
         return reason or self._verdicts.of(self, trial) or self
-
-    def in_order(
-        self, call: Inputs, order: Tensor | None, means: bool
-    ) -> tuple[Inputs, Pooled | None]:
-        return in_order(call, order, self.tile.k if means else None)
 
     def forward(
         self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None

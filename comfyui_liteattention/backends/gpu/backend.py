@@ -20,7 +20,7 @@ from ..base import (
     Skipped,
     TileMap,
 )
-from ..pooled import in_order
+from ..pooled import PoolingBackend
 from . import launches
 from .kernel_table import NATIVE, Method
 from .launch import DTYPE_NAMES, Launch
@@ -51,7 +51,7 @@ class Launcher(Protocol):
         ...
 
 
-class KernelBackend:
+class KernelBackend(PoolingBackend):
     """See :class:`~..base.Backend` and :class:`~..base.Provider`. One object serves all cards."""
 
     running_scores = True
@@ -60,12 +60,12 @@ class KernelBackend:
         self.mode = mode
         parts = (launcher.name, "" if mode == "native" else mode, why)
         self.name = ", ".join(filter(None, parts))
-        self.launcher = launcher
+        self.launcher, self.tile = launcher, launcher.tile
         self._verdicts = kernel_selftest.Verdicts()
         self._maps = TileMaps(launcher.launch)
 
     def tile_shape(self, head_dim: int) -> TileShape:
-        return self.launcher.tile
+        return self.tile
 
     def unavailable(self, device: torch.device, criterion: Criterion) -> str | None:
         """Why this backend can't work on a device with this score at all, or None."""
@@ -92,10 +92,10 @@ class KernelBackend:
     def in_order(
         self, call: Inputs, order: Tensor | None, means: bool
     ) -> tuple[Inputs, Pooled | None]:
-        tile, method = self.launcher.tile, self._method(call.q)
+        method = self._method(call.q)
         if method == NATIVE:
-            return in_order(call, order, tile.k if means else None)
-        narrowed, pooled, launches = narrow(call, order, method, tile)
+            return super().in_order(call, order, means)
+        narrowed, pooled, launches = narrow(call, order, method, self.tile)
         for launch in launches:
             self.launcher.launch(launch, call.q.device)
         return call._replace(order=order, narrowed=narrowed), pooled if means else None
@@ -114,8 +114,8 @@ class KernelBackend:
     def _forward(
         self, call: Inputs, lists: TileLists | None, criterion: Criterion | None, audited: range
     ) -> launches.Call:
-        tile, method = self.launcher.tile, self._method(call.q)
-        made = launches.prepare(call, lists, criterion, tile, method, audited)
+        method = self._method(call.q)
+        made = launches.prepare(call, lists, criterion, self.tile, method, audited)
         for launch in made.launches:
             self.launcher.launch(launch, call.q.device)
         return made
@@ -127,13 +127,13 @@ class KernelBackend:
         return found
 
     def add_skipped(self, kept: Attended, skipped: Skipped, factor: Tensor) -> None:
-        launch = launches.prepare_skipped(kept, skipped, factor, self.launcher.tile)
+        launch = launches.prepare_skipped(kept, skipped, factor, self.tile)
         self.launcher.launch(launch, skipped.q.device)
 
     def audit_skipped(
         self, kept: Attended, skipped: Skipped, full: Attended, audited: range
     ) -> Agreement:
-        launch, sums = launches.prepare_audit(kept, skipped, full, audited, self.launcher.tile)
+        launch, sums = launches.prepare_audit(kept, skipped, full, audited, self.tile)
         self.launcher.launch(launch, skipped.q.device)
         return launches.agreement(sums)
 
