@@ -31,6 +31,8 @@ def binary(function: np.ufunc) -> Callable[[Operands], Operation]:
 
     def make(o: Operands) -> Operation:
         parts, kind = o.parts, o.parts[-1]
+        if parts[-2:] in (["f32", "f16"], ["f32", "bf16"]):
+            return _to_wider(function, o)
         if set(parts) - {"rn", "ftz", "lo", "approx", "full", kind, parts[0]}:
             raise o.unknown()
         if kind not in _FLOATS and parts[0] == "mul" and "lo" not in parts:
@@ -41,6 +43,22 @@ def binary(function: np.ufunc) -> Callable[[Operands], Operation]:
         return ufunc(function, d, a, b)
 
     return make
+
+
+def _to_wider(function: np.ufunc, o: Operands) -> Operation:
+    """``add.f32.bf16`` and the like (PTX 8.6): the first number has 16 bits."""
+    if o.parts[1:-2] != ["rn"]:
+        raise o.unknown()
+    d, b, half = o.target(o[0], "f32"), o.source(o[2], "f32"), o.parts[-1] == "f16"
+    a = o.source(o[1], "f16" if half else "u16")
+
+    def wide() -> np.ndarray:
+        whole = np.asarray(a)
+        if half:
+            return whole.astype(np.float32)
+        return (whole.astype(np.uint32) << 16).view(np.float32)
+
+    return assign(d, lambda: function(wide(), b))
 
 
 def _wide(kind: str) -> str:
