@@ -54,7 +54,7 @@ def render(findings: dict[str, Any]) -> str:
             lines.append(f"  LiteAttention will be active: {device['backend']} backend, ")
             lines[-1] += "self-test passed"
             lines.append(f"  It takes {device['takes']}")
-            lines += [f"  Mode auto is {_in_words(device['auto'])}"] if device["auto"] else []
+            lines += [f"  Mode auto chooses {_in_words(device['auto'])}"] if device["auto"] else []
             if device["note"]:
                 lines.append(f"  Mind that {device['note']}")
         else:

@@ -51,8 +51,8 @@ def test_a_card_is_tested_before_it_is_called_active(card):
 def test_what_auto_comes_to_on_this_card(card):
     found, text = card(None)
     assert found["auto"] == {SAGE: "fp8", SAGE_FP16: "int8", KITCHEN: "int8"}
-    assert "Mode auto is native beside attention in 16 bits; fp8 beside SageAttention;" in text
-    assert "Mode auto is native\n" in card(None, capability=103)[1]
+    assert "Mode auto chooses native beside attention in 16 bits; fp8 beside SageAttention;" in text
+    assert "Mode auto chooses native\n" in card(None, capability=103)[1]
 
 
 def test_a_failed_self_test_is_the_reason(card):
