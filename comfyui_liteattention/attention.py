@@ -20,11 +20,11 @@ from .settings import Settings
 from .tiles import TileShape
 from .token_order import VideoTokens, arrange
 
-#: Layers begin their audits at one of so many turns: in short sequences, where not every call is
-#: audited, every step is, by some of the layers.
+#: Number of offsets at which layers begin their audits: in short sequences, where not every call is
+#: audited, some layer then is at every step.
 TURNS = 64
 
-#: Whose tiles are whose: a conditioning, a context window, a row of a batch, a device, ...
+#: Identifies what has tiles of its own: a conditioning, a context window, a row of a batch, ...
 Stream = Hashable
 
 
@@ -52,7 +52,7 @@ class Tally(NamedTuple):
     ``computed`` [] int64, or a number where that is known: tiles computed, those of the audit and
     of the tail included; ``total``: tiles of the matrix; ``lost`` [] float32: mean lost mass of
     the audited rows, None where nothing was audited.
-    ``bound`` [] float64: what the ledger expected at most then, None where there is no ledger.
+    ``bound`` [] float64: what the ledger expected to be lost at most then, None without a budget.
     """
 
     computed: Tensor | int
@@ -67,7 +67,7 @@ class LayerState:
 
     ``live [B, H, Tq, ceil(Tk/32)]`` int32, one bit a tile, updated in place; None until a call has
     marked something: such calls are dense. ``pinned [Tq, Tk]`` bool is made once. ``ledger [4]``:
-    see budget/ledger.py, None where there is none to hold. ``fit``: see tail.py. ``remaining``:
+    see budget/ledger.py, None without a budget. ``fit``: see tail.py. ``remaining``:
     those of all layers of the stream by ``name``, see budget/allocation.py; all states of a stream
     have the same one. ``first_turn``: the number by which its audits begin.
     """
@@ -128,7 +128,7 @@ class States:
 
 
 def all_tiles(part: Part, backend: Backend) -> Tally:
-    """Of a call that computes everything."""
+    """The tally of a call that computes everything."""
     q, k = part.inputs.q, part.inputs.k
     tq, tk = backend.tile_shape(q.shape[3]).grid(q.shape[2], k.shape[2])
     tiles = q.shape[0] * q.shape[1] * tq * tk

@@ -80,7 +80,7 @@ class Settings:
         Shorter sequences stay dense.
     never_slower
         Leave calls to the user's own attention as long as that is the faster one, and switch
-        off for a run in which it stays so (never_slower.py).
+        off for a run in which it stays so (never_slower/).
     mode
         How a graphics card multiplies: ``native``, as precisely as 16 bits do; ``int8``, queries
         and keys in 8 bits; ``fp8``, weights and values as well (RTX 40, 50). The later, the faster

@@ -2,9 +2,9 @@
 
 Rate-distortion at equal slope, where the rate is tiles computed and the distortion the bound on
 their mass: one limit for all layers of a stream, so that the tiles with the lowest scores go
-first, whichever layer has them. It is as high as the loss expected of all layers allows. A layer
-chooses when it is called; the others then count with what their last call left. Pure functions;
-tensors stay on their device, nothing waits.
+first, whichever layer has them. It is the highest at which all layers are expected to lose no more
+than the aim. A layer chooses when it is called; the others then count with what their last call
+left. Pure functions; tensors stay on their device, nothing waits.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def score_limit(own: Tensor, others: Tensor, aim: float) -> Tensor:
 
 def overspent(own: Tensor, others: Tensor, aim: float) -> Tensor:
     """Whether the layer has to start over with all its tiles, ``[]`` bool: what was negligible when
-    it was dropped has become important since, and tiles that are gone can't be judged again. By
+    it was dropped has become important since, and skipped tiles have no new score. By
     this layer alone, or by all where it is one of those that lose more than the mean."""
     spent = own[0]
     mean = (spent + others[:, 0].sum()) / (len(others) + 1)
