@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 
 from .ptx import Address, Instruction, Kernel
 
@@ -26,13 +27,32 @@ def undefined_reads(kernel: Kernel) -> list[tuple[Instruction, str]]:
             if defined.get(after) != now:
                 defined[after] = now
                 work.append(after)
-    found = []
+    found, parts = [], _parts_read(kernel)
     for number, before in sorted(defined.items()):
         known = set(before)
         for i in kernel.blocks[number].instructions:
             made, used = _written_and_read(i)
+            if _packs(i):  # compilers leave a part open that nobody looks at
+                used = [x for n, x in enumerate(i.operands[1]) if n in parts[made[0]]]
             found += [(i, x) for x in used if x not in known and not _SPECIAL.match(x)]
             known.update(made)
+    return found
+
+
+def _packs(i: Instruction) -> bool:
+    """Whether several registers become the parts of one."""
+    return i.op.startswith("mov.") and isinstance(i.operands[1], list)
+
+
+def _parts_read(kernel: Kernel) -> dict[str, set[int]]:
+    """Which parts of each register are read: those that it is taken apart into, or all of them."""
+    found: defaultdict[str, set[int]] = defaultdict(set)
+    for i in (i for block in kernel.blocks for i in block.instructions):
+        apart = i.op.startswith("mov.") and isinstance(i.operands[0], list)
+        for register in _written_and_read(i)[1]:
+            found[register] |= (
+                {n for n, x in enumerate(i.operands[0]) if x != "_"} if apart else set(range(8))
+            )
     return found
 
 
