@@ -76,9 +76,9 @@ def where_inputs(least_audit: int = 0) -> list[io.Input]:
             options=list(get_args(Wanted)),
             default=DEFAULTS.mode,
             optional=True,
-            tooltip="How a graphics card multiplies. auto: as exact as your own attention, so int8 "
-            "beside SageAttention. native: as precise as 16 bits. int8, fp8 (RTX 40, 50): meant to "
-            "be faster, and less precise; no card has timed them yet.",
+            tooltip="How a graphics card multiplies. auto: as exact as your own attention, so 8 "
+            "bits beside SageAttention. native: as precise as 16 bits. int8, fp8 (RTX 40, 50): "
+            "meant to be faster, and less precise; no card has timed them yet.",
         ),
     )
 

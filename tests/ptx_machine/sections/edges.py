@@ -124,8 +124,11 @@ def _spoilt(card: Card, mode: Mode, d: int, what: tuple[float, int, bool], seed:
     got, truth = card.backends[mode].forward(call, lists, "mass"), reference(method)
     spoilt = ~truth.forward(wide(call, method), lists).out.isfinite()
     if with_lists:  # 0 times not a number is none, in the reference
-        # Keys are quantised all together: what one of them spoils in 8 bits, others feel.
-        unseen = call._replace(k=call.k if method.int8 else clean.k, v=clean.v)
+        # What one key or value spoils in 8 bits, others feel: units are for all of them.
+        unseen = call._replace(
+            k=call.k if method.int8 else clean.k,
+            v=call.v if method.values == "e4m3" else clean.v,
+        )
         spoilt[0, 1, 128:] = ~truth.forward(wide(unseen, method), lists).out.isfinite()[0, 1, 128:]
     problems = []
     if not torch.equal(~got.out.isfinite(), spoilt):
