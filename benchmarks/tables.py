@@ -119,6 +119,20 @@ def changes() -> str:
     return _table(["", "tiles computed", "PSNR"], rows)
 
 
+def ablation() -> str:
+    """What parts are worth that no setting switches, at budgets of 3 and 10 %."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for row in _load("ablation_cpu.json")["rows"]:
+        found[row["variant"], row["budget"]].append(row)
+    rows = []
+    for variant in dict.fromkeys(variant for variant, _ in found):
+        runs = [found[variant, budget] for budget in (0.03, 0.1)]
+        tiles = ", ".join(f"{mean(r['computed_fraction'] for r in own):.1%}" for own in runs)
+        psnr = ", ".join(f"{mean(r['psnr_db'] for r in own):.1f}" for own in runs)
+        rows.append([variant, tiles, f"{psnr} dB"])
+    return _table(["", "tiles computed", "PSNR"], rows)
+
+
 def budget() -> str:
     """True loss over the budget, lowest and highest of the runs."""
     groups: dict[float, list[dict[str, Any]]] = defaultdict(list)
@@ -312,6 +326,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "measured.md": {
         "head to head": head_to_head,
         "changes": changes,
+        "ablation": ablation,
         "budget": budget,
         "orders": orders,
         "speed": speed,
