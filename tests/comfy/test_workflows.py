@@ -224,6 +224,7 @@ def test_the_demo_is_balanced_and_stays_on(name, object_info):
     inputs = graph[budget]["inputs"]
     assert inputs.pop("dense_layers") == ""
     assert inputs.pop("budget") and inputs["closeness"]  # which takes the place of the budget
+    assert inputs.pop("qk") == wanted.mode  # the widget's older id
     assert inputs == {name: getattr(wanted, name) for name in inputs}
 
 
