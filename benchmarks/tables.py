@@ -251,34 +251,6 @@ def presets() -> str:
     return _table(heads, rows)
 
 
-def demo_scores() -> str:
-    """How often the demo model draws what held-out prompts ask for, by steps."""
-    found = _load("demo_model.json")["scores"]
-    kinds = ("prompts", "colours", "shapes", "directions", "ground")
-    rows = [[steps, *(_share(scores[kind]) for kind in kinds)] for steps, scores in found.items()]
-    heads = ["steps", "prompts all right", *kinds[1:4], "ground"]
-    return _table(heads, rows)
-
-
-def demo_content() -> str:
-    """What the demo model's attention loses by its own, by another prompt's and by mean maps."""
-    rows = [
-        [
-            f"{float(share):.0%}",
-            *(f"{lost[by]:.2%}" for by in ("own", "other", "table")),
-            f"{lost['other'] / lost['own']:.1f}",
-        ]
-        for share, lost in _load("demo_model.json")["content"].items()
-    ]
-    heads = [
-        "tiles kept",
-        "lost by its own map",
-        "by another prompt's",
-        "by the mean of all others",
-    ]
-    return _table([*heads, "another's / own"], rows)
-
-
 def long_videos() -> str:
     """Seconds of whole videos, dense and with the presets."""
     found: dict[tuple[int, int], dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -360,7 +332,6 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "speed": speed,
     },
     DOCS / "closeness.md": {"closeness": closeness, "sensitivity": sensitivity},
-    ROOT / "demo" / "MODEL_CARD.md": {"scores": demo_scores, "content": demo_content},
     ROOT / "README.md": {"long videos": long_videos, "at 35 dB": at_35_db, "presets": presets},
     ROOT / "kernels" / "README.md": {
         "archives": archives,

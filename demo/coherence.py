@@ -67,14 +67,13 @@ def record_middle(
 
     A shortcut for tests: 2 model calls in place of a whole run.
     """
-    from .latents import PIXELS_PER_LATENT, encode
-    from .videos import clip_times, draw_scene, render
+    from .latents import encode
+    from .videos import draw_scene, render
 
     generator = torch.Generator().manual_seed(config.seed)
-    _, frames, side, _ = config.shape
-    pixels = PIXELS_PER_LATENT * side
-    scene = draw_scene(1, generator, two_shapes=1.0, pixels=pixels)
-    clean = encode(render(scene, clip_times(frames), pixels))
+    _, frames, height, width = config.shape
+    scene = draw_scene(1, 2 * height, 2 * width, generator, two_shapes=1.0)
+    clean = encode(render(scene, frames, 2 * height, 2 * width))
     noise = torch.randn(clean.shape, generator=generator)
     texts = torch.cat([embed(caption(scene), table), embed_prompts([""], table)])
     sigmas = sigma_schedule(config.steps, config.shift)

@@ -1,7 +1,7 @@
 """ComfyUI nodes of the demo alone: text, empty latent and decode for the shipped small model.
 
 They stand in for the text encoder and the VAE that a real Wan model has. Between them the graph is
-ComfyUI's own: Load Diffusion Model, ModelSamplingSD3 (shift 5), KSampler.
+ComfyUI's own: Load Diffusion Model, ModelSamplingSD3 (shift 3), KSampler.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from comfy_api.latest import ComfyExtension, io
 from .latents import LATENT_CHANNELS, PIXELS_PER_LATENT, decode
 from .model import TEXT_TABLE
 from .text import EXAMPLE, describe_vocabulary, embed_prompts, load_table
-from .videos import FRAMES, PIXELS
 
 CATEGORY = "LiteAttention/demo"
 PIXELS_PER_TOKEN = 2 * PIXELS_PER_LATENT
@@ -35,8 +34,7 @@ class LiteAttentionDemoText(io.ComfyNode):
                     "prompt",
                     default=EXAMPLE,
                     multiline=True,
-                    tooltip="One or two clauses COLOUR SHAPE moving DIRECTION, joined by 'and'; "
-                    "at the end, if you like, over ground drifting DIRECTION. "
+                    tooltip="One or two clauses COLOUR SHAPE moving DIRECTION, joined by 'and'. "
                     "Leave empty for the negative prompt. It knows " + describe_vocabulary(),
                 ),
             ],
@@ -49,18 +47,18 @@ class LiteAttentionDemoText(io.ComfyNode):
 
 
 class LiteAttentionDemoLatent(io.ComfyNode):
-    """An empty latent: 16 channels, a quarter of the width and height, one frame per frame."""
+    """An empty latent of the demo's size: 16 channels, half the pixels, one frame per frame."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         def size(name: str) -> io.Int.Input:
             return io.Int.Input(
                 name,
-                default=PIXELS,
-                min=32,
-                max=512,
+                default=64,
+                min=16,
+                max=256,
                 step=PIXELS_PER_TOKEN,
-                tooltip=f"Video {name} in pixels. The model was trained at 128.",
+                tooltip=f"Video {name} in pixels. The model was trained at 32 to 64.",
             )
 
         return io.Schema(
@@ -68,16 +66,16 @@ class LiteAttentionDemoLatent(io.ComfyNode):
             display_name="LiteAttention Demo Latent",
             category=CATEGORY,
             description="An empty latent video for the small demo model. "
-            "Attention sees frames x (width / 8) x (height / 8) tokens: 4096 with the defaults.",
+            "Attention sees frames x (width / 4) x (height / 4) tokens: 4096 with the defaults.",
             inputs=[
                 size("width"),
                 size("height"),
                 io.Int.Input(
                     "frames",
-                    default=FRAMES,
+                    default=16,
                     min=1,
                     max=64,
-                    tooltip="Length of the video. The model was trained on clips of 16.",
+                    tooltip="Length of the video. The model was trained at 8 and 16 frames.",
                 ),
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=16, tooltip="Videos drawn at the same time."
@@ -100,7 +98,7 @@ class LiteAttentionDemoLatent(io.ComfyNode):
 
 
 class LiteAttentionDemoDecode(io.ComfyNode):
-    """Latent -> frames, by the fixed codec of `demo.latents`."""
+    """Latent -> frames, by the exact pixel shuffle of `demo.latents`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -108,13 +106,12 @@ class LiteAttentionDemoDecode(io.ComfyNode):
             node_id="LiteAttentionDemoDecode",
             display_name="LiteAttention Demo Decode",
             category=CATEGORY,
-            description="Turns the small demo model's latent into frames: a cosine transform, "
-            "no VAE.",
+            description="Turns the small demo model's latent into frames: a pixel shuffle, no VAE.",
             inputs=[
                 io.Latent.Input("samples", tooltip="What KSampler returns."),
                 io.Int.Input(
                     "upscale",
-                    default=2,
+                    default=4,
                     min=1,
                     max=16,
                     tooltip="Every pixel becomes a square of this many pixels. 1 leaves the "

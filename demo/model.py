@@ -1,7 +1,7 @@
 """The shape of the demo model, and how to load it into diffusers.
 
 The model is a Wan 2.1 text-to-video transformer in miniature: 2 heads x 128, 4 layers, about
-5.4 M parameters. ComfyUI's own loader recognises the shipped file; diffusers gets the same weights
+4.8 M parameters. ComfyUI's own loader recognises the shipped file; diffusers gets the same weights
 through `demo.convert`.
 """
 
@@ -29,15 +29,15 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "out_channels": LATENT_CHANNELS,
     "text_dim": TEXT_DIM,
     "freq_dim": 256,
-    "ffn_dim": 768,
+    "ffn_dim": 512,
     "num_layers": LAYERS,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
-SHIFT = 5.0  # of the noise schedule, in training and sampling
-LATENT_SHAPE = (LATENT_CHANNELS, 16, 32, 32)  # the demo size: 16 frames of 128 px, 4096 tokens
+SHIFT = 3.0  # of the noise schedule, in training and sampling
+LATENT_SHAPE = (LATENT_CHANNELS, 16, 32, 32)  # the demo size: 16 frames of 64 px, 4096 tokens
 
 
 def shift_sigma(sigma: torch.Tensor, shift: float = SHIFT) -> torch.Tensor:
@@ -75,20 +75,18 @@ def sharpen_start(model, gain: float, locality: float) -> None:
     """The declared shortcuts to sharp attention, applied once before training; see the model card.
 
     `gain` sets the gains of q and k norms of self-attention (a fresh model has 1), which scales the
-    logits by gain**2. `locality` writes equal q and k biases into the 8 fastest rotary pairs of
-    each axis, in both heads of the first layer and in head 0 of the others, so that these heads
-    start out preferring near tokens; 0 leaves the biases alone. The first layer sees little but
-    noise: what is alike can be told once neighbours have been averaged.
+    logits by gain**2. `locality` writes equal q and k biases into the fast half of the rotary pairs
+    of head 0, so that this head starts out preferring near tokens; 0 leaves the biases alone.
     """
     pairs = HEAD_DIM // 2
     axis = HEAD_DIM // 6  # rotary pairs of height and of width; time has the rest
     fast = torch.zeros(pairs)
     for start in (0, pairs - 2 * axis, pairs - axis):
         fast[start : start + 8] = 1
-    near = locality * fast.repeat_interleave(2)
+    bias = torch.zeros(HEADS * HEAD_DIM)
+    bias[:HEAD_DIM] = locality * fast.repeat_interleave(2)
     with torch.no_grad():
-        for layer, block in enumerate(model.blocks):
-            bias = torch.cat([near, near if layer == 0 else torch.zeros(HEAD_DIM)])
+        for block in model.blocks:
             block.attn1.norm_q.weight.fill_(gain)
             block.attn1.norm_k.weight.fill_(gain)
             if locality:

@@ -15,12 +15,11 @@ import torch
 from .latents import LATENT_CHANNELS, PIXELS_PER_LATENT, decode
 from .model import LATENT_SHAPE, SHIFT, TEXT_TABLE, WEIGHTS, load_diffusers_model, shift_sigma
 from .text import EXAMPLE, embed_prompts, load_table
-from .videos import FRAMES, PIXELS
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """One sampling run. `shape` is the latent's [C, F, h, w]; the video has 4h x 4w pixels."""
+    """One sampling run. `shape` is the latent's [C, F, h, w]; video pixels are 2h x 2w."""
 
     prompt: str = EXAMPLE
     seed: int = 0
@@ -75,7 +74,7 @@ def to_pixels(video: torch.Tensor) -> torch.Tensor:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1)
 
 
-def contact_sheet(videos: Sequence[torch.Tensor], columns: int = 8, zoom: int = 1):
+def contact_sheet(videos: Sequence[torch.Tensor], columns: int = 8, zoom: int = 2):
     """Videos [1, 3, F, H, W] -> one PIL picture: a video per row, `columns` frames across."""
     from PIL import Image
 
@@ -89,7 +88,7 @@ def contact_sheet(videos: Sequence[torch.Tensor], columns: int = 8, zoom: int = 
     return Image.fromarray(sheet.numpy()).resize(size, Image.Resampling.NEAREST)
 
 
-def save_gif(video: torch.Tensor, path: Path, zoom: int = 2, fps: int = 8) -> None:
+def save_gif(video: torch.Tensor, path: Path, zoom: int = 4, fps: int = 8) -> None:
     """Write a video [1, 3, F, H, W] as an endless GIF, pixels enlarged `zoom` times."""
     from PIL import Image
 
@@ -107,8 +106,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=2.5)
-    parser.add_argument("--pixels", type=int, default=PIXELS, help="height and width of the video")
-    parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--pixels", type=int, default=64, help="height and width of the video")
+    parser.add_argument("--frames", type=int, default=16)
     args = parser.parse_args()
     side = args.pixels // PIXELS_PER_LATENT
     model, table = load_diffusers_model(args.weights), load_table(TEXT_TABLE)

@@ -1,11 +1,10 @@
 """The demo's stand-in for a text encoder: a frozen random table of word and slot embeddings.
 
-A prompt is one or two clauses "COLOUR SHAPE moving DIRECTION" joined by "and", and may end with
-"over ground drifting DIRECTION"; without it the ground drifts as the noise decides. The content
-words go to fixed slots, the rest are fillers:
+A prompt is one or two clauses "COLOUR SHAPE moving DIRECTION" joined by "and". The content words go
+to fixed slots, the rest are fillers:
 
     slot    0       1      2          3      4       5      6          7
-    word    colour  shape  direction  "and"  colour  shape  direction  direction of the ground
+    word    colour  shape  direction  "and"  colour  shape  direction  (always pad)
 
 Every slot is filled (with "pad" where there is nothing), so all prompts, and the null text that
 guidance needs, have the same length of 8 tokens and can share a batch. Cross-attention does not see
@@ -23,14 +22,12 @@ from .videos import COLOURS, DIRECTIONS, SHAPES, Scene
 TEXT_DIM = 4096
 SLOTS = 8
 SLOTS_PER_CLAUSE = 4
-GROUND_SLOT = 7
 PAD = "pad"
 JOIN = "and"
-OVER = "over"
-FILLERS = ("a", "an", "the", "moving", "going", "flying", "ground", "drifting")
+FILLERS = ("a", "an", "the", "moving", "going", "flying")
 WORDS = (PAD, JOIN, *COLOURS, *SHAPES, *DIRECTIONS)
 INDEX = {word: i for i, word in enumerate(WORDS)}
-EXAMPLE = "red circle moving right and blue square moving up over ground drifting left"
+EXAMPLE = "red circle moving right and blue square moving up"
 TABLE_SEED = 20251109
 
 
@@ -41,7 +38,7 @@ class PromptError(ValueError):
 def describe_vocabulary() -> str:
     return (
         f"colours: {', '.join(COLOURS)}; shapes: {', '.join(SHAPES)}; "
-        f"directions: {', '.join(DIRECTIONS)}; also: {JOIN}, {OVER}, {', '.join(FILLERS)}. "
+        f"directions: {', '.join(DIRECTIONS)}; also: {JOIN}, {', '.join(FILLERS)}. "
         f'Example: "{EXAMPLE}". An empty prompt is the null text.'
     )
 
@@ -49,8 +46,7 @@ def describe_vocabulary() -> str:
 def parse_prompt(prompt: str) -> list[int]:
     """Prompt -> 8 word indices; the empty prompt gives all pads (the null text)."""
     words = prompt.lower().replace(",", " ").replace(".", " ").split()
-    known = {*INDEX, *FILLERS, OVER} - {PAD}
-    unknown = sorted({*words} - known)
+    unknown = sorted({w for w in words if w not in INDEX and w not in FILLERS} | {PAD} & {*words})
     if unknown:
         raise PromptError(
             f"the demo model does not know: {', '.join(unknown)}. It knows {describe_vocabulary()}"
@@ -59,10 +55,6 @@ def parse_prompt(prompt: str) -> list[int]:
     slots = [INDEX[PAD]] * SLOTS
     if not words:
         return slots
-    if OVER in words:
-        start = words.index(OVER)
-        slots[GROUND_SLOT] = INDEX[parse_ground(words[start + 1 :])]
-        words = words[:start]
     clauses = " ".join(words).split(f" {JOIN} ")
     if len(clauses) > 2:
         raise PromptError(
@@ -88,16 +80,6 @@ def parse_clause(clause: str) -> tuple[str, str, str]:
     return kinds[0][0], kinds[1][0], kinds[2][0]
 
 
-def parse_ground(words: list[str]) -> str:
-    """What follows "over", without fillers: exactly one direction."""
-    if len(words) != 1 or words[0] not in DIRECTIONS:
-        raise PromptError(
-            f'after "{OVER}" comes "ground drifting" and one direction. '
-            f"The demo model knows {describe_vocabulary()}"
-        )
-    return words[0]
-
-
 def caption(scene: Scene) -> torch.Tensor:
     """Scene of B videos -> word indices [B, 8], the inverse of what `parse_prompt` reads."""
     first_colour = INDEX[next(iter(COLOURS))]
@@ -116,8 +98,6 @@ def caption(scene: Scene) -> torch.Tensor:
             column = SLOTS_PER_CLAUSE * i + offset
             slots[:, column] = torch.where(drawn, words, slots[:, column])
     slots[:, SLOTS_PER_CLAUSE - 1] = torch.where(two, INDEX[JOIN], INDEX[PAD])
-    ground = torch.where(scene.drift_named, first_direction + scene.drift, INDEX[PAD])
-    slots[:, GROUND_SLOT] = ground
     return slots
 
 

@@ -4,7 +4,6 @@ With s = scale * log2(e) * q k^T (log2 units), tile (i, j) covers `tile` query r
 
     gap[i, j]  = max over rows r of (max of s_r inside the tile - max of s_r over all keys)   <= 0
     mass[i, j] = max over rows r of the share of the row's softmax that falls in the tile     0..1
-    mean[i, j] = mean over rows r of that share                                               0..1
 
 A tile is negligible when gap <= threshold, or when mass < eps.
 """
@@ -20,14 +19,13 @@ from torch.nn import functional
 
 class TileScores(NamedTuple):
     gap: torch.Tensor  # [B, H, Tq, Tk] log2 units, <= 0
-    mass: torch.Tensor  # [B, H, Tq, Tk] largest share of a row's softmax, 0..1
-    mean: torch.Tensor  # [B, H, Tq, Tk] mean share of the rows' softmax, 0..1
+    mass: torch.Tensor  # [B, H, Tq, Tk] share of the softmax, 0..1
 
 
 def tile_scores(
     q: torch.Tensor, k: torch.Tensor, tile: int = 64, scale: float | None = None
 ) -> TileScores:
-    """q [B, H, N, D], k [B, H, M, D] -> gap, mass and mean of all tiles, computed in float32.
+    """q [B, H, N, D], k [B, H, M, D] -> gap and mass of all tiles, computed in float32.
 
     One strip of `tile` query rows at a time, so the full score matrix never exists.
     """
@@ -35,7 +33,7 @@ def tile_scores(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keys = (k.float() * (scale * math.log2(math.e))).transpose(-1, -2)
     pad = -m % tile
-    gaps, masses, means = [], [], []
+    gaps, masses = [], []
     for start in range(0, n, tile):
         s = q[..., start : start + tile, :].float() @ keys
         s = s - s.amax(-1, keepdim=True)
@@ -46,8 +44,7 @@ def tile_scores(
         peak = functional.pad(s, (0, pad), value=-math.inf).unflatten(-1, (-1, tile)).amax(-1)
         gaps.append(peak.amax(-2))
         masses.append(share.amax(-2))
-        means.append(share.mean(-2))
-    return TileScores(*(torch.stack(found, -2) for found in (gaps, masses, means)))
+    return TileScores(torch.stack(gaps, -2), torch.stack(masses, -2))
 
 
 def negligible(

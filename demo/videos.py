@@ -1,11 +1,8 @@
-"""Procedural training videos: one or two coloured shapes that cross a mottled, drifting ground.
+"""Procedural training videos: one or two coloured shapes that move over a soft dark gradient.
 
 A `Scene` is the batch of numbers behind the pictures; `render` turns it into pixels with analytic
-anti-aliasing. The ground and the skin of every shape are noise that moves with them and that no
-prompt names. So what a token of one frame has to look like is written only where the same piece of
-ground or shape is seen in other frames: content decides where attention has to go.
-
-Lengths are in pixels, times in frames; time 0 is the middle of the clip.
+anti-aliasing. Sizes and speeds are in pixels, not in shares of the frame, so that a 32 px video
+looks like a crop of a 64 px one and what is learned on short sequences holds on long ones.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.95, -0.80, -0.80),
@@ -39,176 +35,95 @@ DIRECTIONS: dict[str, tuple[float, float]] = {  # (x, y), y grows downwards
     "down-left": (-_D, _D),
 }
 MAX_SHAPES = 2
-PIXELS, FRAMES = 128, 16  # of the training clips
-RADIUS = (21.0, 26.0)
-SPEED = (3.5, 5.5)  # of the shapes, pixels per frame
-DRIFT = (4.0, 8.0)  # of the ground
-GROUND_CELL, SKIN_CELL = 14.0, 11.0  # pixels between two random values of ground and skin
-GROUND_FIELD, SKIN_FIELD = 28, 8  # random values on each side of their fields
-SHADE = 0.45  # how much darker the darkest spot of a skin is than its colour
-LEAST_APART = 0.6  # mean distance of two shapes over the clip, in sums of their radii
-TRIES = 6  # places drawn for two shapes, of which the first far enough apart is taken
 
 
 @dataclass(frozen=True)
 class Scene:
-    """B videos; every field has B rows."""
+    """B videos of up to two shapes; every field has B rows. Lengths in pixels, time in frames."""
 
     count: torch.Tensor  # [B] int, 1 or 2: shapes that are drawn and named in the text
     colour: torch.Tensor  # [B, 2] int, index into COLOURS
     shape: torch.Tensor  # [B, 2] int, index into SHAPES
     direction: torch.Tensor  # [B, 2] int, index into DIRECTIONS
-    centre: torch.Tensor  # [B, 2, 2] float, (x, y) at time 0
-    speed: torch.Tensor  # [B, 2] float
+    centre: torch.Tensor  # [B, 2, 2] float, (x, y) at the middle of the clip
+    speed: torch.Tensor  # [B, 2] float, pixels per frame
     radius: torch.Tensor  # [B, 2] float
-    skin: torch.Tensor  # [B, 2, SKIN_FIELD, SKIN_FIELD] float, 0 or 1
-    drift: torch.Tensor  # [B] int, index into DIRECTIONS: where the ground goes
-    drift_named: torch.Tensor  # [B] bool, whether the text says so
-    drift_speed: torch.Tensor  # [B] float
-    ground: torch.Tensor  # [B, GROUND_FIELD, GROUND_FIELD] float, 0 or 1
-    tints: torch.Tensor  # [B, 2, 3] float, the two colours between which the ground varies
-
-
-def held_out(colour: torch.Tensor, shape: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """True for the 32 of 256 clauses that training never draws (indices of any equal shape)."""
-    return (direction + 2 * shape + 3 * colour) % 8 == 0
+    ground: torch.Tensor  # [B, 2, 3] float, the two colours of the gradient
+    angle: torch.Tensor  # [B] float, direction of the gradient, radians
 
 
 def draw_scene(
-    batch: int,
-    generator: torch.Generator,
-    two_shapes: float = 0.6,
-    named_drift: float = 0.5,
-    pixels: int = PIXELS,
+    batch: int, height: int, width: int, generator: torch.Generator, two_shapes: float = 0.5
 ) -> Scene:
-    """Random scenes, none with a held-out clause; `two_shapes` and `named_drift` are chances."""
+    """Random scenes for frames of height x width pixels; `two_shapes` is the chance of a second."""
 
-    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    def uniform(*shape: int, low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
-    def pick(*shape: int, options: int) -> torch.Tensor:
-        return torch.randint(options, shape, generator=generator)
+    def pick(options: int) -> torch.Tensor:
+        return torch.randint(options, (batch, MAX_SHAPES), generator=generator)
 
-    colour = pick(batch, MAX_SHAPES, options=len(COLOURS))
-    shape = pick(batch, MAX_SHAPES, options=len(SHAPES))
-    direction = pick(batch, MAX_SHAPES, options=len(DIRECTIONS))
-    # A neighbouring direction instead of a held-out one: directions then stay almost even.
-    turned = (direction + 1 + pick(batch, MAX_SHAPES, options=7)) % 8
-    direction = torch.where(held_out(colour, shape, direction), turned, direction)
-    speed = uniform(batch, MAX_SHAPES, low=SPEED[0], high=SPEED[1])
-    radius = uniform(batch, MAX_SHAPES, low=RADIUS[0], high=RADIUS[1])
-    velocity = torch.tensor(list(DIRECTIONS.values()))[direction] * speed[..., None]
-    places = uniform(batch, TRIES, MAX_SHAPES, 2, low=0.25, high=0.75) * pixels
-    tint = uniform(batch, 1, 3, low=-0.08, high=0.08) + uniform(batch, 2, 3, low=-0.06, high=0.06)
+    size = torch.tensor([width, height], dtype=torch.float32)
+    first = uniform(batch, 2, low=0.3, high=0.7) * size
+    # The second shape starts from the opposite side of the centre, or both would often coincide.
+    second = size - first + uniform(batch, 2, low=-0.12, high=0.12) * size
+    spread = torch.where(first > size / 2, -0.12, 0.12) * size
+    count = 1 + (torch.rand(batch, generator=generator) < two_shapes).long()
+    pair = torch.stack([first - spread, second + spread], 1)
+    centre = torch.where((count == 2)[:, None, None], pair, torch.stack([first, second], 1))
     return Scene(
-        count=1 + (uniform(batch) < two_shapes).long(),
-        colour=colour,
-        shape=shape,
-        direction=direction,
-        centre=_apart(places, velocity, radius),
-        speed=speed,
-        radius=radius,
-        skin=uniform(batch, MAX_SHAPES, SKIN_FIELD, SKIN_FIELD).round(),
-        drift=pick(batch, options=len(DIRECTIONS)),
-        drift_named=uniform(batch) < named_drift,
-        drift_speed=uniform(batch, low=DRIFT[0], high=DRIFT[1]),
-        ground=uniform(batch, GROUND_FIELD, GROUND_FIELD).round(),
-        tints=torch.tensor([-0.95, -0.4]).view(1, 2, 1) + tint,
+        count=count,
+        colour=pick(len(COLOURS)),
+        shape=pick(len(SHAPES)),
+        direction=pick(len(DIRECTIONS)),
+        centre=centre,
+        speed=uniform(batch, MAX_SHAPES, low=1.4, high=2.4),
+        radius=uniform(batch, MAX_SHAPES, low=6.5, high=9.0),
+        ground=uniform(batch, 2, 3, low=-0.95, high=-0.35),
+        angle=uniform(batch, low=0.0, high=2 * math.pi),
     )
 
 
-def _apart(places: torch.Tensor, velocity: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Of places [B, TRIES, 2, 2], for each video the first at which the shapes keep apart enough.
-
-    They may well pass in front of one another, but not cover one another for most of the clip.
-    """
-    times = clip_times(FRAMES).view(-1, 1)
-    gap = (places[:, :, 0] - places[:, :, 1])[:, :, None]  # [B, TRIES, 1, 2]
-    closing = (velocity[:, 0] - velocity[:, 1])[:, None, None]  # [B, 1, 1, 2]
-    distance = (gap + closing * times).norm(dim=-1) / radius.sum(-1)[:, None, None]
-    enough = distance.clamp(max=1).mean(-1) >= LEAST_APART  # [B, TRIES]
-    chosen = torch.where(enough.any(1), enough.int().argmax(1), distance.mean(-1).argmax(1))
-    return places[torch.arange(len(places)), chosen]
-
-
-def clip_times(frames: int) -> torch.Tensor:
-    """Times of the frames of a whole clip: [frames] float, 0 in the middle."""
-    return torch.arange(frames) - (frames - 1) / 2
-
-
-def signed_distance(
-    shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor
-) -> torch.Tensor:
-    """Approximate signed distance (pixels, negative inside) from a shape's edge.
+def signed_distance(x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """Approximate signed distances (pixels, negative inside) of all SHAPES: [len(SHAPES), ...].
 
     x and y are offsets from the shape's centre. Areas are kept roughly equal between the shapes.
     """
-    if shape == "circle":
-        return (x * x + y * y).sqrt() - radius
-    if shape == "square":
-        return torch.maximum(x.abs(), y.abs()) - 0.88 * radius
-    if shape == "triangle":
-        below = y - 0.2 * radius
-        return torch.maximum(math.sqrt(3) / 2 * x.abs() - 0.5 * below, below) - 0.62 * radius
+    circle = (x * x + y * y).sqrt() - radius
+    square = torch.maximum(x.abs(), y.abs()) - 0.88 * radius
+    slope = math.sqrt(3) / 2
+    triangle = torch.maximum(slope * x.abs() - 0.5 * (y - 0.2 * radius), y - 0.2 * radius)
+    triangle = triangle - 0.62 * radius
     arm, thick = 1.1 * radius, 0.4 * radius
     upright = torch.maximum(x.abs() - thick, y.abs() - arm)
     level = torch.maximum(x.abs() - arm, y.abs() - thick)
-    return torch.minimum(upright, level)
+    return torch.stack([circle, square, triangle, torch.minimum(upright, level)])
 
 
-def render(scene: Scene, times: torch.Tensor, pixels: int = PIXELS) -> torch.Tensor:
-    """Scene of B videos -> pictures [B, 3, F, pixels, pixels] in [-1, 1] at `times` [F]."""
-    batch, frames = len(scene.count), len(times)
+def render(scene: Scene, frames: int, height: int, width: int) -> torch.Tensor:
+    """Scene of B videos -> pixels [B, 3, frames, height, width] in [-1, 1], float32."""
+    batch = scene.count.shape[0]
     palette = torch.tensor(list(COLOURS.values()))
     vectors = torch.tensor(list(DIRECTIONS.values()))
-    ys = torch.arange(pixels).view(1, 1, pixels, 1) + 0.5
-    xs = torch.arange(pixels).view(1, 1, 1, pixels) + 0.5
-    moments = times.view(1, frames, 1, 1)
+    ys = torch.arange(height).view(1, 1, height, 1) + 0.5
+    xs = torch.arange(width).view(1, 1, 1, width) + 0.5
+    times = (torch.arange(frames) - (frames - 1) / 2).view(1, frames, 1, 1)
 
-    def column(x: torch.Tensor) -> torch.Tensor:
-        return x.view(batch, 1, 1, 1)
+    angle = scene.angle.view(batch, 1, 1, 1)
+    along = angle.cos() * (xs / width - 0.5) + angle.sin() * (ys / height - 0.5)
+    share = (0.5 + along / math.sqrt(2)).clamp(0, 1)[:, None]  # [B, 1, 1, H, W]
+    dark, light = (scene.ground[:, i].view(batch, 3, 1, 1, 1) for i in range(2))
+    video = (dark + (light - dark) * share).expand(batch, 3, frames, height, width)
 
-    shift = vectors[scene.drift] * scene.drift_speed[:, None]
-    x = xs - pixels / 2 - column(shift[:, 0]) * moments
-    y = ys - pixels / 2 - column(shift[:, 1]) * moments
-    share = _noise(scene.ground, x / GROUND_CELL, y / GROUND_CELL)[:, None]
-    dark, light = (scene.tints[:, i].view(batch, 3, 1, 1, 1) for i in range(2))
-    video = dark + (light - dark) * share  # [B, 3, F, H, W]
-
-    for i in range(MAX_SHAPES):  # the second passes in front of the first
-        velocity = vectors[scene.direction[:, i]] * scene.speed[:, i, None]
-        x = xs - column(scene.centre[:, i, 0]) - column(velocity[:, 0]) * moments
-        y = ys - column(scene.centre[:, i, 1]) - column(velocity[:, 1]) * moments
-        distance = _distances(scene.shape[:, i], x, y, column(scene.radius[:, i]))
-        cover = (0.5 - distance).clamp(0, 1) * column(scene.count > i)
-        light = 1 - SHADE * _noise(scene.skin[:, i], x / SKIN_CELL, y / SKIN_CELL)
+    for i in range(MAX_SHAPES):
+        velocity = vectors[scene.direction[:, i]] * scene.speed[:, i, None]  # [B, 2]
+        x0, y0 = (scene.centre[:, i, axis].view(batch, 1, 1, 1) for axis in range(2))
+        vx, vy = (velocity[:, axis].view(batch, 1, 1, 1) for axis in range(2))
+        radius = scene.radius[:, i].view(batch, 1, 1, 1)
+        distances = signed_distance(xs - x0 - vx * times, ys - y0 - vy * times, radius)
+        chosen = scene.shape[:, i].view(1, batch, 1, 1, 1)
+        distance = distances.gather(0, chosen.expand(1, *distances.shape[1:]))[0]
+        cover = (0.5 - distance).clamp(0, 1) * (scene.count > i).view(batch, 1, 1, 1)
         colour = palette[scene.colour[:, i]].view(batch, 3, 1, 1, 1)
-        skin = (colour + 1) * light[:, None] - 1
-        video = video + (skin - video) * cover[:, None]
+        video = video + (colour - video) * cover[:, None]
     return video
-
-
-def _distances(
-    shape: torch.Tensor, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor
-) -> torch.Tensor:
-    """`signed_distance` of B videos with a shape each: [B, F, H, W]."""
-    found = torch.empty(torch.broadcast_shapes(x.shape, y.shape))
-    for index, name in enumerate(SHAPES):
-        rows = shape == index
-        found[rows] = signed_distance(name, x[rows], y[rows], radius[rows])
-    return found
-
-
-def _noise(field: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Smooth noise 0..1: field [B, S, S], its middle at 0, read at x and y [B, F, H, W] (cells)."""
-    batch, frames, height, width = torch.broadcast_shapes(x.shape, y.shape)
-    half = field.shape[-1] / 2
-    grid = torch.stack(torch.broadcast_tensors(x / half, y / half), -1)
-    read = functional.grid_sample(
-        field[:, None],
-        grid.reshape(batch, frames * height, width, 2),
-        mode="bilinear",
-        padding_mode="reflection",
-        align_corners=False,
-    )
-    return read.view(batch, frames, height, width)

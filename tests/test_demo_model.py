@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +10,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from demo.coherence import random_model, record_middle, summarise
-from demo.content import losses, maps_of_scene
 from demo.convert import to_diffusers, to_original
-from demo.detector import held_out_prompts, judge
 from demo.latents import decode, encode
 from demo.model import (
     LATENT_SHAPE,
@@ -30,11 +25,9 @@ from demo.recorder import record_attention
 from demo.sample import SampleConfig, sample
 from demo.text import (
     EXAMPLE,
-    GROUND_SLOT,
     INDEX,
     PAD,
     SLOTS,
-    SLOTS_PER_CLAUSE,
     WORDS,
     PromptError,
     caption,
@@ -44,62 +37,21 @@ from demo.text import (
     parse_prompt,
 )
 from demo.tile_stats import negligible, persistence, tile_scores
-from demo.train import (
-    FramePositions,
-    Phase,
-    TrainConfig,
-    draw_frames,
-    flow_loss,
-    make_batch,
-    make_optimisers,
-    same_past,
-    train_step,
-)
-from demo.videos import (
-    COLOURS,
-    DIRECTIONS,
-    FRAMES,
-    SHAPES,
-    clip_times,
-    draw_scene,
-    held_out,
-    render,
-)
+from demo.train import Phase, TrainConfig, make_batch, make_optimisers, train_step
+from demo.videos import COLOURS, DIRECTIONS, draw_scene, render
 
 
-def scene_of(batch: int, seed: int = 0):
-    return draw_scene(batch, torch.Generator().manual_seed(seed))
+def scene_of(batch: int, seed: int = 0, pixels: int = 64):
+    return draw_scene(batch, pixels, pixels, torch.Generator().manual_seed(seed))
 
 
-def prompt_of(row: list[int]) -> str:
-    """Word indices of a caption -> a prompt that means the same."""
-    words = [WORDS[index] for index in row]
-    ground = words[GROUND_SLOT]
-    named = " ".join(word for word in words[:GROUND_SLOT] if word != PAD)
-    return named if ground == PAD else f"{named} over ground drifting {ground}"
-
-
-def test_encode_reads_back_what_decode_drew():
-    latent = torch.randn(2, 16, 3, 2, 3, generator=torch.Generator().manual_seed(0))
-    video = decode(latent)
-    assert video.shape == (2, 3, 3, 8, 12)
-    assert torch.allclose(encode(video), latent, atol=1e-4)
-    # Where a block goes, not only a round trip: the luma of block (1, 2) of frame 1.
-    latent[0, 0, 1, 1, 2] += 1
-    changed = (decode(latent) - video).abs().amax((0, 1)) > 1e-6
-    assert changed[1, 4:8, 8:12].all()
-    assert changed.sum() == 16
-
-
-def test_the_codec_keeps_edges_and_fills_its_channels():
-    video = render(scene_of(8), clip_times(4))
+def test_decode_is_the_exact_inverse_of_encode():
+    video = torch.rand(2, 3, 3, 8, 12) * 2 - 1
     latent = encode(video)
-    error = (decode(latent) - video).square().mean()
-    assert -10 * torch.log10(error / 4) > 33  # dB
-    deviation = latent.std((0, 2, 3, 4))
-    assert latent.mean((0, 2, 3, 4)).abs().max() < 0.25
-    assert 0.7 < deviation[0] < 1.3
-    assert deviation.min() > 0.1
+    assert latent.shape == (2, 16, 3, 4, 6)
+    assert torch.equal(decode(latent), video)
+    # Position check, not only a round trip: red of pixel (row 1, column 0) of block (2, 3).
+    assert torch.equal(latent[0, 2, 1, 2, 3], video[0, 0, 1, 5, 6])
 
 
 def test_conversion_is_a_renaming_in_both_directions():
@@ -115,35 +67,22 @@ def test_conversion_is_a_renaming_in_both_directions():
 
 
 def test_videos_depend_on_the_generator_alone():
-    first, again = (render(scene_of(3), clip_times(4)) for _ in range(2))
+    first, again = (render(scene_of(3), 4, 64, 64) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, render(scene_of(3, seed=1), clip_times(4)))
-    assert first.shape == (3, 3, 4, 128, 128)
-    assert first.abs().max() < 1.15
-
-
-def test_training_never_draws_a_held_out_clause():
-    scene = scene_of(4000)
-    clauses = scene.colour, scene.shape, scene.direction
-    assert not held_out(*clauses).any()
-    assert len(torch.stack(clauses).flatten(1).unique(dim=1).T) == 256 - 32
-    for prompt in held_out_prompts(40):
-        words = [word for word in parse_prompt(prompt) if word != INDEX[PAD]]
-        names = [WORDS[word] for word in words]
-        kinds = [list(kind) for kind in (COLOURS, SHAPES, DIRECTIONS)]
-        assert held_out(*(torch.tensor(k.index(n)) for k, n in zip(kinds, names, strict=False)))
+    assert not torch.equal(first, render(scene_of(3, seed=1), 4, 64, 64))
+    assert first.shape == (3, 3, 4, 64, 64)
+    assert first.abs().max() <= 1
 
 
 @pytest.mark.parametrize("word", DIRECTIONS)
 def test_shapes_move_where_the_caption_says(word: str):
-    scene = draw_scene(1, torch.Generator().manual_seed(3), two_shapes=0.0)
+    scene = draw_scene(1, 64, 64, torch.Generator().manual_seed(3), two_shapes=0.0)
     scene.direction[:] = list(DIRECTIONS).index(word)
     scene.colour[:] = list(COLOURS).index("white")
-    scene.centre[:] = 64.0
-    scene.skin[:] = 0.0
-    scene.tints[:] = -1.0
-    bright = render(scene, clip_times(3))[0].mean(0) + 1  # [F, H, W], 0 outside the shape
-    axis = torch.arange(128).float()
+    scene.centre[:] = 32.0
+    scene.ground[:] = -1.0
+    bright = render(scene, 3, 64, 64)[0].mean(0) + 1  # [F, H, W], 0 outside the shape
+    axis = torch.arange(64).float()
     total = bright.sum((1, 2))
     x = (bright.sum(1) * axis).sum(-1) / total
     y = (bright.sum(2) * axis).sum(-1) / total
@@ -152,49 +91,10 @@ def test_shapes_move_where_the_caption_says(word: str):
     assert torch.allclose(moved, wanted, atol=0.1)
 
 
-def test_a_hidden_shape_comes_out_the_same():
-    scene = draw_scene(1, torch.Generator().manual_seed(3), two_shapes=1.0)
-    scene.centre[:] = 64.0  # they meet in the middle
-    scene.direction[0] = torch.tensor([list(DIRECTIONS).index(d) for d in ("right", "left")])
-    first = draw_scene(1, torch.Generator().manual_seed(3), two_shapes=0.0)
-    first.centre[:], first.direction[:] = scene.centre, scene.direction
-    alone, both = (render(s, torch.tensor([-9.0, 0.0, 9.0]))[0] for s in (first, scene))
-    differs = (alone - both).abs().amax(0) > 1e-6  # where the second shape is
-    columns = torch.arange(128).expand_as(differs)
-    seen = [(int(columns[f][differs[f]].min()), int(columns[f][differs[f]].max())) for f in (0, 2)]
-    assert seen[0][0] > 64 > seen[1][1]  # the second passes from right to left, over the first
-
-
 def test_captions_read_back_as_prompts():
     for row in caption(scene_of(20)).tolist():
-        assert parse_prompt(prompt_of(row)) == row
-
-
-def test_the_detector_is_right_about_true_videos():
-    scene = scene_of(24, seed=5)
-    video = decode(encode(render(scene, clip_times(FRAMES))))
-    grounds = 0
-    for clip, row in zip(video, caption(scene).tolist(), strict=True):
-        if row[0] != row[SLOTS_PER_CLAUSE]:  # two of a colour can't be told apart
-            verdict = judge(clip, prompt_of(row))
-            assert verdict.all_right
-            assert verdict.ground is not False
-            grounds += verdict.ground is not None
-    assert grounds > 5
-
-
-@pytest.mark.parametrize("place", range(3))
-def test_the_detector_sees_a_wrong_word(place: int):
-    scene = draw_scene(8, torch.Generator().manual_seed(2), two_shapes=0.0)
-    video = decode(encode(render(scene, clip_times(FRAMES))))
-    kinds = [list(kind) for kind in (COLOURS, SHAPES, DIRECTIONS)]
-    for clip, row in zip(video, caption(scene).tolist(), strict=True):
-        words = [WORDS[index] for index in row[:3]]
-        kind = kinds[place]
-        words[place] = kind[(kind.index(words[place]) + 1) % len(kind)]
-        verdict = judge(clip, " ".join(words))
-        found = (verdict.colours, verdict.shapes, verdict.directions)
-        assert not found[place][0]
+        words = [WORDS[index] for index in row if index != INDEX[PAD]]
+        assert parse_prompt(" ".join(words)) == row
 
 
 def test_fillers_do_not_change_a_prompt():
@@ -215,8 +115,6 @@ def test_empty_prompt_is_the_null_text():
         ("red circle", "direction"),
         ("red blue circle up", "one colour"),
         ("red circle up and", "and"),
-        ("red circle up over ground", "over"),
-        ("red circle up over blue ground left", "over"),
         (" and ".join(["red circle up"] * 3), "one or two"),
         ("pad", "pad"),
     ],
@@ -241,16 +139,13 @@ def test_orthogonalise_flattens_the_singular_values():
         assert values.max() < 1.3
 
 
-TINY = TrainConfig(phases=(Phase(4, 4, 1, pixels=32),), warmup=1)
+TINY = TrainConfig(phases=(Phase(3, 2, 2, 16, 0.5),), warmup=1)
 
 
 def train_briefly() -> tuple[list[float], dict[str, torch.Tensor]]:
     model = build_model(TINY.seed)
-    model.rope = FramePositions(model.rope)
     optimisers, table = make_optimisers(model, TINY), make_table()
-    losses = [train_step(model, optimisers, TINY, step, table) for step in range(4)]
-    with torch.no_grad():
-        losses.append(float(flow_loss(model, make_batch(TINY, 0, table))))
+    losses = [train_step(model, optimisers, TINY, step, table) for step in range(3)]
     return losses, model.state_dict()
 
 
@@ -265,37 +160,6 @@ def test_a_batch_depends_on_its_step_alone():
     table = make_table()
     assert torch.equal(make_batch(TINY, 1, table).noise, make_batch(TINY, 1, table).noise)
     assert not torch.equal(make_batch(TINY, 0, table).noise, make_batch(TINY, 1, table).noise)
-
-
-@pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
-def test_frames_of_a_clip_are_evenly_spaced(count: int):
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([draw_frames(count, generator) for _ in range(200)])
-    assert drawn.min() == 0
-    assert drawn.max() == FRAMES - 1
-    assert (drawn.diff(dim=1) == drawn.diff(dim=1)[:, :1]).all()
-    assert (drawn.diff(dim=1) > 0).all()
-
-
-def test_frames_keep_their_places_in_time():
-    rope = build_model(0).rope
-    clip = torch.zeros(1, 16, FRAMES, 4, 4)
-    few = FramePositions(rope)
-    few.frames = torch.tensor([3, 11])
-    for table, whole in zip(few(clip[:, :, :2]), rope(clip), strict=True):
-        assert torch.equal(table, whole.unflatten(1, (FRAMES, 4))[:, [3, 11]].flatten(1, 2))
-
-
-def test_only_phases_to_come_may_change():
-    begun, to_come = Phase(5, 1, 2), Phase(5, 1, 4, (1.0, 0.5))
-    saved = json.dumps(asdict(TrainConfig(phases=(begun, to_come))))
-    assert same_past(saved, TrainConfig(phases=(Phase(3, 1, 2), to_come)), 3)
-    assert not same_past(saved, TrainConfig(phases=(Phase(3, 1, 2), to_come)), 4)
-    assert not same_past(saved, TrainConfig(phases=(begun, Phase(4, 1, 4, (1.0, 0.5)))), 7)
-    later = TrainConfig(phases=(begun, Phase(9, 1, 8), to_come))
-    assert same_past(saved, later, 5)
-    assert not same_past(saved, later, 6)
-    assert not same_past(saved, TrainConfig(phases=(begun, to_come), seed=1), 5)
 
 
 def test_phases_follow_each_other():
@@ -317,10 +181,9 @@ def test_tile_scores_match_the_full_matrix():
         for j in range(4):
             rows, columns = slice(16 * i, 16 * i + 16), slice(16 * j, 16 * j + 16)
             gap = (s[..., rows, columns].amax(-1) - s[..., rows, :].amax(-1)).amax(-1)
-            shares = p[..., rows, columns].sum(-1)
+            mass = p[..., rows, columns].sum(-1).amax(-1)
             assert torch.allclose(scores.gap[..., i, j], gap, atol=1e-4)
-            assert torch.allclose(scores.mass[..., i, j], shares.amax(-1), atol=1e-5)
-            assert torch.allclose(scores.mean[..., i, j], shares.mean(-1), atol=1e-5)
+            assert torch.allclose(scores.mass[..., i, j], mass, atol=1e-5)
 
 
 def test_persistence_counts_what_stays():
@@ -330,21 +193,6 @@ def test_persistence_counts_what_stays():
     assert math.isnan(persistence(torch.zeros(4, dtype=torch.bool), later))
     with pytest.raises(ValueError, match="either"):
         negligible(tile_scores(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2)))
-
-
-def test_losses_tell_content_from_places():
-    def mass(*kept: int) -> torch.Tensor:  # [1 step, 1 layer, 1, 1 head, 2 x 2 tiles]
-        tiles = torch.full((4,), 0.1)
-        tiles[list(kept)] = 0.9
-        return tiles.view(1, 1, 1, 1, 2, 2)
-
-    alike = losses([mass(0, 3)] * 3)
-    assert alike.own == pytest.approx(0.1)
-    assert alike.ratio == pytest.approx(1.0)
-    assert alike.table == pytest.approx(0.1)
-    apart = losses([mass(0, 3), mass(1, 2)])
-    assert apart.own == pytest.approx(0.1)
-    assert apart.other == apart.table == pytest.approx(0.9)
 
 
 def test_recorder_sees_what_attention_sees():
@@ -377,28 +225,6 @@ def test_sampling_is_repeatable_and_in_range():
     red, green, blue = videos[0][0].mean((1, 2, 3)).tolist()
     assert red > green
     assert red > blue
-
-
-def test_a_held_out_prompt_comes_out_as_asked():
-    model, table = load_diffusers_model(), load_table(TEXT_TABLE)
-    prompt = next(p for p in held_out_prompts(40) if " and " in p and " over " in p)
-    video = decode(sample(model, table, SampleConfig(prompt=prompt, steps=8)))
-    verdict = judge(video[0], prompt)
-    assert verdict.all_right
-    assert verdict.ground
-
-
-def test_content_decides_where_attention_goes():
-    model, table = load_diffusers_model(), load_table(TEXT_TABLE)
-    found = losses([maps_of_scene(model, table, seed) for seed in range(3)])
-    assert found.other > 2 * found.own
-
-
-def test_the_recorded_benchmark_says_so_of_40_prompts():
-    results = Path(__file__).parents[1] / "benchmarks" / "results" / "demo_model.json"
-    found = json.loads(results.read_text(encoding="utf-8"))
-    assert found["scores"]["20"]["prompts"] >= 0.9
-    assert all(lost["other"] >= 2 * lost["own"] for lost in found["content"].values())
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_it_generates_offline_and_leaves_its_folder_as_it_was(tree, alone, tmp_p
     before = contents(pack)
     with ComfyServer(tree, tmp_path / "comfyui.log") as server:
         graph = to_graph(load_workflow(WORKFLOW), server.get("/object_info"))
-        graph[find(graph, "LiteAttentionDemoLatent")]["inputs"].update(width=64, height=64)
+        graph[find(graph, "LiteAttentionDemoLatent")]["inputs"].update(width=32, height=32)
         graph[find(graph, "KSampler")]["inputs"]["steps"] = 4
         graph[find(graph, BUDGET)]["inputs"].update(budget=0.05, ramp=0.0, min_tokens=0)
         finished = server.run(graph)

@@ -29,7 +29,7 @@ def small(workflow, seed=1, steps=4, prompt="red circle moving right", **control
     graph = json.loads(json.dumps(workflow))
     sampler = find(graph, SAMPLER)
     graph[sampler]["inputs"].update(seed=seed, steps=steps)
-    graph[find(graph, "LiteAttentionDemoLatent")]["inputs"].update(width=64, height=64)
+    graph[find(graph, "LiteAttentionDemoLatent")]["inputs"].update(width=32, height=32)
     graph[graph[sampler]["inputs"]["positive"][0]]["inputs"]["prompt"] = prompt
     settings = {
         "threshold": -1.0,

@@ -21,7 +21,7 @@ def small(workflow):
     """1,024 tokens, 3 steps; the sizes of the second latent tell the runs apart."""
     graph = copy.deepcopy(workflow)
     graph[find(graph, SAMPLER)]["inputs"].update(seed=1, steps=3)
-    graph[find(graph, "LiteAttentionDemoLatent")]["inputs"].update(width=64, height=64)
+    graph[find(graph, "LiteAttentionDemoLatent")]["inputs"].update(width=32, height=32)
     graph[find(graph, BUDGET)]["inputs"].update(min_tokens=0)
     return graph
 
