@@ -10,6 +10,7 @@ import torch
 
 from .base import Criterion, Provider
 from .cpu.backend import CpuBackend
+from .gpu import launch
 from .gpu.backend import KernelBackend, Launcher
 from .gpu.first_trusted import FirstTrusted
 from .gpu.jit import JitLauncher
@@ -51,8 +52,7 @@ def capability(device: torch.device) -> int | None:
     """The compute capability of an NVIDIA card, major * 10 + minor, or None."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+    return launch.capability(device)
 
 
 @lru_cache

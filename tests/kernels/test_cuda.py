@@ -202,7 +202,16 @@ def test_what_the_driver_refuses_says_which_driver_it_needs(folder, library, err
 
 
 @pytest.mark.parametrize(
-    ("cuda", "branch"), [(11080, 0), (12000, 525), (12070, 565), (12095, 575), (13000, 580)]
+    ("cuda", "branch"),
+    [
+        (10020, 0),
+        (11040, 470),
+        (11080, 520),
+        (12000, 525),
+        (12070, 565),
+        (12095, 575),
+        (13000, 580),
+    ],
 )
 def test_the_branch_of_a_driver(library, cuda, branch):
     library.cuda = cuda
@@ -212,7 +221,7 @@ def test_the_branch_of_a_driver(library, cuda, branch):
 def test_a_driver_that_is_too_old_for_an_archive_is_told_what_it_takes(folder, library):
     library.cuda = 11080
     launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
-    assert launcher.missing(CARD, "native") == "needs NVIDIA driver 525 or newer, here is 0"
+    assert launcher.missing(CARD, "native") == "needs NVIDIA driver 525 or newer, here is 520"
 
 
 def test_of_two_archives_the_driver_chooses(folder):
@@ -387,7 +396,8 @@ def test_only_cards_that_have_code_are_taken(folder, library, monkeypatch):
     launcher = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
     assert launcher.missing(CARD, "native") is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert launcher.missing(CARD, "native") == "no prebuilt kernel for compute capability 7.5"
+    other = prebuilt.PrebuiltLauncher(Prebuilt(folder), Driver(library))
+    assert other.missing(CARD, "native") == "no prebuilt kernel for compute capability 7.5"
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Card:
         """What of torch asks for a card finds this one. ``new_empty`` gives poison."""
         stream = SimpleNamespace(cuda_stream=0x5EA0)
         with (
-            mock.patch.object(prebuilt, "_capability", return_value=self.capability),
+            mock.patch.object(prebuilt, "capability", return_value=self.capability),
             mock.patch.object(torch.cuda, "current_stream", return_value=stream),
             mock.patch.object(torch.cuda, "current_device", return_value=0),
             mock.patch.object(Tensor, "new_empty", _poisoned(Tensor.new_empty)),

@@ -45,6 +45,8 @@ _REFUSED = (200, 209, 218, 222)
 
 #: CUDA version, as ``cuDriverGetVersion`` tells it -> the branch of drivers that brought it.
 SINCE = {
+    **{11000: 450, 11010: 455, 11020: 460, 11030: 465, 11040: 470, 11050: 495, 11060: 510},
+    **{11070: 515, 11080: 520},
     **{12000: 525, 12010: 530, 12020: 535, 12030: 545, 12040: 550, 12050: 555, 12060: 560},
     **{12070: 565, 12080: 570, 12090: 575, 13000: 580, 13010: 590},
 }
@@ -94,7 +96,7 @@ class Driver:
         self._call("cuInit", 0)
         version = c_int()
         self._call("cuDriverGetVersion", byref(version))
-        #: The branch of drivers that this one belongs to, as 570; 0 where it is older than 525.
+        #: The branch of drivers that this one belongs to, as 570; 0 where it is older than 450.
         self.branch = max((b for cuda, b in SINCE.items() if cuda <= version.value), default=0)
 
     def load(self, device: int, image: bytes, entry: str, warps: int, shared: int) -> Loaded:

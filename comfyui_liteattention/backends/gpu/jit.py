@@ -30,7 +30,7 @@ from .kernel_table import (
     Method,
     method,
 )
-from .launch import Launch
+from .launch import Launch, capability
 
 #: AMD architecture prefix -> (tile, warps, stages), from compiled registers only.
 AMD = {
@@ -84,13 +84,8 @@ def _known(device: torch.device) -> int:
     """The compute capability of a card, or one that the table knows and that does as well."""
     if torch.version.hip is not None:
         return _NEAREST
-    arch = _capability(device)
+    arch = capability(device)
     return arch if arch in ARCHS else _NEAREST
-
-
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
 
 
 def source(entry: Entry) -> Any:

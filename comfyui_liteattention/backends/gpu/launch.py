@@ -41,6 +41,12 @@ def _nothing(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.int64, device=device)
 
 
+def capability(device: torch.device) -> int:
+    """The compute capability of an NVIDIA card, major * 10 + minor."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
 def card_number(device: torch.device) -> int:
     """The number of a card; ``cuda`` without one is the current card."""
     return device.index if device.index is not None else torch.cuda.current_device()

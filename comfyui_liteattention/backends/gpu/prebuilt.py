@@ -27,7 +27,7 @@ from .kernel_table import (
     Method,
     method,
 )
-from .launch import Launch, card_number
+from .launch import Launch, capability, card_number
 
 
 class PrebuiltLauncher:
@@ -44,6 +44,7 @@ class PrebuiltLauncher:
             entry.name: ArgumentBlock([t for _, t in entry.parameters] + ["*"] * TRAILING_POINTERS)
             for entry in {kernel.entry for kernel in KERNELS}
         }
+        self._archives: dict[int, str] = {}
         self._kernels: dict[tuple[int, Kernel], Loaded] = {}
         self._loading = threading.Lock()
 
@@ -60,7 +61,7 @@ class PrebuiltLauncher:
         except (DriverError, PrebuiltError) as error:
             return str(error)
         if arch not in METHODS[mode]:
-            return f"no prebuilt {mode} kernel for compute capability {_capability(device) / 10}"
+            return f"no prebuilt {mode} kernel for compute capability {capability(device) / 10}"
         return None
 
     def method(self, device: torch.device, mode: Mode, head_dim: int, dtype: str) -> Method | None:
@@ -77,8 +78,12 @@ class PrebuiltLauncher:
         self._driver.launch(loaded, launch.grid, stream, pointers)
 
     def _archive(self, device: torch.device) -> str:
-        """What has the code for this card and driver."""
-        return self._prebuilt.archive(_capability(device), self._driver.branch)
+        """What has the code for this card and driver. Asked at every call."""
+        number = card_number(device)
+        if number not in self._archives:
+            found = self._prebuilt.archive(capability(device), self._driver.branch)
+            self._archives[number] = found
+        return self._archives[number]
 
     def _load(self, number: int, kernel: Kernel) -> Loaded:
         with self._loading:
@@ -102,11 +107,6 @@ class PrebuiltLauncher:
 def process_launcher() -> PrebuiltLauncher:
     """The process's launcher: what is loaded serves every run."""
     return PrebuiltLauncher()
-
-
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
 
 
 def _value(argument: Tensor | int | float | None) -> int | float:
