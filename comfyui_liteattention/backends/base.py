@@ -228,19 +228,6 @@ class TileMap(Protocol):
         ...
 
 
-def one_after_the_other(
-    backend: Backend,
-    call: Inputs,
-    lists: TileLists,
-    criterion: Criterion | None,
-    audited: range,
-) -> tuple[Attended, Attended]:
-    """``Backend.forward_and_audit`` in two calls."""
-    result = backend.forward(call, lists, criterion)
-    tile = backend.tile_shape(call.q.shape[3])
-    return result, backend.forward(some_of(call, audited, tile))
-
-
 def some_of(call: Inputs, tiles: range, tile: TileShape) -> Inputs:
     """The same call for the queries of some query tiles, in the order of the map."""
     return Inputs(pick(call.q, rows_of(tiles, tile, call.order)), call.k, call.v, call.scale)

@@ -19,7 +19,7 @@ from .base import (
     Inputs,
     Skipped,
     check_order,
-    one_after_the_other,
+    some_of,
 )
 from .pooled import PoolingBackend, add_skipped, audit_skipped
 
@@ -87,7 +87,8 @@ class ReferenceBackend(PoolingBackend):
     def forward_and_audit(
         self, call: Inputs, lists: TileLists, criterion: Criterion | None, audited: range
     ) -> tuple[Attended, Attended]:
-        return one_after_the_other(self, call, lists, criterion, audited)
+        kept = self.forward(call, lists, criterion)
+        return kept, self.forward(some_of(call, audited, self.tile))
 
     def add_skipped(self, kept: Attended, skipped: Skipped, factor: Tensor) -> None:
         add_skipped(kept, skipped, factor, self.tile)

@@ -98,7 +98,7 @@ def dense_truth(q, k, v) -> Tensor:
 def test_quantising_matches_its_twin(d, dtype):
     q, k, v = draw(b=2, d=d, dtype=dtype)
     order = torch.randperm(330)
-    made = narrow(Inputs(q, k, v, 0.2), order, INT8, TILE)
+    made = narrow(Inputs(q, k, v, 0.2), order, INT8, TILE, means=True)
     for launch in made.launches:
         interpret(launch)
     mean, listed = qk_int8.mean_key(k), k[:, :, order]
@@ -137,7 +137,7 @@ def draw_values(dtype: torch.dtype) -> Tensor:
 def test_scaling_matches_its_twin(values, dtype):
     v = draw_values(dtype)
     order = torch.randperm(150)
-    made = narrow(Inputs(v, v, v, 0.2), order, Method(values=values), TILE)
+    made = narrow(Inputs(v, v, v, 0.2), order, Method(values=values), TILE, means=True)
     for launch in made.launches:
         interpret(launch)
     listed = v[:, :, order]

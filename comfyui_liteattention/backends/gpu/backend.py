@@ -95,10 +95,10 @@ class KernelBackend(PoolingBackend):
         method = self._method(call.q)
         if method == NATIVE:
             return super().in_order(call, order, means)
-        narrowed, pooled, launches = narrow(call, order, method, self.tile)
+        narrowed, pooled, launches = narrow(call, order, method, self.tile, means)
         for launch in launches:
             self.launcher.launch(launch, call.q.device)
-        return call._replace(order=order, narrowed=narrowed), pooled if means else None
+        return call._replace(order=order, narrowed=narrowed), pooled
 
     def forward(
         self, call: Inputs, lists: TileLists | None = None, criterion: Criterion | None = None

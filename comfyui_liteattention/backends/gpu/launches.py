@@ -101,7 +101,7 @@ def prepare(
     if made is None and method == NATIVE:
         made = Narrowed(q, k, v)
     elif made is None:
-        made, _, before = narrow(call, None, method, tile)
+        made, _, before = narrow(call, None, method, tile, means=False)
     rows, ordered = order_arguments(order, q)
     arguments = (
         *(made.q, made.k, made.v, result.out),

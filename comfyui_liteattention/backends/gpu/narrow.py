@@ -29,25 +29,29 @@ from .launch import DTYPE_NAMES, Argument, Launch, order_arguments
 
 
 class Narrowing(NamedTuple):
-    """Memory, and the ``launches`` that fill it, in this order."""
+    """Memory, and the ``launches`` that fill it, in this order; the means where they were asked
+    for."""
 
     narrowed: Narrowed
-    pooled: Pooled
+    pooled: Pooled | None
     launches: tuple[Launch, ...]
 
 
 class Side(NamedTuple):
     """Keys or values: the ``tokens`` in the order of the map, what undoes their narrowing, and the
-    ``means [B, H, Tk, D]`` of the key tiles."""
+    ``means [B, H, Tk, D]`` of the key tiles, which come with that."""
 
     tokens: Tensor
-    unit: Tensor | None
-    means: Tensor
+    unit: Tensor | None = None
+    means: Tensor | None = None
     launches: tuple[Launch, ...] = ()
 
 
-def narrow(call: Inputs, order: Tensor | None, method: Method, tile: TileShape) -> Narrowing:
-    """``call``, its tokens as the model lists them -> the same for ``method``, in ``order``."""
+def narrow(
+    call: Inputs, order: Tensor | None, method: Method, tile: TileShape, means: bool
+) -> Narrowing:
+    """``call``, its tokens as the model lists them -> the same for ``method``, in ``order``; and
+    the ``means`` of the key tiles where they are asked for."""
     q, k, v, scale = call[:4]
     made, launches = Narrowed(q, k, v), []
     if method.int8:
@@ -57,22 +61,26 @@ def narrow(call: Inputs, order: Tensor | None, method: Method, tile: TileShape) 
         made = made._replace(q=queries.values, q_unit=queries.unit, shift=queries.shift)
         launches.append(launch)
     else:
-        keys = _listed(k, order, tile)
+        keys = _listed(k, order)
     if method.values == "own":
-        values = _listed(v, order, tile)
+        values = _listed(v, order)
     else:
         values = _scale_values(v, order, method.values, tile)
     return Narrowing(
         made._replace(k=keys.tokens, k_unit=keys.unit, v=values.tokens, v_unit=values.unit),
-        Pooled(keys.means, values.means, k.shape[2], tile.k),
+        _pooled(keys, values, tile.k) if means else None,
         (*keys.launches, *launches, *values.launches),
     )
 
 
-def _listed(x: Tensor, order: Tensor | None, tile: TileShape) -> Side:
+def _pooled(keys: Side, values: Side, rows: int) -> Pooled:
+    k, v = (means_of(x.tokens, rows) if x.means is None else x.means for x in (keys, values))
+    return Pooled(k, v, keys.tokens.shape[2], rows)
+
+
+def _listed(x: Tensor, order: Tensor | None) -> Side:
     """Keys or values in their own dtype."""
-    tokens = x if order is None else take(x, order)
-    return Side(tokens, None, means_of(tokens, tile.k))
+    return Side(x if order is None else take(x, order))
 
 
 def _quantise_queries(q: Tensor, mean: Tensor, scale: float) -> tuple[qk_int8.Queries, Launch]:
