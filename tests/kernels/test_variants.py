@@ -60,6 +60,10 @@ def test_kernels_are_the_same_in_another_process():
     for kernel in KERNELS:
         copy = pickle.loads(pickle.dumps(kernel))
         assert copy == kernel and copy.constants() == kernel.constants()
+        assert copy.types == kernel.types
+        assert [copy.config(arch) for arch in ARCHS] == [kernel.config(arch) for arch in ARCHS]
+        for name, type_ in kernel.entry.parameters:
+            assert divisor(copy, name, type_) == divisor(kernel, name, type_)
 
 
 def test_what_is_taken_for_granted_about_arguments():

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .kernel_table import KERNELS, PTX_ARCH, PTX_VERSION, TILE, Archive, Kernel
+from .kernel_table import KERNELS, PTX_ARCH, PTX_VERSION, TILE, Archive, Kernel, divisor
 
 FOLDER = Path(__file__).parent / "archives"
 FORMAT = 3
@@ -42,8 +42,9 @@ def recipe(kernel: Kernel, archive: Archive) -> str:
     modules = {kernel.entry.module, *_IMPORTED.get(kernel.entry.module, ())}
     source = b"".join((_SOURCES / f"{name}.py").read_bytes() for name in sorted(modules))
     ptx = PTX_VERSION if archive.arch == PTX_ARCH else None
-    config = kernel.config(archive.arch)
-    how = (kernel.types, kernel.entry.parameters, kernel.constants(), config, *archive, ptx)
+    config, arguments = kernel.config(archive.arch), kernel.entry.parameters
+    divisors = [divisor(kernel, name, type_) for name, type_ in arguments]
+    how = (kernel.types, arguments, divisors, kernel.constants(), config, *archive, ptx)
     return hashlib.sha256(source.replace(b"\r\n", b"\n") + repr(how).encode()).hexdigest()
 
 

@@ -67,8 +67,8 @@ class Archive(NamedTuple):
     newer_assembler: bool = False
 
 
-#: The newer assembler makes loops 5 to 8 % shorter on sm_120 and 4 % on sm_100, none before. Of
-#: RTX 50 both are here, for drivers before 580 as well; a Spark comes with 580.
+#: The newer assembler makes loops 4 to 8 % shorter on sm_120 (kernels/README.md). So of RTX 50 both
+#: are here, for drivers before 580 as well; a Spark comes with 580.
 ARCHIVES = {
     **{f"sm_{arch}": Archive(arch) for arch in (80, 86, 89, 90, 100, 103)},
     "sm_120_older": Archive(120),
@@ -112,10 +112,8 @@ _CONSUMER_8 = {
 #: Method -> compute capability -> head_dim -> configuration.
 CONFIGS: dict[Method, dict[int, dict[int, Config]]] = {
     NATIVE: {
-        **dict.fromkeys((80,), _AMPERE),
         **_CONSUMER,
-        **dict.fromkeys((90,), _HOPPER),
-        **dict.fromkeys((100, 103), _BLACKWELL),
+        **{80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL},
     },
     Method(values="fp16"): _CONSUMER,
     Method(True): {
@@ -134,6 +132,12 @@ def method(mode: Mode, arch: int, head_dim: int, dtype: str) -> Method | None:
     if found is not None and mode == "native" and dtype == "fp16":
         found = NATIVE
     return found if found is not None and head_dim in CONFIGS[found].get(arch, ()) else None
+
+
+def _methods(arch: int, head_dim: int, dtype: str) -> list[Method]:
+    """All that a card uses, in any mode."""
+    found = (method(mode, arch, head_dim, dtype) for mode in METHODS)
+    return [one for one in found if one is not None]
 
 
 #: Cards newer than this one that have no machine code of their own get its PTX, which the driver
@@ -351,7 +355,7 @@ class Variant(NamedTuple):
         }
 
     def config(self, arch: int) -> Config | None:
-        used = (method(mode, arch, self.head_dim, self.dtype) for mode in METHODS)
+        used = _methods(arch, self.head_dim, self.dtype)
         return CONFIGS[self.method][arch][self.head_dim] if self.method in used else None
 
 
@@ -396,10 +400,10 @@ class Companion(NamedTuple):
         if self.entry in (ADD_SKIPPED, AUDIT_SKIPPED):
             # 4 warps at head_dim 64 spill on sm_12x; one pass over a few means needs no speed.
             return Config(8, 2)
-        served = [m for m in CONFIGS if self.head_dim in CONFIGS[m].get(arch, ())]
+        served = _methods(arch, self.head_dim, self.dtype)
         if self.entry in (QUANTISE_QUERIES, QUANTISE_KEYS):
             needed = any(m.int8 for m in served)
-        elif self.entry is PEAK_VALUES:
+        elif self.entry == PEAK_VALUES:
             needed = any(m.values != "own" for m in served)
         else:
             needed = self.values in [m.values for m in served]
@@ -489,5 +493,5 @@ def divisor(kernel: Kernel, name: str, type_: str) -> int:
         return 1
     # What has one byte an element is packed: 16 bytes there are 16 elements.
     packed = kernel.types.get("qk") == "i8" and name[0] in "qk"
-    packed |= kernel.types.get("pv") == "fp8e4nv" and kernel.entry is ATTEND and name[0] == "v"
+    packed |= kernel.types.get("pv") == "fp8e4nv" and kernel.entry == ATTEND and name[0] == "v"
     return POINTER_ALIGNMENT if packed else STRIDE_ALIGNMENT

@@ -110,7 +110,7 @@ def attend_tiles(
     d = tl.arange(0, PADDED_DIM)
     # Rows past the end repeat the last one: always in bounds, and no maximum over rows sees them.
     # So do keys, which are masked only in the scores. That costs fewer registers than masked loads.
-    rows = queries_of(order, ordered, tl.minimum(query_tile * BM + m, lq - 1))
+    rows = tokens_of(order, ordered, tl.minimum(query_tile * BM + m, lq - 1))
     q += batch * q_batch + head * q_head
     q_tile = load_tile(q, (rows * q_row)[:, None], d[None, :], HEAD_DIM, PADDED_DIM)
     k += batch * k_batch + head * k_head
@@ -193,7 +193,7 @@ def attend_tiles(
     query_tile = program
     if LISTS:
         query_tile = map_row(program, audited, first_audited)
-    rows = queries_of(order, ordered, tl.minimum(query_tile * BM + m, lq - 1))
+    rows = tokens_of(order, ordered, tl.minimum(query_tile * BM + m, lq - 1))
     inside = query_tile * BM + m < lq
     natural = (top + tl.log2(total) - LIFT) * 0.6931471805599453  # ln 2
     if INT8:
@@ -225,8 +225,8 @@ def map_row(program, audited, first_audited):
 
 
 @triton.jit
-def queries_of(order, ordered, rows):
-    """The queries, int64, that rows of the map stand for."""
+def tokens_of(order, ordered, rows):
+    """The tokens, int64, that rows of the map stand for."""
     rows = rows.to(tl.int64)
     return tl.load(order + rows, mask=rows < ordered, other=rows)
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend import queries_of
+from .attend import tokens_of
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def quantise_keys(
     d = tl.arange(0, PADDED_DIM)
     inside = (rows < lk)[:, None] & (d < HEAD_DIM)[None, :]
     k += pair // heads * k_batch + pair % heads * k_head
-    listed = queries_of(order, ordered, rows)
+    listed = tokens_of(order, ordered, rows)
     x = tl.load(k + (listed * k_row)[:, None] + d[None, :], mask=inside, other=0.0)
     means += (pair * tl.num_programs(0) + tile) * HEAD_DIM
     store_mean(means, x, tl.minimum(lk - tile * ROWS, ROWS), d, HEAD_DIM)

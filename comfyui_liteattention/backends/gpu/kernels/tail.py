@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ...pooled import LARGEST_LOG_SHARE
-from .attend import load_tile, queries_of
+from .attend import load_tile, tokens_of
 
 LARGEST = tl.constexpr(LARGEST_LOG_SHARE * 1.4426950408889634)  # log2(e)
 
@@ -58,7 +58,7 @@ def add_skipped(
     m = tl.arange(0, BM)
     d = tl.arange(0, PADDED_DIM)
     # Rows past the end repeat the last one.
-    rows = queries_of(order, ordered, tl.minimum(query_tile * BM + m, lq - 1))
+    rows = tokens_of(order, ordered, tl.minimum(query_tile * BM + m, lq - 1))
     q += batch * q_batch + head * q_head
     q_tile = load_tile(q, (rows * q_row)[:, None], d[None, :], HEAD_DIM, PADDED_DIM)
     keys += pair.to(tl.int64) * tk * HEAD_DIM
@@ -124,7 +124,7 @@ def audit_skipped(
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     m = tl.arange(0, BM)
     d = tl.arange(0, PADDED_DIM)
-    rows = queries_of(order, ordered, tl.minimum(query_tile * BM + m, lq - 1))
+    rows = tokens_of(order, ordered, tl.minimum(query_tile * BM + m, lq - 1))
     q += batch * q_batch + head * q_head
     q_tile = load_tile(q, (rows * q_row)[:, None], d[None, :], HEAD_DIM, PADDED_DIM)
     keys += pair.to(tl.int64) * tk * HEAD_DIM

@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend import queries_of
+from .attend import tokens_of
 from .quantise import store_mean
 
 #: Steps of 1 in which errors are added up: whole numbers, whose sum is the same in any order.
@@ -86,7 +86,7 @@ def scale_values(
     d = tl.arange(0, PADDED_DIM)
     v += pair // heads * v_batch + pair % heads * v_head
     inside = (rows < lk)[:, None] & (d < HEAD_DIM)[None, :]
-    listed = queries_of(order, ordered, rows)
+    listed = tokens_of(order, ordered, rows)
     x = tl.load(v + (listed * v_row)[:, None] + d[None, :], mask=inside, other=0.0)
     means += (pair * tl.num_programs(0) + tile) * HEAD_DIM
     store_mean(means, x, tl.minimum(lk - tile * ROWS, ROWS), d, HEAD_DIM)
