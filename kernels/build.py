@@ -1,11 +1,15 @@
 """Compile every prebuilt kernel, ahead of time and without a GPU.
 
     python kernels/build.py [--archive sm_90] [--only d128_bf16_lists_mass] [--out DIR] [--jobs N]
+    python kernels/build.py --check [--archive sm_90]
 
 Writes one ``sm_<arch>.zip`` of cubins per archive of the table, ``ptx.zip`` for cards that have
 none, and ``manifest.json`` with the sha256 of each kernel, what it was made from, and the driver
 that each archive needs. Kernels that are there already, made from the same, are kept. Needs triton;
 the bytes depend only on the source and on the versions of triton and of its assemblers.
+
+``--check`` compiles as the fallback does on a card, with whichever triton is installed (3.5 or
+later), and writes nothing.
 """
 
 # ruff: noqa: E402 - sys.path must be set right before anything else is imported
@@ -70,13 +74,32 @@ class Built(NamedTuple):
 
 def compile_kernel(job: tuple[Any, ...]) -> Built:
     """Triton source -> PTX and cubin for one architecture; ``job``: a :class:`Job`."""
+    arch, kernel, newer = Job(*job)
+    with chosen_assembler(newer):
+        compiled, ptxas = _compiled(arch, kernel), assembler_version(arch)
+    info = compiled.metadata
+    _check_launchable(info, kernel)
+    ptx = compiled.asm["ptx"].encode()
+    return Built(arch, kernel, compiled.asm["cubin"], ptx, info.shared, info.num_warps, ptxas)
+
+
+def refused(job: Job) -> str | None:
+    """Why this triton doesn't compile a kernel, or None."""
+    try:
+        _compiled(job.arch, job.kernel)
+    except Exception as error:  # whatever a compiler throws
+        return f"{job.kernel.name} for sm_{job.arch}: {type(error).__name__}: {error}"
+    return None
+
+
+def _compiled(arch: int, kernel: Kernel) -> Any:
+    """What triton makes of a kernel for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from comfyui_liteattention.backends.gpu.jit import source
 
-    arch, kernel, newer = Job(*job)
     config = kernel.config(arch)
     if config is None:
         raise ValueError(f"the table has no {kernel.name} for sm_{arch}")
@@ -92,9 +115,9 @@ def compile_kernel(job: tuple[Any, ...]) -> Built:
         raise RuntimeError(f"kernel_table and the arguments of {kernel.entry.name} differ")
     places = {(function.arg_names.index(name),): value for name, value in constants.items()}
 
-    with tempfile.TemporaryDirectory() as cache, chosen_assembler(newer):
+    with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        compiled = triton.compile(
+        return triton.compile(
             ASTSource(function, signature, places, attributes),
             target=GPUTarget("cuda", arch, 32),
             options={
@@ -104,11 +127,6 @@ def compile_kernel(job: tuple[Any, ...]) -> Built:
                 **({"ptx_version": table.PTX_VERSION} if arch == table.PTX_ARCH else {}),
             },
         )
-        ptxas = assembler_version(arch)
-    info = compiled.metadata
-    _check_launchable(info, kernel)
-    ptx = compiled.asm["ptx"].encode()
-    return Built(arch, kernel, compiled.asm["cubin"], ptx, info.shared, info.num_warps, ptxas)
 
 
 @contextmanager
@@ -269,6 +287,23 @@ def build(names: list[str], only: str | None, jobs: int, shelf: Shelf) -> None:
     bar.close()
 
 
+def check(names: list[str], jobs: int) -> str | None:
+    """Have the triton that is installed compile all kernels of the cards of some archives; why it
+    doesn't, where it doesn't."""
+    import triton
+    from tqdm import tqdm
+
+    archs = sorted({table.ARCHIVES[name].arch for name in names})
+    work = [Job(arch, kernel) for arch in archs for kernel in table.KERNELS if kernel.config(arch)]
+    with ProcessPoolExecutor(jobs) as pool:
+        found = list(tqdm(pool.map(refused, work), total=len(work), unit="kernel", disable=None))
+    problems = [problem for problem in found if problem is not None]
+    cards = ", ".join(f"sm_{arch}" for arch in archs)
+    good = len(work) - len(problems)
+    print(f"triton {triton.__version__} compiles {good} of {len(work)} kernels for {cards}")
+    return "\n".join(problems) or None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = sorted(table.ARCHIVES)
@@ -276,7 +311,10 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAME", help="one kernel; never into the package")
     parser.add_argument("--out", type=Path, default=FOLDER, help="default: the package")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--check", action="store_true", help="compile, and write nothing")
     args = parser.parse_args()
+    if args.check:
+        sys.exit(check(args.archive or known, args.jobs))
     if args.only and args.out == FOLDER:
         parser.error("--only needs --out: the package must hold every variant")
     build(args.archive or known, args.only, args.jobs, Shelf(args.out))
