@@ -61,6 +61,16 @@ function each(graph, visit, before = "", off = false) {
   }
 }
 
+// The execution id of the LiteAttention node whose model a node is given, or null.
+function upstream(id) {
+  let node = path(id).at(-1);
+  while (node && node.comfyClass !== KIND) {
+    const place = node.inputs?.findIndex((input) => input.name === "model" || input.name === "");
+    node = place >= 0 ? node.getInputNode(place) : null;
+  }
+  return node ? [...String(id).split(":").slice(0, -1), node.id].join(":") : null;
+}
+
 function addStatus(node) {
   const box = document.createElement("div");
   box.className = "liteattention-status";
@@ -98,6 +108,12 @@ app.registerExtension({
   async setup() {
     await loadWords();
     api.addEventListener("liteattention.status", ({ detail }) => show(detail.node, detail.text));
+    // A run that comes from ComfyUI's cache is told by the Report.
+    api.addEventListener("executed", ({ detail }) => {
+      const text = detail.output?.liteattention_status?.at(-1);
+      const id = text && upstream(detail.display_node ?? detail.node);
+      if (id) show(id, text);
+    });
     // What a node said of an earlier run must not stand beside a run without it.
     api.addEventListener("execution_start", () =>
       each(root(), (id, node, off) => node.comfyClass === KIND && off && show(id, BYPASSED)),

@@ -9,12 +9,13 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..integrations.comfy.first_words import in_comfyui
 from ..integrations.comfy.sampler_nodes import nearest
 from ..integrations.comfy.session import Patch, patch_of
 from ..report.animation import animation
 from ..report.canvas import THEMES
 from ..report.pictures import pictures
-from ..report.statistics import RunReport, figures
+from ..report.statistics import RunReport, figures, node_line
 from ..report.table import text_table
 from .schema import CATEGORY, after_sampling, latent_output, schema
 
@@ -76,6 +77,10 @@ class LiteAttentionReport(io.ComfyNode):
             # Shown by our own script. Among the images it would not move, or, if they were marked
             # as animated, be the only one shown.
             shown["liteattention_animation"] = (_save(moving),)
+        if report is not None:
+            # For the LiteAttention node, which has nothing to say where all of this comes from
+            # ComfyUI's cache.
+            shown["liteattention_status"] = (in_comfyui(node_line(report)),)
         shown |= {"text": (text,), "report": (figures(report),) if report else ()}
         return io.NodeOutput(latent, maps, text, charts, ui=shown)
 

@@ -119,7 +119,7 @@ def test_the_scripts_know_our_nodes_and_events():
     report, status = ((REPOSITORY / "web" / f"{n}.js").read_text() for n in SCRIPTS)
     for name in ("LiteAttentionReport", "LiteAttentionCompare", "liteattention_animation"):
         assert name in report
-    for name in ("LiteAttentionPatch", EVENT):
+    for name in ("LiteAttentionPatch", EVENT, "liteattention_status"):
         assert name in status
 
 

@@ -221,6 +221,14 @@ def test_the_report_shows_its_pictures_and_gives_them(server, workflow, theme):
             assert (sum(a.getpixel((0, 0))) > 384) == (theme == "light")
 
 
+def test_a_run_from_the_cache_tells_the_node_what_it_did(server, workflow):
+    graph = small(workflow, seed=13)
+    report = find(graph, REPORT)
+    for _ in range(2):
+        (status,) = server.run(graph).outputs[report]["liteattention_status"]
+        assert "% skipped, lost" in status
+
+
 def comparing(frames=3, **changed):
     """Two grey videos before LiteAttentionCompare; ``changed`` is the candidate's."""
     plain = {"width": 300, "height": 64, "batch_size": frames, "color": 0x808080}

@@ -89,6 +89,7 @@ def use(browser: Any, server: ComfyServer, out: Path, steps: int) -> None:
         run(page, server)
         page.screenshot(path=out / f"{name}{'_nodes2' * nodes2}.png")
         print(*says(page), sep="\n")
+        assert "skipped" in status(page), status(page)  # of a run from the cache, too
         check_animation(page)
     for nodes2 in (False, True):
         page = fresh_page(browser, server, nodes2)
