@@ -11,7 +11,11 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
 from torch import Tensor
 
 import comfyui_liteattention as lite
@@ -35,6 +39,22 @@ class Case(NamedTuple):
     prompt: str
     seed: int
     steps: int = 20
+
+
+class Way(NamedTuple):
+    """How a video is sampled: the noise schedule's shift, the strength of guidance, and whether by
+    UniPC, of second order, instead of Euler."""
+
+    shift: float = SHIFT
+    guidance: float = 3.0
+    unipc: bool = False
+
+    def scheduler(self) -> Any:
+        if self.unipc:
+            return UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
+            )
+        return FlowMatchEulerDiscreteScheduler(shift=self.shift)
 
 
 #: Videos on which everything is tuned.
@@ -80,12 +100,14 @@ class Sampled(NamedTuple):
 class DemoVideos:
     """The demo model under diffusers' own pipeline."""
 
-    def __init__(self, num_frames: int = 61, height: int = 256, width: int = 256) -> None:
+    def __init__(
+        self, num_frames: int = 61, height: int = 256, width: int = 256, way: Way = Way()
+    ) -> None:
         self._size = {"num_frames": num_frames, "height": height, "width": width}
         self._text = load_table(TEXT_TABLE)
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+        self._way = way
         pipeline: Any = WanPipeline
-        self.pipe = pipeline(None, None, None, scheduler, load_diffusers_model())
+        self.pipe = pipeline(None, None, None, way.scheduler(), load_diffusers_model())
         self.pipe.set_progress_bar_config(disable=True)
 
     def dense(self, case: Case) -> Sampled:
@@ -139,7 +161,7 @@ class DemoVideos:
             negative_prompt_embeds=empty,
             **self._size,
             num_inference_steps=case.steps,
-            guidance_scale=3.0,
+            guidance_scale=self._way.guidance,
             generator=torch.Generator().manual_seed(case.seed),
             output_type="latent",
         ).frames
