@@ -187,17 +187,49 @@ def speed() -> str:
 def closeness() -> str:
     """The closeness of the presets at each number of steps, and how often the report was right."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for row in _load("closeness_cpu.json")["rows"]:
+    for row in _calibrated():
         groups[row["preset"], row["steps"]].append(row)
-    rows = []
-    for (preset, steps), videos in sorted(groups.items()):
-        tiles = mean(video["computed_fraction"] for video in videos)
-        psnr = sorted(video["psnr_db"] for video in videos)
-        near = sum(abs(video["psnr_db"] - video["predicted_db"]) <= WITHIN for video in videos)
-        spread = f"{psnr[0]:.1f} to {psnr[-1]:.1f} dB"
-        rows.append([f"*{preset}*", str(steps), f"{tiles:.0%}", spread, f"{near} of {len(videos)}"])
-    heads = ["preset", "steps", "tiles computed", "PSNR"]
-    return _table([*heads, f"foreseen to {WITHIN:.0f} dB"], rows)
+    rows = [
+        [f"*{preset}*", str(steps), *_came_out(videos)]
+        for (preset, steps), videos in sorted(groups.items())
+    ]
+    return _table(["preset", "steps", *CAME_OUT], rows)
+
+
+def other_ways() -> str:
+    """The same for other schedules, guidance and samplers."""
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in _load("closeness_cpu.json")["rows"]:
+        groups[row["way"], row["preset"], row["steps"]].append(row)
+    ways = list(dict.fromkeys(way for way, _, _ in groups))
+    compared = {(preset, steps) for way, preset, steps in groups if way != ways[0]}
+    rows = [
+        [way, f"*{preset}*", str(steps), *_came_out(videos)]
+        for (way, preset, steps), videos in groups.items()
+        if (preset, steps) in compared
+    ]
+    rows.sort(key=lambda row: row[1])
+    return _table(["sampled with", "preset", "steps", *CAME_OUT], rows)
+
+
+def _calibrated() -> list[dict[str, Any]]:
+    rows = _load("closeness_cpu.json")["rows"]
+    return [row for row in rows if row["way"] == "calibrated"]
+
+
+CAME_OUT = ("tiles computed", "PSNR", f"foreseen to {WITHIN:.0f} dB")
+
+
+def _came_out(videos: list[dict[str, Any]]) -> list[str]:
+    """The cells of ``CAME_OUT`` for some videos."""
+    tiles = mean(video["computed_fraction"] for video in videos)
+    psnr = sorted(video["psnr_db"] for video in videos)
+    near = sum(abs(video["psnr_db"] - video["predicted_db"]) <= WITHIN for video in videos)
+    return [
+        f"{tiles:.0%}",
+        f"{psnr[0]:.1f} to {psnr[-1]:.1f} dB",
+        f"{near} of {len(videos)}",
+    ]
 
 
 def sensitivity() -> str:
@@ -228,7 +260,7 @@ def sensitivity() -> str:
 def presets() -> str:
     """What to expect of each preset, over all numbers of steps that were measured."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in _load("closeness_cpu.json")["rows"]:
+    for row in _calibrated():
         groups[row["preset"]].append(row)
     rows = []
     for name, purpose in PURPOSES.items():
@@ -331,7 +363,11 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "orders": orders,
         "speed": speed,
     },
-    DOCS / "closeness.md": {"closeness": closeness, "sensitivity": sensitivity},
+    DOCS / "closeness.md": {
+        "closeness": closeness,
+        "other ways": other_ways,
+        "sensitivity": sensitivity,
+    },
     ROOT / "README.md": {"long videos": long_videos, "at 35 dB": at_35_db, "presets": presets},
     ROOT / "kernels" / "README.md": {
         "archives": archives,
