@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demo_video import HELD_OUT, Case, DemoVideos, Way
+from benchmarks.demo_video import DEVELOPMENT, HELD_OUT, Case, DemoVideos, Way
 from benchmarks.record import write_json
 from comfyui_liteattention.presets import PRESETS
 from comfyui_liteattention.report.compare import compare
@@ -58,9 +58,10 @@ def main() -> None:
     options = _parse()
     rows = json.loads(options.json.read_text())["rows"] if _is_there(options.json) else []
     done = {(row["way"], row["steps"], row["seed"], row["preset"]) for row in rows}
+    cases = DEVELOPMENT if options.development else HELD_OUT
     for way in options.ways:
         videos = DemoVideos(way=WAYS[way])
-        for case, steps in product(HELD_OUT[: options.seeds], options.steps):
+        for case, steps in product(cases[: options.seeds], options.steps):
             left = [p for p in options.presets if (way, steps, case.seed, p) not in done]
             if not left:
                 continue
@@ -93,6 +94,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.closeness", description=__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=["calibrated"])
+    parser.add_argument("--development", action="store_true", help="videos used for tuning")
     parser.add_argument("--seeds", type=int, default=len(HELD_OUT))
     parser.add_argument("--presets", nargs="+", choices=[*PRESETS], default=["Balanced", "Fast"])
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -38,7 +38,7 @@ GRIDS: dict[str, Grid] = {
 }
 #: The demo model where sides are no powers of two: on its usual 16 x 16 x 16, blocks of 4 x 4 x 4,
 #: Hilbert and compact all give the same tiles.
-ODD = {"num_frames": 49, "height": 240, "width": 208}
+ODD: dict[str, Any] = {"num_frames": 49, "height": 240, "width": 208}
 ODD_GRID: Grid = (13, 15, 13)
 BUDGETS = (0.03, 0.1)
 

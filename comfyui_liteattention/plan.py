@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from .budget.closeness import allowed_losses
+from .budget.closeness import GUIDANCE, allowed_losses
 from .budget.ledger import MARGIN, allowance
 from .schedule import Progress
 from .settings import Settings
@@ -14,11 +14,13 @@ from .settings import Settings
 @dataclass(frozen=True)
 class Plan:
     """``levels``: the falling noise levels of the run, see :func:`schedule.noise_fractions`.
-    ``known``: whether the run has exactly these steps; False if their number is assumed."""
+    ``known``: whether the run has exactly these steps; False if their number is assumed.
+    ``guidance``: its strength, 1 without."""
 
     settings: Settings
     levels: tuple[float, ...]
     known: bool
+    guidance: float = GUIDANCE
 
     def aim(self, progress: Progress) -> float | None:
         """The lost mass to aim at when marking tiles at this step, which are skipped from the next
@@ -47,4 +49,4 @@ class Plan:
     @cached_property
     def _losses(self) -> tuple[float, ...]:
         assert self.settings.closeness is not None
-        return allowed_losses(self.settings.closeness, self.levels)
+        return allowed_losses(self.settings.closeness, self.levels, self.guidance)

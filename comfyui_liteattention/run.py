@@ -16,6 +16,7 @@ from .attention import LayerState, Part, States, Stream, Tally, all_tiles, atten
 from .backends.base import Backend, Inputs, Provider
 from .backends.clock import stopwatch
 from .backends.kernel_selftest import lacks_memory
+from .budget.closeness import GUIDANCE
 from .never_slower.dense import Dense
 from .never_slower.pace import Pace, Timed
 from .never_slower.rehearsal import decided
@@ -48,6 +49,7 @@ class Run:
     attention; whether skipping pays is decided once per process for each kind. ``lasting``: a
     context in which our calls allocate what outlives them (integrations/comfy/compiler.py).
     ``levels``: ``sigmas`` as noise fractions (schedule.noise_fractions), where they are known.
+    ``guidance``: its strength, 1 without, where it is known.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Run:
         kind: Hashable = (),
         lasting: Callable[[], AbstractContextManager[object]] = nullcontext,
         levels: Sequence[float] = (),
+        guidance: float = GUIDANCE,
     ) -> None:
         self.settings = settings
         self.backend = backend
@@ -72,7 +75,8 @@ class Run:
         first = first_marking_step(settings, self.steps)
         self._paces = defaultdict[torch.device, Pace](partial(Pace, self.steps, first))
         self._open: defaultdict[int, list[Outcome]] = defaultdict(list)  # by thread
-        self._plan = Plan(settings, tuple(levels) or assumed_levels(self.steps), self.steps > 0)
+        known = tuple(levels) or assumed_levels(self.steps)
+        self._plan = Plan(settings, known, self.steps > 0, guidance)
         self._record = Record(self._plan, self.steps)
         self._lock = threading.Lock()
 

@@ -11,9 +11,11 @@ from comfyui_liteattention.backends.base import Inputs
 from comfyui_liteattention.backends.reference import ReferenceBackend
 from comfyui_liteattention.budget.closeness import (
     ABOVE,
+    GUIDANCE,
     MOST_LOST,
     POWER,
     allowed_losses,
+    amplified,
     expected_closeness,
     weights,
 )
@@ -29,13 +31,13 @@ from comfyui_liteattention.tiles import TileShape
 BACKEND = ReferenceBackend(TileShape(16, 16), torch.float32)
 
 
-@given(st.integers(2, 60), st.floats(30, 60))
-def test_what_is_allowed_comes_to_what_is_asked(steps, closeness):
+@given(st.integers(2, 60), st.floats(30, 60), st.floats(1, 12))
+def test_what_is_allowed_comes_to_what_is_asked(steps, closeness, guidance):
     levels = assumed_levels(steps)
-    losses = allowed_losses(closeness, levels)
+    losses = allowed_losses(closeness, levels, guidance)
     assert len(losses) == steps and losses[0] == 0
     assert all(0 < loss <= MOST_LOST for loss in losses[1:])
-    expected = expected_closeness(losses, levels)
+    expected = expected_closeness(losses, levels, guidance)
     assert expected.low < expected.db < expected.high
     # More than is asked only where no step can lose more.
     reached = pytest.approx(closeness + ABOVE)
@@ -63,6 +65,13 @@ def test_a_second_run_that_begins_late_is_less_strict():
     assert max(first) < min(second[1:])
 
 
+def test_guidance_multiplies_errors():
+    levels = assumed_levels(8)
+    none, usual, strong = (allowed_losses(42, levels, guidance) for guidance in (1, GUIDANCE, 6))
+    assert sum(none) > sum(usual) > sum(strong) and usual == allowed_losses(42, levels)
+    assert amplified(1) < amplified(GUIDANCE) == 1 < amplified(6)
+
+
 def test_nothing_lost_is_the_dense_video():
     assert expected_closeness([0.0, 0.0], (1.0, 0.5, 0.0)) is None
 
@@ -83,17 +92,18 @@ def test_a_run_holds_a_closeness_and_says_what_to_expect():
     steps = 6
     levels = assumed_levels(steps)
     settings = Settings(closeness=42, min_tokens=0, audit=4, never_slower=False)
-    run = Run(settings, BACKEND, levels, levels)
+    run = Run(settings, BACKEND, levels, levels=levels, guidance=5.0)
     random = torch.Generator().manual_seed(0)
     base = torch.randn(1, 2, 256, 32, generator=random)
     for step in range(steps):
         q = 3 * (base + 0.1 * torch.randn(base.shape, generator=random))
         run.attend("0", ["a"], run.locate(levels[step]), Inputs(q, q, q, 0.17))
     report = run.finish()
-    assert report.active and report.allowed == allowed_losses(42, levels)
+    assert report.active and report.allowed == allowed_losses(42, levels, 5.0)
     lost = {call.step: call.lost or 0.0 for call in report.calls}
     assert 0 < sum(lost.values()) < sum(report.allowed)
-    assert report.expected == expected_closeness([lost[step] for step in range(steps)], levels)
+    losses = [lost[step] for step in range(steps)]
+    assert report.expected == expected_closeness(losses, levels, 5.0)
     told = f"{report.expected.db:.0f} dB"
     assert told in text_table(report) and told in node_line(report)
     assert "Compare node" in text_table(report)

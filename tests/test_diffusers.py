@@ -328,7 +328,21 @@ def test_the_demo_model_skips():
     assert torch.isfinite(video).all()
     assert report.tokens == 16 * 8 * 8
     assert report.computed_fraction < 1
+    assert report.guidance == 2.5
     assert 0 < report.lost_mass_mean < 0.25
+
+
+def test_where_a_pipeline_says_how_strong_its_guidance_is():
+    from types import SimpleNamespace
+
+    from comfyui_liteattention.budget.closeness import GUIDANCE
+    from comfyui_liteattention.integrations.diffusers.session import _guidance
+
+    for guided, strength, known in ((True, 6.0, 6.0), (False, 6.0, 1.0), (True, 0.5, 1.0)):
+        pipe = SimpleNamespace(do_classifier_free_guidance=guided, guidance_scale=strength)
+        assert _guidance(pipe) == known
+    # An input of the model, or a transformer alone.
+    assert _guidance(SimpleNamespace(guidance_scale=6.0)) == _guidance(None) == GUIDANCE
 
 
 @pytest.mark.parametrize(

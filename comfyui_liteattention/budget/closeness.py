@@ -9,7 +9,7 @@ than cancel, since mostly the same tiles are skipped. With ``lost_i`` the lost m
 
     weight_i  = (level_i - level_i+1) / (1 + FLOOR - level_i+1)^2
     error     = sum_i weight_i * lost_i^POWER
-    closeness = AT_ONE - 20 log10(error)        [dB of PSNR to the dense video]
+    closeness = AT_ONE - 20 log10(amplified(guidance) * error)   [dB of PSNR to the dense video]
 
 The model is empirical. Its constants were fitted on the demo's model over steps, budgets, ramps,
 prompts and seeds: docs/closeness.md says how, and how well it predicts. The number of computed
@@ -30,9 +30,12 @@ FLOOR = 0.05
 POWER = 0.85
 #: dB at an error of 1. Makes the estimate right on average at 4, 8, 20 and 50 steps (53 videos).
 AT_ONE = 32.0
+#: The strength of guidance at which AT_ONE was found, and the part of an error that guidance does
+#: not multiply, in the same unit: from development videos with guidance of 1, 3 and 6.
+GUIDANCE, UNGUIDED = 3.0, 1.5
 #: The reservation that belongs beside every closeness shown to a user.
 CALIBRATION = "as it is on the demo's model; on another one, the Compare node measures it"
-#: Half width in dB of the range that a report gives, since seeds differ by about as much: 35 of 42
+#: Half width in dB of the range that a report gives, since seeds differ by about as much: 37 of 46
 #: held-out videos lay within it, the others came closer to dense (docs/closeness.md).
 WITHIN = 7.0
 #: Margin in dB: a run aims this much above the closeness asked for, since seeds differ.
@@ -62,7 +65,15 @@ def weights(levels: Sequence[float]) -> tuple[float, ...]:
     )
 
 
-def allowed_losses(closeness: float, levels: Sequence[float]) -> tuple[float, ...]:
+def amplified(guidance: float) -> float:
+    """How many times an error counts with this strength of guidance (1: none), compared with
+    ``GUIDANCE``: it multiplies the difference of two results, and of their errors."""
+    return (UNGUIDED + guidance) / (UNGUIDED + GUIDANCE)
+
+
+def allowed_losses(
+    closeness: float, levels: Sequence[float], guidance: float = GUIDANCE
+) -> tuple[float, ...]:
     """Lost mass to aim at in each step, so that most videos come to ``closeness`` dB.
 
     The first step is dense. A run that begins below pure noise, or ends before all noise is gone,
@@ -71,20 +82,22 @@ def allowed_losses(closeness: float, levels: Sequence[float]) -> tuple[float, ..
     later = weights(levels)[1:]
     if not later:
         return (0.0,)
-    error = 10 ** ((AT_ONE - closeness - ABOVE) / 20)
+    error = 10 ** ((AT_ONE - closeness - ABOVE) / 20) / amplified(guidance)
     if levels[0] < WHOLE or levels[-1] > 1 - WHOLE:
         error *= SHARE_OF_A_PART
     each = _share_out(error, later)
     return (0.0, *(_loss(each, weight) for weight in later))
 
 
-def expected_closeness(losses: Sequence[float], levels: Sequence[float]) -> Expected | None:
+def expected_closeness(
+    losses: Sequence[float], levels: Sequence[float], guidance: float = GUIDANCE
+) -> Expected | None:
     """The closeness that follows from each step's lost mass. None where nothing was lost: then the
     video is the dense one, up to rounding."""
     error = sum(weight * lost**POWER for weight, lost in zip(weights(levels), losses, strict=True))
     if error == 0:
         return None
-    db = AT_ONE - 20 * math.log10(error)
+    db = AT_ONE - 20 * math.log10(amplified(guidance) * error)
     return Expected(db, db - WITHIN, db + WITHIN)
 
 

@@ -109,6 +109,7 @@ class Record:
             history=() if states is None else self._history.maps(),
             allowed=self._plan.allowed,
             levels=self._plan.levels,
+            guidance=self._plan.guidance,
             stopped=stopped,
             notes=tuple(notes),
             dense_rate=self.dense_rate,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ..budget.closeness import CALIBRATION, Expected, expected_closeness
+from ..budget.closeness import CALIBRATION, GUIDANCE, Expected, expected_closeness
 from ..eligibility import CROSS_ATTENTION
 from .confidence import Interval, Sample, intervals, of_layers, of_steps
 
@@ -72,6 +72,7 @@ class RunReport:
     dense_rate: float | None = None
     history: tuple[StepMap, ...] = ()
     levels: tuple[float, ...] = ()
+    guidance: float = GUIDANCE
 
     @property
     def active(self) -> bool:
@@ -137,7 +138,8 @@ class RunReport:
         steps = len(self.levels) - 1
         if steps < 1 or None in losses.values() or max(losses, default=0) >= steps:
             return None
-        return expected_closeness([losses.get(step) or 0.0 for step in range(steps)], self.levels)
+        lost = [losses.get(step) or 0.0 for step in range(steps)]
+        return expected_closeness(lost, self.levels, self.guidance)
 
     @property
     def lost_mass_mean(self) -> float | None:

@@ -41,7 +41,7 @@ def report_of(model):
     return patch_of(model).last_report
 
 
-def generate(model, sigmas=SIGMAS, change=None):
+def generate(model, sigmas=SIGMAS, change=None, guidance=3.0):
     """Euler's steps; ``change(i, x)`` makes what the sampler goes on with before step ``i``."""
     import comfy.sample
     import comfy.samplers
@@ -59,7 +59,7 @@ def generate(model, sigmas=SIGMAS, change=None):
     sampler = comfy.samplers.KSAMPLER(euler)
     with torch.inference_mode():
         return comfy.sample.sample_custom(
-            *(model, start, 3.0, sampler, sigmas, *prompts, latent), disable_pbar=True, seed=1
+            *(model, start, guidance, sampler, sigmas, *prompts, latent), disable_pbar=True, seed=1
         )
 
 
@@ -89,6 +89,29 @@ def test_a_preset_allows_no_more_where_sigmas_rise(preset):
     falling, rising = SIGMAS.tolist(), SIGMAS.flip(0).tolist()
     closeness = PRESETS[preset].closeness
     assert sum(allowed_losses(closeness, rising)) <= sum(allowed_losses(closeness, falling))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 6.0])
+def test_a_run_knows_the_strength_of_guidance(plain, guidance):
+    model = patched(plain)
+    generate(model, guidance=guidance)
+    assert report_of(model).guidance == guidance
+
+
+def test_guiders_of_another_kind_count_as_calibrated():
+    import comfy.samplers
+
+    from comfyui_liteattention.budget.closeness import GUIDANCE
+    from comfyui_liteattention.integrations.comfy import session
+
+    class TwoPrompts(comfy.samplers.CFGGuider):
+        def __init__(self):
+            self.cfg = 1.0  # unused: it has two others
+
+        def predict_noise(self, *args, **kwargs):
+            raise NotImplementedError
+
+    assert session._guidance(TwoPrompts()) == session._guidance(object()) == GUIDANCE
 
 
 def test_a_latent_that_grows_on_the_way(plain):

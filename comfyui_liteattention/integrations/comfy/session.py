@@ -14,10 +14,12 @@ from typing import Any
 
 import comfy.model_sampling
 import comfy.patcher_extension
+import comfy.samplers
 import torch
 
 from ...backends import backend_for
 from ...backends.base import Provider
+from ...budget.closeness import GUIDANCE
 from ...report.statistics import RunReport, node_line, status_line
 from ...run import Run
 from ...schedule import noise_fractions
@@ -66,7 +68,8 @@ class Patch:
         self._say(while_loading(len(sigmas) - 1))
         kind = type(guider.model_patcher.model.diffusion_model).__name__, attention_in_use(options)
         levels = noise_fractions(sigmas.tolist(), _is_flow(guider.model_patcher))
-        run = Run(self.settings, backend, sigmas.tolist(), kind, paused, levels)
+        strength = _guidance(guider)
+        run = Run(self.settings, backend, sigmas.tolist(), kind, paused, levels, strength)
         sampling = Sampling(run, self.show, getattr(guider, "conds", None))
         sampling.install(options)
         whole = False
@@ -126,6 +129,16 @@ def _is_flow(model_patcher: Any) -> bool:
     """Whether the model is a rectified flow, whose sigmas are noise fractions of the latent."""
     sampling = model_patcher.get_model_object("model_sampling")
     return isinstance(sampling, comfy.model_sampling.CONST)
+
+
+def _guidance(guider: Any) -> float:
+    """The strength of guidance. Guiders that combine predictions in a way of their own are taken
+    for what closeness was calibrated with."""
+    plain = comfy.samplers.CFGGuider.predict_noise
+    strength = getattr(guider, "cfg", None)
+    if getattr(type(guider), "predict_noise", None) is not plain or strength is None:
+        return GUIDANCE
+    return max(float(strength), 1.0)
 
 
 def _backend(model_patcher: Any, settings: Settings, attention: str) -> Provider | str:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...backends import backend_for
+from ...budget.closeness import GUIDANCE
 from ...report.statistics import RunReport, status_line
 from ...run import Run
 from ...settings import Settings, describe
@@ -211,7 +212,8 @@ class Session:
             settings = _pin(self.settings, given_tokens(family, arguments, config, grid))
             kind = type(root).__name__, attention_in_use(root)
             steps, noise = trajectory.countdown(), trajectory.levels()
-            run = Run(settings, backend, steps, kind, levels=noise)
+            strength = _guidance(self._pipeline())
+            run = Run(settings, backend, steps, kind, levels=noise, guidance=strength)
             trajectory.runs[name] = run
         run.begin_call(progress.step)
         mine.calling = True
@@ -283,6 +285,16 @@ def _numbers(value: object) -> Hashable:
     if isinstance(value, (list, tuple)) and all(isinstance(x, int) for x in value):
         return tuple(value)
     return None
+
+
+def _guidance(pipeline: Any) -> float:
+    """The strength of guidance in the call that a pipeline is in. Where it is an input of the
+    model, or a guider's matter, it is taken for what closeness was calibrated with."""
+    guided = getattr(pipeline, "do_classifier_free_guidance", None)
+    if guided is None:
+        return GUIDANCE
+    strength = getattr(pipeline, "guidance_scale", GUIDANCE)
+    return max(float(strength), 1.0) if guided else 1.0
 
 
 def _pin(settings: Settings, tokens: TokenRanges) -> Settings:
