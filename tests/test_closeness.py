@@ -17,6 +17,7 @@ from comfyui_liteattention.budget.closeness import (
     allowed_losses,
     amplified,
     expected_closeness,
+    strength_of,
     weights,
 )
 from comfyui_liteattention.plan import Plan
@@ -70,6 +71,15 @@ def test_guidance_multiplies_errors():
     none, usual, strong = (allowed_losses(42, levels, guidance) for guidance in (1, GUIDANCE, 6))
     assert sum(none) > sum(usual) > sum(strong) and usual == allowed_losses(42, levels)
     assert amplified(1) < amplified(GUIDANCE) == 1 < amplified(6)
+
+
+@pytest.mark.parametrize("told", [None, "6", [6.0, 3.0], torch.tensor([3.0, 6.0]), float("nan")])
+def test_guidance_that_is_no_number_counts_as_calibrated(told):
+    assert strength_of(told) == GUIDANCE
+
+
+def test_weaker_guidance_than_none_counts_as_none():
+    assert [strength_of(told) for told in (0, 0.5, 1, 6)] == [1, 1, 1, 6]
 
 
 def test_nothing_lost_is_the_dense_video():

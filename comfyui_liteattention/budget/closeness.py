@@ -65,6 +65,13 @@ def weights(levels: Sequence[float]) -> tuple[float, ...]:
     )
 
 
+def strength_of(guidance: object) -> float:
+    """The strength of guidance that a host tells; what is no number counts as calibrated."""
+    if not isinstance(guidance, int | float) or math.isnan(guidance):
+        return GUIDANCE
+    return max(float(guidance), 1.0)
+
+
 def amplified(guidance: float) -> float:
     """How many times an error counts with this strength of guidance (1: none), compared with
     ``GUIDANCE``: it multiplies the difference of two results, and of their errors."""

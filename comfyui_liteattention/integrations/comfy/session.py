@@ -19,7 +19,7 @@ import torch
 
 from ...backends import backend_for
 from ...backends.base import Provider
-from ...budget.closeness import GUIDANCE
+from ...budget.closeness import strength_of
 from ...report.statistics import RunReport, node_line, status_line
 from ...run import Run
 from ...schedule import noise_fractions
@@ -134,11 +134,9 @@ def _is_flow(model_patcher: Any) -> bool:
 def _guidance(guider: Any) -> float:
     """The strength of guidance. Guiders that combine predictions in a way of their own are taken
     for what closeness was calibrated with."""
-    plain = comfy.samplers.CFGGuider.predict_noise
-    strength = getattr(guider, "cfg", None)
-    if getattr(type(guider), "predict_noise", None) is not plain or strength is None:
-        return GUIDANCE
-    return max(float(strength), 1.0)
+    plain = getattr(comfy.samplers.CFGGuider, "predict_noise", None)
+    is_plain = getattr(type(guider), "predict_noise", None) is plain
+    return strength_of(getattr(guider, "cfg", None) if is_plain else None)
 
 
 def _backend(model_patcher: Any, settings: Settings, attention: str) -> Provider | str:

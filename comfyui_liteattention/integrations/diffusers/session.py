@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...backends import backend_for
-from ...budget.closeness import GUIDANCE
+from ...budget.closeness import strength_of
 from ...report.statistics import RunReport, status_line
 from ...run import Run
 from ...settings import Settings, describe
@@ -291,10 +291,9 @@ def _guidance(pipeline: Any) -> float:
     """The strength of guidance in the call that a pipeline is in. Where it is an input of the
     model, or a guider's matter, it is taken for what closeness was calibrated with."""
     guided = getattr(pipeline, "do_classifier_free_guidance", None)
-    if guided is None:
-        return GUIDANCE
-    strength = getattr(pipeline, "guidance_scale", GUIDANCE)
-    return max(float(strength), 1.0) if guided else 1.0
+    if guided is False:
+        return 1.0
+    return strength_of(getattr(pipeline, "guidance_scale", None) if guided else None)
 
 
 def _pin(settings: Settings, tokens: TokenRanges) -> Settings:
