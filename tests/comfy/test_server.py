@@ -223,9 +223,11 @@ def test_the_report_shows_its_pictures_and_gives_them(server, workflow, theme):
 
 def test_a_run_from_the_cache_tells_the_node_what_it_did(server, workflow):
     graph = small(workflow, seed=13)
-    report = find(graph, REPORT)
-    for _ in range(2):
-        (status,) = server.run(graph).outputs[report]["liteattention_status"]
+    report, sampler = find(graph, REPORT), find(graph, "KSampler")
+    sampled, cached = server.run(graph), server.run(graph)
+    assert sampler in sampled.seconds and sampler not in cached.seconds
+    for finished in (sampled, cached):
+        (status,) = finished.outputs[report]["liteattention_status"]
         assert "% skipped, lost" in status
 
 
