@@ -21,8 +21,9 @@ from comfyui_liteattention.presets import PRESETS
 from comfyui_liteattention.report.compare import compare
 
 STEPS = (4, 8, 20, 50)
+CALIBRATED = "calibrated"
 WAYS = {
-    "calibrated": Way(),
+    CALIBRATED: Way(),
     "shift 5": Way(shift=5),
     "shift 12": Way(shift=12),
     "no guidance": Way(guidance=1),
@@ -56,7 +57,8 @@ def measure(videos: DemoVideos, case: Case, way: str, presets: list[str]) -> lis
 
 def main() -> None:
     options = _parse()
-    rows = json.loads(options.json.read_text())["rows"] if _is_there(options.json) else []
+    there = options.json and options.json.exists()
+    rows = json.loads(options.json.read_text())["rows"] if there else []
     done = {(row["way"], row["steps"], row["seed"], row["preset"]) for row in rows}
     cases = DEVELOPMENT if options.development else HELD_OUT
     for way in options.ways:
@@ -69,10 +71,6 @@ def main() -> None:
             if options.json:
                 write_json(options.json, rows=rows)  # each time, because it takes long
     print(table(rows))
-
-
-def _is_there(path: Path | None) -> bool:
-    return path is not None and path.exists()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -93,7 +91,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.closeness", description=__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=["calibrated"])
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[CALIBRATED])
     parser.add_argument("--development", action="store_true", help="videos used for tuning")
     parser.add_argument("--seeds", type=int, default=len(HELD_OUT))
     parser.add_argument("--presets", nargs="+", choices=[*PRESETS], default=["Balanced", "Fast"])

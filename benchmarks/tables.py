@@ -18,10 +18,11 @@ from statistics import geometric_mean, mean
 from typing import Any
 
 from benchmarks import order_cost
+from benchmarks.closeness import CALIBRATED, WAYS
 from benchmarks.sensitivity import noise_levels
 from comfyui_liteattention.backends.gpu.archive import Prebuilt
 from comfyui_liteattention.backends.gpu.kernel_table import METHODS, Variant
-from comfyui_liteattention.budget.closeness import POWER, WITHIN, weights
+from comfyui_liteattention.budget.closeness import POWER, WITHIN, amplified, weights
 from comfyui_liteattention.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,8 +202,7 @@ def other_ways() -> str:
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in _load("closeness_cpu.json")["rows"]:
         groups[row["way"], row["preset"], row["steps"]].append(row)
-    ways = list(dict.fromkeys(way for way, _, _ in groups))
-    compared = {(preset, steps) for way, preset, steps in groups if way != ways[0]}
+    compared = {(preset, steps) for way, preset, steps in groups if way != CALIBRATED}
     rows = [
         [way, f"*{preset}*", str(steps), *_came_out(videos)]
         for (way, preset, steps), videos in groups.items()
@@ -214,7 +214,7 @@ def other_ways() -> str:
 
 def _calibrated() -> list[dict[str, Any]]:
     rows = _load("closeness_cpu.json")["rows"]
-    return [row for row in rows if row["way"] == "calibrated"]
+    return [row for row in rows if row["way"] == CALIBRATED]
 
 
 CAME_OUT = ("tiles computed", "PSNR", f"foreseen to {WITHIN:.0f} dB")
@@ -230,6 +230,20 @@ def _came_out(videos: list[dict[str, Any]]) -> list[str]:
         f"{psnr[0]:.1f} to {psnr[-1]:.1f} dB",
         f"{near} of {len(videos)}",
     ]
+
+
+def guidance() -> str:
+    """How far the estimate is off on development videos, without and with guidance's factor."""
+    groups: dict[float, list[float]] = defaultdict(list)
+    for row in _load("guidance_cpu.json")["rows"]:
+        groups[WAYS[row["way"]].guidance].append(row["psnr_db"] - row["predicted_db"])
+    rows = []
+    for strength, off in sorted(groups.items()):
+        without = mean(off) - 20 * math.log10(amplified(strength))
+        rows.append(
+            [f"{strength:.0f}", str(len(off)), f"{without:+.1f} dB", f"{mean(off):+.1f} dB"]
+        )
+    return _table(["guidance", "videos", "true less estimated, without", "with the factor"], rows)
 
 
 def sensitivity() -> str:
@@ -365,6 +379,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     },
     DOCS / "closeness.md": {
         "closeness": closeness,
+        "guidance": guidance,
         "other ways": other_ways,
         "sensitivity": sensitivity,
     },
