@@ -340,9 +340,18 @@ def test_where_a_pipeline_says_how_strong_its_guidance_is():
 
     for guided, strength, known in ((True, 6.0, 6.0), (False, 6.0, 1.0), (True, 0.5, 1.0)):
         pipe = SimpleNamespace(do_classifier_free_guidance=guided, guidance_scale=strength)
-        assert _guidance(pipe) == known
+        assert _guidance(pipe, "transformer") == known
     # An input of the model, or a transformer alone.
-    assert _guidance(SimpleNamespace(guidance_scale=6.0)) == _guidance(None) == GUIDANCE
+    unsaid = SimpleNamespace(guidance_scale=6.0), None
+    assert [_guidance(pipe, "transformer") for pipe in unsaid] == [GUIDANCE] * 2
+
+
+def test_the_second_transformer_of_wan_2_2_has_a_guidance_of_its_own():
+    pipe = make_pipe(transformer_2=make_wan(1), boundary_ratio=0.8)
+    session = lite.enable(pipe, **BOLD)
+    for second, larger in ((6.0, 6.0), (None, 3.0), (2.0, 3.0)):
+        run(pipe, steps=5, guidance_scale_2=second)
+        assert session.report().guidance == larger
 
 
 @pytest.mark.parametrize(

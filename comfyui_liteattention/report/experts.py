@@ -29,6 +29,7 @@ def merged(reports: Sequence[RunReport]) -> RunReport:
         stopped="; ".join(stopped) or None,
         notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
         dense_rate=_rate(reports),
+        guidance=max(report.guidance for report in reports),  # which expects the larger error
         history=tuple(sorted((m for r in reports for m in r.history), key=lambda m: m.step)),
     )
 

@@ -212,7 +212,7 @@ class Session:
             settings = _pin(self.settings, given_tokens(family, arguments, config, grid))
             kind = type(root).__name__, attention_in_use(root)
             steps, noise = trajectory.countdown(), trajectory.levels()
-            strength = _guidance(self._pipeline())
+            strength = _guidance(self._pipeline(), name)
             run = Run(settings, backend, steps, kind, levels=noise, guidance=strength)
             trajectory.runs[name] = run
         run.begin_call(progress.step)
@@ -287,13 +287,17 @@ def _numbers(value: object) -> Hashable:
     return None
 
 
-def _guidance(pipeline: Any) -> float:
-    """The strength of guidance in the call that a pipeline is in. Where it is an input of the
-    model, or a guider's matter, it is taken for what closeness was calibrated with."""
+def _guidance(pipeline: Any, transformer: str) -> float:
+    """The strength of guidance in the call that a pipeline is in, for the transformer of that name.
+    Where it is an input of the model, or a guider's matter, it is taken for what closeness was
+    calibrated with."""
     guided = getattr(pipeline, "do_classifier_free_guidance", None)
     if guided is False:
         return 1.0
-    return strength_of(getattr(pipeline, "guidance_scale", None) if guided else None)
+    strength = getattr(pipeline, "guidance_scale", None)
+    if transformer == "transformer_2":
+        strength = getattr(pipeline, "_guidance_scale_2", None) or strength
+    return strength_of(strength if guided else None)
 
 
 def _pin(settings: Settings, tokens: TokenRanges) -> Settings:
