@@ -19,6 +19,7 @@ from benchmarks.demo_video import DEVELOPMENT, HELD_OUT, Case, DemoVideos, Way
 from benchmarks.record import write_json
 from comfyui_liteattention.presets import PRESETS
 from comfyui_liteattention.report.compare import compare
+from comfyui_liteattention.report.statistics import RunReport, tiles
 
 STEPS = (4, 8, 20, 50)
 CALIBRATED = "calibrated"
@@ -29,6 +30,7 @@ WAYS = {
     "no guidance": Way(guidance=1),
     "guidance 6": Way(guidance=6),
     "UniPC": Way(unipc=True),
+    "two experts": Way(experts=True),
 }
 
 
@@ -49,10 +51,17 @@ def measure(videos: DemoVideos, case: Case, way: str, presets: list[str]) -> lis
                 "predicted_db": round(sampled.report.expected.db, 2),
                 "computed_fraction": round(sampled.computed, 4),
                 "lost_mass": round(sampled.lost, 5),
+                "computed_by_second_expert": _of_second_expert(sampled.report),
             }
         )
         print(*rows[-1].values(), flush=True)
     return rows
+
+
+def _of_second_expert(report: RunReport) -> float | None:
+    """Share of its tiles that the second transformer computed, if there is one."""
+    computed, total = tiles(c for c in report.calls if c.layer.startswith("transformer_2."))
+    return round(computed / total, 4) if total else None
 
 
 def main() -> None:

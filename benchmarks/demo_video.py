@@ -42,12 +42,14 @@ class Case(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How a video is sampled: the noise schedule's shift, the strength of guidance, and whether by
-    UniPC, of second order, instead of Euler."""
+    """How a video is sampled: the noise schedule's shift, the strength of guidance, whether by
+    UniPC, of second order, instead of Euler, and whether a second transformer of the same weights
+    makes the second half of the steps, as the low-noise expert of Wan 2.2 does."""
 
     shift: float = SHIFT
     guidance: float = 3.0
     unipc: bool = False
+    experts: bool = False
 
     def scheduler(self) -> Any:
         if self.unipc:
@@ -108,6 +110,8 @@ class DemoVideos:
         self._way = way
         pipeline: Any = WanPipeline
         self.pipe = pipeline(None, None, None, way.scheduler(), load_diffusers_model())
+        if way.experts:
+            self.pipe.register_modules(transformer_2=load_diffusers_model())
         self.pipe.set_progress_bar_config(disable=True)
 
     def dense(self, case: Case) -> Sampled:
@@ -155,6 +159,8 @@ class DemoVideos:
 
     def _sample(self, case: Case) -> tuple[Tensor, float]:
         text, empty = embed_prompts([case.prompt, ""], self._text).split(1)
+        if self._way.experts:
+            self.pipe.register_to_config(boundary_ratio=_middle(self.pipe.scheduler, case.steps))
         started = time.perf_counter()
         latent = self.pipe(
             prompt_embeds=text,
@@ -167,6 +173,13 @@ class DemoVideos:
         ).frames
         seconds = time.perf_counter() - started
         return (decode(latent).clamp(-1, 1) + 1)[0].permute(1, 2, 3, 0) / 2, seconds
+
+
+def _middle(scheduler: Any, steps: int) -> float:
+    """The noise level between the two halves of the steps."""
+    scheduler.set_timesteps(steps)
+    before, after = scheduler.timesteps[steps // 2 - 1 : steps // 2 + 1].tolist()
+    return (before + after) / 2 / scheduler.config.num_train_timesteps
 
 
 @contextmanager
