@@ -347,6 +347,13 @@ def test_where_a_pipeline_says_how_strong_its_guidance_is():
 
 
 def test_the_second_transformer_of_wan_2_2_has_a_guidance_of_its_own():
+    from comfyui_liteattention.integrations.diffusers.session import _guidance
+
+    told = {"do_classifier_free_guidance": True, "guidance_scale": 3.0}
+    for second, known in ((2.0, 2.0), (0.0, 1.0), (None, 3.0)):
+        pipe = SimpleNamespace(**told, _guidance_scale_2=second)
+        assert _guidance(pipe, "transformer") == 3.0
+        assert _guidance(pipe, "transformer_2") == known
     pipe = make_pipe(transformer_2=make_wan(1), boundary_ratio=0.8)
     session = lite.enable(pipe, **BOLD)
     for second, larger in ((6.0, 6.0), (None, 3.0), (2.0, 3.0)):

@@ -294,10 +294,12 @@ def _guidance(pipeline: Any, transformer: str) -> float:
     guided = getattr(pipeline, "do_classifier_free_guidance", None)
     if guided is False:
         return 1.0
-    strength = getattr(pipeline, "guidance_scale", None)
-    if transformer == "transformer_2":
-        strength = getattr(pipeline, "_guidance_scale_2", None) or strength
-    return strength_of(strength if guided else None)
+    if not guided:
+        return strength_of(None)
+    second = getattr(pipeline, "_guidance_scale_2", None)
+    if transformer == "transformer_2" and second is not None:
+        return strength_of(second)
+    return strength_of(getattr(pipeline, "guidance_scale", None))
 
 
 def _pin(settings: Settings, tokens: TokenRanges) -> Settings:
