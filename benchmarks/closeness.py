@@ -3,8 +3,8 @@
 Samples the demo's model with every preset at several numbers of steps, on prompts and seeds that
 were kept out of tuning, and compares each video with the dense one of the same seed and steps: its
 PSNR, and what the run's own report had expected. ``--ways`` does so for other schedules, strengths
-of guidance and samplers than those of the calibration. With ``--json``, what is there already is
-not measured again.
+of guidance and samplers than those of the calibration, and for two experts. With ``--json``, what
+is there already is not measured again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from comfyui_liteattention.report.compare import compare
 from comfyui_liteattention.report.statistics import RunReport, tiles
 
 STEPS = (4, 8, 20, 50)
-CALIBRATED = "calibrated"
+CALIBRATED, EXPERTS = "calibrated", "two experts"
 WAYS = {
     CALIBRATED: Way(),
     "shift 5": Way(shift=5),
@@ -30,7 +30,7 @@ WAYS = {
     "no guidance": Way(guidance=1),
     "guidance 6": Way(guidance=6),
     "UniPC": Way(unipc=True),
-    "two experts": Way(experts=True),
+    EXPERTS: Way(experts=True),
 }
 
 
@@ -51,17 +51,18 @@ def measure(videos: DemoVideos, case: Case, way: str, presets: list[str]) -> lis
                 "predicted_db": round(sampled.report.expected.db, 2),
                 "computed_fraction": round(sampled.computed, 4),
                 "lost_mass": round(sampled.lost, 5),
-                "computed_by_second_expert": _of_second_expert(sampled.report),
             }
         )
+        if WAYS[way].experts:
+            rows[-1]["computed_by_second_expert"] = _of_second_expert(sampled.report)
         print(*rows[-1].values(), flush=True)
     return rows
 
 
-def _of_second_expert(report: RunReport) -> float | None:
-    """Share of its tiles that the second transformer computed, if there is one."""
+def _of_second_expert(report: RunReport) -> float:
+    """Share of its tiles that the second transformer computed."""
     computed, total = tiles(c for c in report.calls if c.layer.startswith("transformer_2."))
-    return round(computed / total, 4) if total else None
+    return round(computed / total, 4)
 
 
 def main() -> None:

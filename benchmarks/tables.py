@@ -18,7 +18,7 @@ from statistics import geometric_mean, mean
 from typing import Any
 
 from benchmarks import order_cost
-from benchmarks.closeness import CALIBRATED, WAYS
+from benchmarks.closeness import CALIBRATED, EXPERTS, WAYS
 from benchmarks.sensitivity import noise_levels
 from comfyui_liteattention.backends.gpu.archive import Prebuilt
 from comfyui_liteattention.backends.gpu.kernel_table import METHODS, Variant
@@ -188,7 +188,7 @@ def speed() -> str:
 def closeness() -> str:
     """The closeness of the presets at each number of steps, and how often the report was right."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for row in _calibrated():
+    for row in _sampled(CALIBRATED):
         groups[row["preset"], row["steps"]].append(row)
     rows = [
         [f"*{preset}*", str(steps), *_came_out(videos)]
@@ -201,7 +201,8 @@ def other_ways() -> str:
     """The same for other schedules, guidance and samplers."""
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in _load("closeness_cpu.json")["rows"]:
-        groups[row["way"], row["preset"], row["steps"]].append(row)
+        if row["way"] != EXPERTS:
+            groups[row["way"], row["preset"], row["steps"]].append(row)
     compared = {(preset, steps) for way, preset, steps in groups if way != CALIBRATED}
     rows = [
         [way, f"*{preset}*", str(steps), *_came_out(videos)]
@@ -212,9 +213,26 @@ def other_ways() -> str:
     return _table(["sampled with", "preset", "steps", *CAME_OUT], rows)
 
 
-def _calibrated() -> list[dict[str, Any]]:
-    rows = _load("closeness_cpu.json")["rows"]
-    return [row for row in rows if row["way"] == CALIBRATED]
+def experts() -> str:
+    """The same for two transformers that share the steps, and what the second one computes."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in _sampled(EXPERTS):
+        groups[row["preset"], row["steps"]].append(row)
+    rows = [
+        [
+            f"*{preset}*",
+            f"{steps // 2} + {steps // 2}",
+            f"{mean(video['computed_by_second_expert'] for video in videos):.0%}",
+            *_came_out(videos),
+        ]
+        for (preset, steps), videos in groups.items()
+    ]
+    return _table(["preset", "steps", "of the second's tiles", *CAME_OUT], rows)
+
+
+def _sampled(way: str) -> list[dict[str, Any]]:
+    """Held-out videos that were sampled that way."""
+    return [row for row in _load("closeness_cpu.json")["rows"] if row["way"] == way]
 
 
 CAME_OUT = ("tiles computed", "PSNR", f"foreseen to {WITHIN:.0f} dB")
@@ -233,17 +251,23 @@ def _came_out(videos: list[dict[str, Any]]) -> list[str]:
 
 
 def guidance() -> str:
-    """How far the estimate is off on development videos, without and with guidance's factor."""
-    groups: dict[float, list[float]] = defaultdict(list)
+    """How far the estimate is off without and with guidance's factor, and on held-out videos."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in _load("guidance_cpu.json")["rows"]:
-        groups[WAYS[row["way"]].guidance].append(row["psnr_db"] - row["predicted_db"])
+        groups[row["way"]].append(row)
     rows = []
-    for strength, off in sorted(groups.items()):
-        without = mean(off) - 20 * math.log10(amplified(strength))
-        rows.append(
-            [f"{strength:.0f}", str(len(off)), f"{without:+.1f} dB", f"{mean(off):+.1f} dB"]
-        )
-    return _table(["guidance", "videos", "true less estimated, without", "with the factor"], rows)
+    for way in sorted(groups, key=lambda way: WAYS[way].guidance):
+        off, strength = _off(groups[way]), WAYS[way].guidance
+        like = {(row["preset"], row["steps"]) for row in groups[way]}
+        held_out = [row for row in _sampled(way) if (row["preset"], row["steps"]) in like]
+        without = off - 20 * math.log10(amplified(strength))
+        rows.append([f"{strength:.0f}", *(f"{x:+.1f} dB" for x in (without, off, _off(held_out)))])
+    return _table(["guidance", "without the factor", "with it", "held-out videos, with it"], rows)
+
+
+def _off(videos: list[dict[str, Any]]) -> float:
+    """Mean of true less estimated closeness, dB."""
+    return mean(video["psnr_db"] - video["predicted_db"] for video in videos)
 
 
 def sensitivity() -> str:
@@ -274,7 +298,7 @@ def sensitivity() -> str:
 def presets() -> str:
     """What to expect of each preset, over all numbers of steps that were measured."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in _calibrated():
+    for row in _sampled(CALIBRATED):
         groups[row["preset"]].append(row)
     rows = []
     for name, purpose in PURPOSES.items():
@@ -380,6 +404,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "closeness.md": {
         "closeness": closeness,
         "guidance": guidance,
+        "experts": experts,
         "other ways": other_ways,
         "sensitivity": sensitivity,
     },
