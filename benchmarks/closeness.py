@@ -41,21 +41,20 @@ def measure(videos: DemoVideos, case: Case, way: str, presets: list[str]) -> lis
     for preset in presets:
         sampled = videos.lite(case, PRESETS[preset])
         assert sampled.report is not None and sampled.report.expected is not None
-        rows.append(
-            {
-                "way": way,
-                "preset": preset,
-                "steps": case.steps,
-                "seed": case.seed,
-                "psnr_db": round(compare(dense.video, sampled.video).psnr_all, 2),
-                "predicted_db": round(sampled.report.expected.db, 2),
-                "computed_fraction": round(sampled.computed, 4),
-                "lost_mass": round(sampled.lost, 5),
-            }
-        )
+        row = {
+            "way": way,
+            "preset": preset,
+            "steps": case.steps,
+            "seed": case.seed,
+            "psnr_db": round(compare(dense.video, sampled.video).psnr_all, 2),
+            "predicted_db": round(sampled.report.expected.db, 2),
+            "computed_fraction": round(sampled.computed, 4),
+            "lost_mass": round(sampled.lost, 5),
+        }
         if WAYS[way].experts:
-            rows[-1]["computed_by_second_expert"] = _of_second_expert(sampled.report)
-        print(*rows[-1].values(), flush=True)
+            row["computed_by_second_expert"] = _of_second_expert(sampled.report)
+        print(*row.values(), flush=True)
+        rows.append(row)
     return rows
 
 

@@ -122,9 +122,7 @@ def changes() -> str:
 
 def ablation() -> str:
     """What parts are worth that no setting switches, at budgets of 3 and 10 %."""
-    found: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
-    for row in _load("ablation_cpu.json")["rows"]:
-        found[row["variant"], row["budget"]].append(row)
+    found = _by(_load("ablation_cpu.json")["rows"], "variant", "budget")
     rows = []
     for variant in dict.fromkeys(variant for variant, _ in found):
         runs = [found[variant, budget] for budget in (0.03, 0.1)]
@@ -136,11 +134,9 @@ def ablation() -> str:
 
 def budget() -> str:
     """True loss over the budget, lowest and highest of the runs."""
-    groups: dict[float, list[dict[str, Any]]] = defaultdict(list)
-    for row in _load("budget_cpu.json")["rows"]:
-        groups[row["budget"]].append(row)
+    groups = _by(_load("budget_cpu.json")["rows"], "budget")
     rows = []
-    for allowed, runs in sorted(groups.items()):
+    for (allowed,), runs in sorted(groups.items()):
         ratios = [
             _range(run[key] / allowed for run in runs)
             for key in ("true_lost", "audited_lost", "worst_layer_lost")
@@ -187,9 +183,7 @@ def speed() -> str:
 
 def closeness() -> str:
     """The closeness of the presets at each number of steps, and how often the report was right."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for row in _sampled(CALIBRATED):
-        groups[row["preset"], row["steps"]].append(row)
+    groups = _by(_sampled(CALIBRATED), "preset", "steps")
     rows = [
         [f"*{preset}*", str(steps), *_came_out(videos)]
         for (preset, steps), videos in sorted(groups.items())
@@ -199,10 +193,8 @@ def closeness() -> str:
 
 def other_ways() -> str:
     """The same for other schedules, guidance and samplers."""
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
-    for row in _load("closeness_cpu.json")["rows"]:
-        if row["way"] != EXPERTS:
-            groups[row["way"], row["preset"], row["steps"]].append(row)
+    sampled = [row for row in _load("closeness_cpu.json")["rows"] if row["way"] != EXPERTS]
+    groups = _by(sampled, "way", "preset", "steps")
     compared = {(preset, steps) for way, preset, steps in groups if way != CALIBRATED}
     rows = [
         [way, f"*{preset}*", str(steps), *_came_out(videos)]
@@ -215,9 +207,6 @@ def other_ways() -> str:
 
 def experts() -> str:
     """The same for two transformers that share the steps, and what the second one computes."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for row in _sampled(EXPERTS):
-        groups[row["preset"], row["steps"]].append(row)
     rows = [
         [
             f"*{preset}*",
@@ -225,9 +214,9 @@ def experts() -> str:
             f"{mean(video['computed_by_second_expert'] for video in videos):.0%}",
             *_came_out(videos),
         ]
-        for (preset, steps), videos in groups.items()
+        for (preset, steps), videos in _by(_sampled(EXPERTS), "preset", "steps").items()
     ]
-    return _table(["preset", "steps", "of the second's tiles", *CAME_OUT], rows)
+    return _table(["preset", "steps", "tiles of the second", *CAME_OUT], rows)
 
 
 def _sampled(way: str) -> list[dict[str, Any]]:
@@ -252,13 +241,11 @@ def _came_out(videos: list[dict[str, Any]]) -> list[str]:
 
 def guidance() -> str:
     """How far the estimate is off without and with guidance's factor, and on held-out videos."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in _load("guidance_cpu.json")["rows"]:
-        groups[row["way"]].append(row)
+    groups = _by(_load("guidance_cpu.json")["rows"], "way")
     rows = []
-    for way in sorted(groups, key=lambda way: WAYS[way].guidance):
-        off, strength = _off(groups[way]), WAYS[way].guidance
-        like = {(row["preset"], row["steps"]) for row in groups[way]}
+    for (way,), videos in sorted(groups.items(), key=lambda group: WAYS[group[0][0]].guidance):
+        off, strength = _off(videos), WAYS[way].guidance
+        like = {(row["preset"], row["steps"]) for row in videos}
         held_out = [row for row in _sampled(way) if (row["preset"], row["steps"]) in like]
         without = off - 20 * math.log10(amplified(strength))
         rows.append([f"{strength:.0f}", *(f"{x:+.1f} dB" for x in (without, off, _off(held_out)))])
@@ -297,17 +284,14 @@ def sensitivity() -> str:
 
 def presets() -> str:
     """What to expect of each preset, over all numbers of steps that were measured."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in _sampled(CALIBRATED):
-        groups[row["preset"]].append(row)
+    groups = _by(_sampled(CALIBRATED), "preset")
     rows = []
     for name, purpose in PURPOSES.items():
-        videos = groups[name]
+        videos = groups[name,]
         psnr = sorted(video["psnr_db"] for video in videos)
-        steps = sorted({video["steps"] for video in videos})
         tiles = [
-            mean(video["computed_fraction"] for video in videos if video["steps"] == count)
-            for count in steps
+            mean(video["computed_fraction"] for video in alike)
+            for alike in _by(videos, "steps").values()
         ]
         found = [f"{psnr[0]:.0f} to {psnr[-1]:.0f} dB", f"{min(tiles):.0%} to {max(tiles):.0%}"]
         rows.append([f"**{name}**", f"{PRESETS[name].closeness:.0f} dB", *found, purpose])
@@ -416,6 +400,14 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "before": before_attention,
     },
 }
+
+
+def _by(rows: Iterable[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Rows that have the same values under these keys, together."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    return groups
 
 
 def _load(name: str) -> dict[str, Any]:

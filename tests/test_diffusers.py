@@ -14,8 +14,10 @@ from tiny_wan import hooks_left, make_wan
 
 import comfyui_liteattention as lite
 from comfyui_liteattention import SAFEST
+from comfyui_liteattention.budget.closeness import GUIDANCE
 from comfyui_liteattention.integrations.diffusers.hooks import Context, Contexts
 from comfyui_liteattention.integrations.diffusers.routes import LITE
+from comfyui_liteattention.integrations.diffusers.session import _guidance
 from comfyui_liteattention.presets import DEFAULT, PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -333,11 +335,6 @@ def test_the_demo_model_skips():
 
 
 def test_where_a_pipeline_says_how_strong_its_guidance_is():
-    from types import SimpleNamespace
-
-    from comfyui_liteattention.budget.closeness import GUIDANCE
-    from comfyui_liteattention.integrations.diffusers.session import _guidance
-
     for guided, strength, known in ((True, 6.0, 6.0), (False, 6.0, 1.0), (True, 0.5, 1.0)):
         pipe = SimpleNamespace(do_classifier_free_guidance=guided, guidance_scale=strength)
         assert _guidance(pipe, "transformer") == known
@@ -347,8 +344,6 @@ def test_where_a_pipeline_says_how_strong_its_guidance_is():
 
 
 def test_the_second_transformer_of_wan_2_2_has_a_guidance_of_its_own():
-    from comfyui_liteattention.integrations.diffusers.session import _guidance
-
     told = {"do_classifier_free_guidance": True, "guidance_scale": 3.0}
     for second, known in ((2.0, 2.0), (0.0, 1.0), (None, 3.0)):
         pipe = SimpleNamespace(**told, _guidance_scale_2=second)
