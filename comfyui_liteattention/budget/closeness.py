@@ -35,8 +35,8 @@ AT_ONE = 32.0
 GUIDANCE, UNGUIDED = 3.0, 1.5
 #: The reservation that belongs beside every closeness shown to a user.
 CALIBRATION = "as it is on the demo's model; on another one, the Compare node measures it"
-#: Half width in dB of the range that a report gives, since seeds differ by about as much: 37 of 46
-#: held-out videos lay within it, the others came closer to dense (docs/closeness.md).
+#: Half width in dB of the range that a report gives, since seeds differ by about as much
+#: (docs/closeness.md counts the held-out videos within it).
 WITHIN = 7.0
 #: Margin in dB: a run aims this much above the closeness asked for, since seeds differ.
 ABOVE = 2.0
